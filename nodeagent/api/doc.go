@@ -1,0 +1,24 @@
+// Package api is the wire between control plane and node: the protobuf
+// messages of node.proto, the rules a signed command must obey before
+// anything looks inside it, and the diary of the protocol. It owns no
+// connection and no state; everything here is safe for concurrent use.
+//
+// Commands are verified over their exact bytes first and parsed second.
+// Unknown fields are refused in commands and ignored in events. Field
+// meanings, units and limits stand at the fields in node.proto; a zero value
+// means what the field's comment says, and "required" where it says nothing.
+//
+// # Subjects
+//
+// cmd.<host> carries envelopes to a host, evt.<host>.<kind> events from it;
+// kind is the body's field name with dashes ("guest-state").
+//
+// # Diary
+//
+// CapabilityVersion increases with every change a control plane may have to
+// know about:
+//
+//   - 1 (2026-11-23): LaunchGuest, StopGuest, RequestEvidence, Cordon,
+//     Uncordon, BeginEpoch; CommandRefused, CommandDone, GuestState,
+//     EvidenceReady, ResultUploaded, Capability, Heartbeat.
+package api
