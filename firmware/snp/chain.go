@@ -1,0 +1,156 @@
+package snp
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/x509"
+	"encoding/asn1"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/google/go-sev-guest/verify/trust"
+
+	"github.com/confidential-node/agent/firmware/contract"
+)
+
+// EmulatedMark must stand in the subject of every emulated root, and stands
+// in no AMD certificate.
+const EmulatedMark = "EMULATED"
+
+// oidAMD prefixes the extensions of VCEK and VLEK (AMD 57230).
+func oidAMD(suffix ...int) asn1.ObjectIdentifier {
+	return append(asn1.ObjectIdentifier{1, 3, 6, 1, 4, 1, 3704, 1}, suffix...)
+}
+
+// leaf is what a VCEK or VLEK says about the processor.
+type leaf struct {
+	cert *x509.Certificate
+	// product is the name up to the first dash ("Milan-B0" is "Milan").
+	product string
+	tcb     contract.TCB
+	// hwid is nil in a VLEK.
+	hwid []byte
+}
+
+func parseLeaf(der []byte) (*leaf, error) {
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, fmt.Errorf("parsing certificate: %w", err)
+	}
+	key, ok := cert.PublicKey.(*ecdsa.PublicKey)
+	if !ok || key.Curve != elliptic.P384() {
+		return nil, errors.New("parsing certificate: key is not ECDSA P-384")
+	}
+	l := &leaf{cert: cert}
+	for _, ext := range cert.Extensions {
+		switch id := ext.Id; {
+		case id.Equal(oidAMD(2)):
+			name, err := ia5(ext.Value)
+			if err != nil {
+				return nil, err
+			}
+			l.product, _, _ = strings.Cut(name, "-")
+		case id.Equal(oidAMD(4)):
+			l.hwid = ext.Value
+		default:
+			if component := l.component(id); component != nil {
+				if *component, err = spl(ext.Value); err != nil {
+					return nil, err
+				}
+			}
+		}
+	}
+	if l.product == "" {
+		return nil, errors.New("parsing certificate: no product name extension")
+	}
+	return l, nil
+}
+
+func (l *leaf) component(id asn1.ObjectIdentifier) *uint8 {
+	for suffix, field := range map[int]*uint8{
+		1: &l.tcb.BootLoader, 2: &l.tcb.TEE, 3: &l.tcb.SNP, 8: &l.tcb.Microcode, 9: &l.tcb.FMC,
+	} {
+		if id.Equal(oidAMD(3, suffix)) {
+			return field
+		}
+	}
+	return nil
+}
+
+func ia5(der []byte) (string, error) {
+	var s string
+	rest, err := asn1.UnmarshalWithParams(der, &s, "ia5")
+	if err != nil || len(rest) > 0 {
+		return "", errors.New("parsing certificate: product name is not an IA5String")
+	}
+	return s, nil
+}
+
+func spl(der []byte) (uint8, error) {
+	var v int
+	rest, err := asn1.Unmarshal(der, &v)
+	if err != nil || len(rest) > 0 || v < 0 || v > 255 {
+		return 0, errors.New("parsing certificate: SPL is not an INTEGER of 0..255")
+	}
+	return uint8(v), nil
+}
+
+// amdRoots returns the pinned ARK of every product, from go-sev-guest.
+func amdRoots() ([]*x509.Certificate, error) {
+	var roots []*x509.Certificate
+	for _, pair := range [][]byte{trust.AskArkMilanVcekBytes, trust.AskArkGenoaVcekBytes, trust.AskArkTurinVcekBytes} {
+		_, rest := pem.Decode(pair) // ASK first, then ARK
+		block, _ := pem.Decode(rest)
+		if block == nil {
+			return nil, errors.New("reading pinned AMD roots: no ARK")
+		}
+		ark, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("reading pinned AMD roots: %w", err)
+		}
+		roots = append(roots, ark)
+	}
+	return roots, nil
+}
+
+// findRoot returns the pinned or allowed root that the supplied ARK is, byte
+// for byte; emulated tells which kind it was.
+func findRoot(ark []byte, extra []*x509.Certificate) (root *x509.Certificate, emulated bool, err error) {
+	pinned, err := amdRoots()
+	if err != nil {
+		return nil, false, err
+	}
+	for _, r := range pinned {
+		if bytes.Equal(r.Raw, ark) {
+			return r, false, nil
+		}
+	}
+	for _, r := range extra {
+		if bytes.Equal(r.Raw, ark) && strings.Contains(r.Subject.CommonName, EmulatedMark) {
+			return r, true, nil
+		}
+	}
+	if cert, err := x509.ParseCertificate(ark); err == nil && strings.Contains(cert.Subject.CommonName, EmulatedMark) {
+		return nil, true, errors.New("the root is an EMULATED one that was not allowed: no silicon stands behind this evidence")
+	}
+	return nil, false, errors.New("the supplied root is not one of AMD's pinned ARKs")
+}
+
+// verifyChain checks leaf ← ASK ← root at a time.
+func verifyChain(l *leaf, ask []byte, root *x509.Certificate, now time.Time) error {
+	middle, err := x509.ParseCertificate(ask)
+	if err != nil {
+		return fmt.Errorf("parsing ASK: %w", err)
+	}
+	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
+	roots.AddCert(root)
+	intermediates.AddCert(middle)
+	_, err = l.cert.Verify(x509.VerifyOptions{
+		Roots: roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
+	})
+	return err
+}

@@ -1,0 +1,235 @@
+package snp_test
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/pem"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/snp"
+	"github.com/confidential-node/agent/firmware/snp/snptest"
+	"github.com/confidential-node/agent/tests/skip"
+)
+
+var now = time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC) //nolint:gochecknoglobals // when the fixtures are valid
+
+// real loads a report captured from hardware with its chain.
+func real(t *testing.T, product string) ([]byte, contract.Endorsements) {
+	t.Helper()
+	dir := filepath.Join("..", "..", "..", "shared", "data", "snp-reports")
+	read := func(name string) []byte {
+		data, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			skip.Missing(t, "real SEV-SNP reports in ../shared/data")
+		}
+		return data
+	}
+	der := func(name string) []byte {
+		block, _ := pem.Decode(read(name))
+		if block == nil {
+			t.Fatalf("%s is not PEM", name)
+		}
+		return block.Bytes
+	}
+	return read(product + ".report.bin"), contract.Endorsements{VCEK: der(product + ".vcek.pem"), ASK: der(product + ".ask.pem"), ARK: der(product + ".ark.pem")}
+}
+
+// expectationsOf takes what a relying party would know from elsewhere.
+func expectationsOf(t *testing.T, report []byte) snp.Expect {
+	t.Helper()
+	r, err := snp.ParseReport(report)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return snp.Expect{ReportData: r.ReportData[:], HostData: r.HostData[:], Measurements: [][]byte{r.Measurement[:]}, Now: now}
+}
+
+func status(t *testing.T, r snp.Result, name string) snp.Status {
+	t.Helper()
+	for _, c := range r.Checks {
+		if c.Name == name {
+			return c.Status
+		}
+	}
+	return ""
+}
+
+func TestRealReportsOfThreeGenerationsHold(t *testing.T) {
+	t.Parallel()
+	for _, product := range []string{"milan", "genoa", "turin"} {
+		t.Run(product, func(t *testing.T) {
+			t.Parallel()
+			report, e := real(t, product)
+			x := expectationsOf(t, report)
+			if product == "milan" {
+				if res := snp.Verify(report, e, x); res.OK() || status(t, res, "product") != snp.Fail {
+					t.Errorf("Milan is accepted without being allowed: %+v", res)
+				}
+				x.AllowMilan = true
+			}
+			if res := snp.Verify(report, e, x); !res.OK() {
+				t.Errorf("fails: %+v", res.Failed())
+			}
+		})
+	}
+}
+
+func TestEveryByteOfARealReportCounts(t *testing.T) {
+	t.Parallel()
+	for _, product := range []string{"milan", "genoa", "turin"} {
+		t.Run(product, func(t *testing.T) {
+			t.Parallel()
+			report, e := real(t, product)
+			x := expectationsOf(t, report)
+			x.AllowMilan = true
+			for i := range report {
+				flipped := slices.Clone(report)
+				flipped[i] ^= 1 << (i % 8)
+				if res := snp.Verify(flipped, e, x); res.OK() {
+					t.Fatalf("bit %d of byte %#x may be flipped", i%8, i)
+				}
+			}
+		})
+	}
+}
+
+func TestEveryByteOfTheChipsCertificateCounts(t *testing.T) {
+	t.Parallel()
+	report, e := real(t, "turin")
+	x := expectationsOf(t, report)
+	for i := range e.VCEK {
+		f := e
+		f.VCEK = slices.Clone(e.VCEK)
+		f.VCEK[i] ^= 1 << (i % 8)
+		if res := snp.Verify(report, f, x); res.OK() {
+			t.Fatalf("bit %d of byte %d of the VCEK may be flipped", i%8, i)
+		}
+	}
+}
+
+// emulated builds a report signed by a chain of our own.
+func emulated(t *testing.T, change func(*snp.Report)) ([]byte, *snptest.Chain, snp.Expect) {
+	t.Helper()
+	tcb := contract.TCB{BootLoader: 10, TEE: 0, SNP: 27, Microcode: 86}
+	chip := bytes.Repeat([]byte{0xC1}, 64)
+	chain, err := snptest.NewChain(snptest.ProductEmulated, tcb, chip, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const genoaTCB = 10 | 27<<48 | 86<<56
+	r := &snp.Report{
+		Version: 3, Policy: 0x30000, SigAlgo: 1, Family: 0x19, Model: 0x11, Stepping: 1,
+		CurrentTCB: genoaTCB, ReportedTCB: genoaTCB, CommittedTCB: genoaTCB, LaunchTCB: genoaTCB,
+		ChipID: [64]byte(chip), Measurement: [48]byte{1}, HostData: [32]byte{2}, ReportData: [64]byte{3},
+		ReportIDMA: [32]byte(bytes.Repeat([]byte{0xFF}, 32)),
+	}
+	want := *r
+	if change != nil {
+		change(r)
+	}
+	report, err := snptest.Sign(r.Marshal(), chain.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return report, chain, snp.Expect{
+		ReportData: want.ReportData[:], HostData: want.HostData[:], Measurements: [][]byte{want.Measurement[:]},
+		EmulatedRoots: []*x509.Certificate{chain.Root}, Now: now,
+	}
+}
+
+func TestAnEmulatedRootHoldsOnlyWhenAllowed(t *testing.T) {
+	t.Parallel()
+	report, chain, x := emulated(t, nil)
+	if res := snp.Verify(report, chain.Endorsements, x); !res.OK() {
+		t.Fatalf("allowed root: %+v", res.Failed())
+	}
+	x.EmulatedRoots = nil
+	res := snp.Verify(report, chain.Endorsements, x)
+	if res.OK() || !strings.Contains(res.Failed().Why, "EMULATED") {
+		t.Errorf("emulated root without permission: %+v", res.Failed())
+	}
+	other, err := snptest.NewChain(snptest.ProductEmulated, contract.TCB{}, make([]byte, 64), now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	x.EmulatedRoots = []*x509.Certificate{other.Root}
+	if res := snp.Verify(report, chain.Endorsements, x); res.OK() {
+		t.Error("an ARK of the same name but another key is accepted")
+	}
+}
+
+func TestEachRuleOfThePolicyRefusesOnItsOwn(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		report func(*snp.Report)
+		expect func(*snp.Expect)
+	}{
+		"signing-key":          {report: func(r *snp.Report) { r.SignerInfo = 1 << 2 }},
+		"chip-id":              {report: func(r *snp.Report) { r.ChipID[0] ^= 1 }},
+		"tcb-binding":          {report: func(r *snp.Report) { r.ReportedTCB-- }},
+		"committed-is-current": {report: func(r *snp.Report) { r.CurrentVersion.Build = 9 }},
+		"vmpl":                 {report: func(r *snp.Report) { r.VMPL = 1 }},
+		"policy-debug":         {report: func(r *snp.Report) { r.Policy |= snp.PolicyDebug }},
+		"policy-migration":     {report: func(r *snp.Report) { r.ReportIDMA[0] = 0 }},
+		"launch-digest":        {report: func(r *snp.Report) { r.Measurement[5]++ }},
+		"host-data":            {report: func(r *snp.Report) { r.HostData[5]++ }},
+		"report-data":          {report: func(r *snp.Report) { r.ReportData[5]++ }},
+		"product":              {report: func(r *snp.Report) { r.Family = 0x17 }},
+		"tcb-floor":            {expect: func(x *snp.Expect) { x.MinTCB.Microcode = 87 }},
+		"chip-allowed":         {expect: func(x *snp.Expect) { x.ChipIDs = [][]byte{make([]byte, 64)} }},
+		"chain":                {expect: func(x *snp.Expect) { x.Now = now.AddDate(2, 0, 0) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			report, chain, x := emulated(t, c.report)
+			if c.expect != nil {
+				c.expect(&x)
+			}
+			res := snp.Verify(report, chain.Endorsements, x)
+			if status(t, res, name) != snp.Fail {
+				t.Errorf("check %s is %q: %+v", name, status(t, res, name), res.Checks)
+			}
+			for _, check := range res.Checks {
+				if check.Status == snp.Fail && check.Why == "" {
+					t.Errorf("check %s says no reason", check.Name)
+				}
+			}
+		})
+	}
+}
+
+func TestNothingExpectedIsNotEverythingAccepted(t *testing.T) {
+	t.Parallel()
+	report, chain, x := emulated(t, nil)
+	res := snp.Verify(report, chain.Endorsements, snp.Expect{EmulatedRoots: x.EmulatedRoots, Now: now})
+	for _, name := range []string{"launch-digest", "host-data", "report-data"} {
+		if status(t, res, name) != snp.Fail {
+			t.Errorf("%s passes without an expectation", name)
+		}
+	}
+}
+
+func TestReportsRoundTrip(t *testing.T) {
+	t.Parallel()
+	report, _, _ := emulated(t, func(r *snp.Report) { r.Version = 5; r.LaunchMitigations = 7; r.CurrentMitigations = 9 })
+	r, err := snp.ParseReport(report)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(r.Marshal(), report) || r.CurrentMitigations != 9 {
+		t.Error("report changes on the way")
+	}
+}
+
+func FuzzVerify(f *testing.F) {
+	f.Add(make([]byte, snp.ReportSize), []byte{0x30, 0}, []byte{0x30, 0}, []byte{0x30, 0})
+	f.Fuzz(func(_ *testing.T, report, vcek, ask, ark []byte) {
+		snp.Verify(report, contract.Endorsements{VCEK: vcek, ASK: ask, ARK: ark}, snp.Expect{Now: now})
+	})
+}

@@ -1,0 +1,110 @@
+// Package verify judges a whole evidence bundle: it derives what the report
+// must contain from the verifier's own expectations, lets firmware/snp judge
+// the report, and adds what only the bundle can tell: the workload image and
+// the guest image's defences. It is what `nodeagent verify` and the tenant's
+// tool share.
+//
+// Pure; nothing in a bundle is ever a source of expectations.
+package verify
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/hex"
+	"fmt"
+	"time"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/snp"
+)
+
+// Expectations are the verifier's own. The zero value of a field is strict.
+type Expectations struct {
+	// Image is the workload, REF@sha256:DIGEST. Empty fails.
+	Image string
+	// Digests are the acceptable launch digests, 48 bytes each.
+	Digests [][]byte
+	// Nonce is the verifier's own.
+	Nonce []byte
+	// SPKI is the key of the TLS connection the bundle came over; nil when it
+	// came another way.
+	SPKI []byte
+	// MinTCB is the floor, component by component.
+	MinTCB contract.TCB
+	// TrustedImage is an image.json the verifier trusts; nil when there is
+	// none, and then nothing is known of the image's defences.
+	TrustedImage *contract.ImageDescription
+	// AllowDevelopmentImage accepts an image without AML defence, or one
+	// nothing is known of.
+	AllowDevelopmentImage bool
+	// AllowMilan and EmulatedRoots as in snp.Expect.
+	AllowMilan    bool
+	EmulatedRoots []*x509.Certificate
+	// Now is when the certificates must be valid.
+	Now time.Time
+}
+
+// Bundle judges the bytes of a contract.Evidence.
+func Bundle(data []byte, x Expectations) snp.Result {
+	var res snp.Result
+	e, err := contract.ParseEvidence(data)
+	if err != nil {
+		res.Add("bundle", false, "", "", "", err.Error()+"; this is not evidence")
+		return res
+	}
+	res.Add("bundle", true, "", "", "an evidence bundle", "")
+	res.Add("nonce", len(x.Nonce) > 0 && bytes.Equal(x.Nonce, e.Nonce), hex.EncodeToString(x.Nonce), hex.EncodeToString(e.Nonce),
+		"answers your challenge", "answers another challenge than yours")
+	if x.SPKI != nil {
+		res.Add("tls-key", bytes.Equal(x.SPKI, e.TLSSPKI), "", "", "the connection ends inside this guest", "the connection ends somewhere else than in this guest")
+	}
+	hostData := contract.HostData(e.Manifest)
+	reportData := contract.EvidenceReportData(x.Nonce, e.TLSSPKI, e.ResultKey, e.GPUEvidence)
+	report := snp.Verify(e.Report, e.Endorsements, snp.Expect{
+		ReportData: reportData[:], HostData: hostData[:], Measurements: x.Digests, MinTCB: x.MinTCB,
+		AllowMilan: x.AllowMilan, EmulatedRoots: x.EmulatedRoots, Now: x.Now,
+	})
+	res.Checks = append(res.Checks, report.Checks...)
+	manifest(&res, e, x)
+	guestImage(&res, e, x)
+	return res
+}
+
+// manifest checks the workload; that the manifest is the launch's is the
+// report's check "host-data".
+func manifest(res *snp.Result, e *contract.Evidence, x Expectations) {
+	m, err := contract.ParseManifest(e.Manifest)
+	if err != nil {
+		res.Add("manifest", false, "", "", "", err.Error())
+		return
+	}
+	res.Add("manifest", true, "", m.LaunchID, "a manifest in canonical form, launch "+m.LaunchID, "")
+	res.Add("workload-image", x.Image != "" && m.Image == x.Image, x.Image, m.Image, "runs the expected workload image", "runs another workload image")
+	if m.GPU == nil {
+		res.Add("gpu-evidence", len(e.GPUEvidence) == 0, "", "", "the manifest asks for no GPU and there is no GPU evidence", "there is GPU evidence although the manifest asks for no GPU")
+		return
+	}
+	res.Add("gpu-evidence", false, fmt.Sprintf("%d × %s", m.GPU.Count, m.GPU.Model), "", "", "this version cannot judge GPU evidence; use one that can")
+}
+
+// guestImage needs a description from the verifier: the bundle's own copy is
+// the host's word.
+func guestImage(res *snp.Result, e *contract.Evidence, x Expectations) {
+	const name = "aml-defence"
+	switch t := x.TrustedImage; {
+	case t != nil && t.AMLDefence && describes(t, e.Boot):
+		res.Add(name, true, "", t.Name, "the guest image is immune to ACPI code from the host", "")
+	case x.AllowDevelopmentImage:
+		res.Checks = append(res.Checks, snp.Check{Name: name, Status: snp.Skip, Why: "NOT checked, allowed by you: ACPI code from the host could read the guest's memory"})
+	case t == nil:
+		res.Add(name, false, "", "", "", "nothing is known of the guest image's defence against ACPI code from the host; give an image.json you trust, or --allow-development-image")
+	case !t.AMLDefence:
+		res.Add(name, false, "true", "false", "", "the guest image has no defence against ACPI code from the host; use an image that has, or --allow-development-image")
+	default:
+		res.Add(name, false, t.Initrd.SHA256, e.Boot.InitrdSHA256, "", "the image.json you gave describes other files than the guest was started from")
+	}
+}
+
+func describes(d *contract.ImageDescription, b contract.BootComponents) bool {
+	return d.Firmware.SHA256 == b.FirmwareSHA256 && d.Kernel.SHA256 == b.KernelSHA256 && d.Initrd.SHA256 == b.InitrdSHA256 && d.Cmdline == b.Cmdline
+}

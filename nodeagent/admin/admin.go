@@ -1,0 +1,151 @@
+// Package admin is the agent's local door: HTTP over a unix socket that only
+// root can open (0600), used by the agent's own verbs. It owns the socket,
+// answers from snapshots, and changes nothing. A Server may be used from many
+// goroutines; Run ends when its context does.
+package admin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"syscall"
+	"time"
+
+	"github.com/confidential-node/agent/nodeagent/output"
+)
+
+// SocketName is the socket's name in the run directory.
+const SocketName = "agent.sock"
+
+// ErrUnreachable means that no agent answers on the socket.
+var ErrUnreachable = errors.New("agent unreachable")
+
+// maxReplyBytes bounds what a client reads.
+const maxReplyBytes = 8 << 20
+
+// Status is the answer of `nodeagent status`.
+type Status struct {
+	output.Header
+	HostID       string    `json:"host_id"`
+	Version      string    `json:"version"`
+	Emulated     bool      `json:"emulated"`
+	TEE          string    `json:"tee"`
+	StartedAt    time.Time `json:"started_at"`
+	Cordoned     bool      `json:"cordoned"`
+	CordonReason string    `json:"cordon_reason,omitempty"`
+	IssuerEpoch  uint64    `json:"issuer_epoch"`
+	Outbox       int       `json:"outbox"`
+	Control      Control   `json:"control"`
+	Hypervisor   string    `json:"hypervisor"`
+	Guests       []Guest   `json:"guests"`
+	// Warnings are findings that need an operator, each with its remedy.
+	Warnings []string `json:"warnings"`
+}
+
+// Control is the state of the link to the control plane.
+type Control struct {
+	Connected bool   `json:"connected"`
+	Server    string `json:"server,omitempty"`
+	// LastRoundTrip is when the server last confirmed something; zero means
+	// never since the agent started.
+	LastRoundTrip time.Time `json:"last_round_trip"`
+	LastError     string    `json:"last_error,omitempty"`
+}
+
+// Guest is one guest as the agent knows it.
+type Guest struct {
+	ID         string    `json:"id"`
+	Generation uint64    `json:"generation"`
+	Status     string    `json:"status"`
+	GuestPhase string    `json:"guest_phase,omitempty"`
+	Since      time.Time `json:"since"`
+	VCPUs      int       `json:"vcpus"`
+	MemoryMiB  uint64    `json:"memory_mib"`
+	Reason     string    `json:"reason,omitempty"`
+}
+
+// Server answers on the socket.
+type Server struct {
+	path   string
+	status func(context.Context) (Status, error)
+}
+
+// New returns a server that will listen on path.
+func New(path string, status func(context.Context) (Status, error)) *Server {
+	return &Server{path, status}
+}
+
+// Run listens until ctx ends. A socket left over by a dead agent is replaced;
+// the store's lock already excludes a second live one.
+func (s *Server) Run(ctx context.Context) error {
+	if err := os.Remove(s.path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("replacing admin socket: %w", err)
+	}
+	listener, err := (&net.ListenConfig{}).Listen(ctx, "unix", s.path)
+	if err != nil {
+		return fmt.Errorf("listening on admin socket: %w", err)
+	}
+	if err := os.Chmod(s.path, 0o600); err != nil {
+		return errors.Join(fmt.Errorf("closing admin socket to others: %w", err), listener.Close())
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
+		status, err := s.status(r.Context())
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(status)
+	})
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 8 << 10}
+	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
+	defer stop()
+	if err := server.Serve(listener); ctx.Err() == nil {
+		return fmt.Errorf("serving admin socket: %w", err)
+	}
+	return nil
+}
+
+// FetchStatus asks the agent behind the socket. An error wraps ErrUnreachable
+// when nobody answers.
+func FetchStatus(ctx context.Context, socket string) (Status, error) {
+	client := &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		},
+		DisableKeepAlives: true,
+	}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent/v1/status", http.NoBody)
+	if err != nil {
+		return Status{}, err
+	}
+	resp, err := client.Do(req)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return Status{}, fmt.Errorf("%w: nothing listens on %s; is nodeagent running? (systemctl status nodeagent, or --socket)", ErrUnreachable, socket)
+	}
+	if errors.Is(err, os.ErrPermission) {
+		return Status{}, fmt.Errorf("%w: no permission to open %s; run as root", ErrUnreachable, socket)
+	}
+	if err != nil {
+		return Status{}, fmt.Errorf("%w: %w", ErrUnreachable, err)
+	}
+	defer resp.Body.Close() //nolint:errcheck // read only
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxReplyBytes))
+	if err != nil {
+		return Status{}, fmt.Errorf("reading status: %w", err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return Status{}, fmt.Errorf("asking for status: %s", body)
+	}
+	var status Status
+	if err := json.Unmarshal(body, &status); err != nil {
+		return Status{}, fmt.Errorf("reading status: %w", err)
+	}
+	return status, nil
+}

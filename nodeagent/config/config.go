@@ -1,0 +1,307 @@
+// Package config reads the agent's TOML configuration: one file plus the
+// drop-ins in conf.d beside it, later files overriding earlier ones key by
+// key. It is strict: an unknown key, a wrong type or a value out of range is
+// an error that names file, line and key, and nothing is started.
+//
+// The package only reads files; it starts and creates nothing. A Config is a
+// plain value, read once at start and not changed afterwards.
+package config
+
+import (
+	"bytes"
+	"crypto/ed25519"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// maxFileBytes bounds one configuration file.
+const maxFileBytes = 1 << 20
+
+// TEEs a configuration may name.
+const (
+	TEESNP      = "sev-snp"
+	TEEEmulated = "emulated" // builds with the tag "emulated" only
+)
+
+// Config is the agent's whole configuration. Defaults stand at the fields.
+type Config struct {
+	// HostID names this host to the control plane: 1 to 64 of [a-z0-9-].
+	// Required.
+	HostID string `toml:"host_id"`
+	// TEE is "sev-snp" (default) or "emulated".
+	TEE string `toml:"tee"`
+	// StateDir holds the agent's store, 0700. Default /var/lib/nodeagent.
+	StateDir string `toml:"state_dir"`
+	// RunDir holds sockets and the guests' boot copies, 0711. Default
+	// /run/nodeagent.
+	RunDir string `toml:"run_dir"`
+	// CacheDir holds ciphertext, 0711. Default /var/cache/nodeagent.
+	CacheDir string `toml:"cache_dir"`
+	// ImageDirs are folders of guest images, each with an image.json.
+	// Default ["/usr/share/nodeagent/images"].
+	ImageDirs []string `toml:"image_dirs"`
+	// EndorsementsDir holds vcek.der, ask.der, ark.der and optionally
+	// crl.der, handed to guests as hints. Default
+	// /var/lib/nodeagent/endorsements.
+	EndorsementsDir string `toml:"endorsements_dir"`
+
+	Control  Control  `toml:"control"`
+	Libvirt  Libvirt  `toml:"libvirt"`
+	Network  Network  `toml:"network"`
+	Policy   Policy   `toml:"policy"`
+	Blob     Blob     `toml:"blob"`
+	Emulated Emulated `toml:"emulated"`
+}
+
+// Control is the link to the control plane.
+type Control struct {
+	// Servers are NATS URLs, tls://host:port, tried in turn. Required.
+	Servers []string `toml:"servers"`
+	// CAFile is the PEM of the CA that issued the servers' certificates; the
+	// system's roots are not used. Required.
+	CAFile string `toml:"ca_file"`
+	// CredsFile holds the host's JWT and nkey seed, mode 0600. Required.
+	CredsFile string `toml:"creds_file"`
+	// IssuerKeys are the Ed25519 keys (standard base64 of 32 bytes) whose
+	// commands are carried out. Required.
+	IssuerKeys []string `toml:"issuer_keys"`
+	// Heartbeat is the interval between heartbeats, 1s to 10m. Default 30s.
+	Heartbeat Duration `toml:"heartbeat"`
+	// DeadMan is how long without a confirmed round trip before the
+	// connection is dropped and dialled anew, 5s to 1h. Default 5m.
+	DeadMan Duration `toml:"dead_man"`
+}
+
+// Libvirt is the hypervisor.
+type Libvirt struct {
+	// URI of the driver. Default qemu:///system.
+	URI string `toml:"uri"`
+	// QEMUUser owns the taps and may open the guests' files. Default
+	// libvirt-qemu.
+	QEMUUser string `toml:"qemu_user"`
+}
+
+// Network is what guests may reach.
+type Network struct {
+	// GuestCIDR is cut into one /30 per guest. Default 10.213.0.0/16.
+	GuestCIDR netip.Prefix `toml:"guest_cidr"`
+	// AllowPrivateEgress are private ranges guests may reach all the same.
+	// Default none.
+	AllowPrivateEgress []netip.Prefix `toml:"allow_private_egress"`
+	// PublishedPorts is the range of host ports guests' ports are published
+	// on, "first-last". Default 20000-29999.
+	PublishedPorts PortRange `toml:"published_ports"`
+	// DNS servers handed to guests. Default none.
+	DNS []netip.Addr `toml:"dns"`
+}
+
+// Policy bounds what the control plane may ask for. It can never exceed it.
+type Policy struct {
+	// MaxGuests at a time, 1 to 1000. Default 16.
+	MaxGuests int `toml:"max_guests"`
+	// MaxVCPUs of one guest, 1 to 512. Default 64.
+	MaxVCPUs int `toml:"max_vcpus"`
+	// MaxMemoryMiB of one guest. Default 1048576 (1 TiB).
+	MaxMemoryMiB uint64 `toml:"max_memory_mib"`
+	// ReserveMemoryMiB is kept for the host. Default 4096.
+	ReserveMemoryMiB uint64 `toml:"reserve_memory_mib"`
+	// CPUModels guests may ask for. Default ["EPYC-v4"].
+	CPUModels []string `toml:"cpu_models"`
+	// StartTimeout bounds acceptance to "running". Default 15m.
+	StartTimeout Duration `toml:"start_timeout"`
+	// RunTimeout bounds "running" to the end. Default 720h.
+	RunTimeout Duration `toml:"run_timeout"`
+	// ResultsQuota bounds the bytes of one guest's results. Default 5 GiB,
+	// the most one presigned PUT can carry.
+	ResultsQuota int64 `toml:"results_quota"`
+}
+
+// Blob is how ciphertext is fetched and kept.
+type Blob struct {
+	// MaxBytes bounds the cache. Default 1 TiB.
+	MaxBytes int64 `toml:"max_bytes"`
+	// Parts fetched at a time for one blob, 1 to 64. Default 8.
+	Parts int `toml:"parts"`
+	// CAFile adds a CA for object stores to the system's roots. Default none.
+	CAFile string `toml:"ca_file"`
+}
+
+// Emulated configures the emulated TEE.
+type Emulated struct {
+	// PSPSocket is the unix socket of the process that plays the PSP.
+	PSPSocket string `toml:"psp_socket"`
+}
+
+// Duration is a time.Duration written as in Go: "90s", "5m".
+type Duration time.Duration
+
+// UnmarshalText parses a duration.
+func (d *Duration) UnmarshalText(text []byte) error {
+	v, err := time.ParseDuration(string(text))
+	*d = Duration(v)
+	return err
+}
+
+// PortRange is an inclusive range of TCP ports.
+type PortRange struct{ First, Last uint16 }
+
+// UnmarshalText parses "first-last".
+func (r *PortRange) UnmarshalText(text []byte) error {
+	first, last, ok := strings.Cut(string(text), "-")
+	a, errA := strconv.ParseUint(first, 10, 16)
+	b, errB := strconv.ParseUint(last, 10, 16)
+	if !ok || errA != nil || errB != nil || a == 0 || a > b {
+		return fmt.Errorf("port range %q is not first-last", text)
+	}
+	r.First, r.Last = uint16(a), uint16(b)
+	return nil
+}
+
+// Default is the configuration before any file.
+func Default() Config {
+	return Config{
+		TEE:             TEESNP,
+		StateDir:        "/var/lib/nodeagent",
+		RunDir:          "/run/nodeagent",
+		CacheDir:        "/var/cache/nodeagent",
+		ImageDirs:       []string{"/usr/share/nodeagent/images"},
+		EndorsementsDir: "/var/lib/nodeagent/endorsements",
+		Control:         Control{Heartbeat: Duration(30 * time.Second), DeadMan: Duration(5 * time.Minute)},
+		Libvirt:         Libvirt{URI: "qemu:///system", QEMUUser: "libvirt-qemu"},
+		Network: Network{
+			GuestCIDR:      netip.MustParsePrefix("10.213.0.0/16"),
+			PublishedPorts: PortRange{20000, 29999},
+		},
+		Policy: Policy{
+			MaxGuests: 16, MaxVCPUs: 64, MaxMemoryMiB: 1 << 20, ReserveMemoryMiB: 4096,
+			CPUModels:    []string{"EPYC-v4"},
+			StartTimeout: Duration(15 * time.Minute), RunTimeout: Duration(720 * time.Hour),
+			ResultsQuota: 5 << 30,
+		},
+		Blob: Blob{MaxBytes: 1 << 40, Parts: 8},
+	}
+}
+
+// Load reads path and the *.toml files of conf.d beside it in name order,
+// and validates the result.
+func Load(path string) (Config, error) {
+	cfg := Default()
+	files := []string{path}
+	dropIns, err := filepath.Glob(filepath.Join(filepath.Dir(path), "conf.d", "*.toml"))
+	if err != nil {
+		return Config{}, fmt.Errorf("listing drop-ins of %s: %w", path, err)
+	}
+	slices.Sort(dropIns)
+	for _, name := range append(files, dropIns...) {
+		if err := loadFile(name, &cfg); err != nil {
+			return Config{}, err
+		}
+	}
+	if err := cfg.Validate(); err != nil {
+		return Config{}, fmt.Errorf("configuration %s: %w", path, err)
+	}
+	return cfg, nil
+}
+
+func loadFile(name string, cfg *Config) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return fmt.Errorf("reading configuration: %w", err)
+	}
+	defer f.Close() //nolint:errcheck // read only
+	data, err := io.ReadAll(io.LimitReader(f, maxFileBytes+1))
+	if err != nil {
+		return fmt.Errorf("reading configuration: %w", err)
+	}
+	if len(data) > maxFileBytes {
+		return fmt.Errorf("reading configuration: %s is larger than %d bytes", name, maxFileBytes)
+	}
+	return parse(name, data, cfg)
+}
+
+// parse decodes one file over cfg.
+func parse(name string, data []byte, cfg *Config) error {
+	err := toml.NewDecoder(bytes.NewReader(data)).DisallowUnknownFields().Decode(cfg)
+	if missing, ok := errors.AsType[*toml.StrictMissingError](err); ok {
+		var errs []error
+		for _, e := range missing.Errors {
+			line, _ := e.Position()
+			errs = append(errs, fmt.Errorf("%s:%d: unknown key %q", name, line, strings.Join(e.Key(), ".")))
+		}
+		return errors.Join(errs...)
+	}
+	if decode, ok := errors.AsType[*toml.DecodeError](err); ok {
+		line, column := decode.Position()
+		return fmt.Errorf("%s:%d:%d: key %q: %w", name, line, column, strings.Join(decode.Key(), "."), err)
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}
+
+// Validate checks every range stated at the fields.
+func (c *Config) Validate() error {
+	var errs []error
+	check := func(ok bool, format string, args ...any) {
+		if !ok {
+			errs = append(errs, fmt.Errorf(format, args...))
+		}
+	}
+	within := func(d Duration, lo, hi time.Duration) bool { return time.Duration(d) >= lo && time.Duration(d) <= hi }
+	check(regexp.MustCompile(`^[a-z0-9-]{1,64}$`).MatchString(c.HostID), "host_id %q is not 1 to 64 of [a-z0-9-]", c.HostID)
+	check(c.TEE == TEESNP || c.TEE == TEEEmulated, "tee %q is neither %q nor %q", c.TEE, TEESNP, TEEEmulated)
+	check((c.TEE == TEEEmulated) == (c.Emulated.PSPSocket != ""), "emulated.psp_socket belongs to tee = %q, and is required there", TEEEmulated)
+	for key, dir := range map[string]string{"state_dir": c.StateDir, "run_dir": c.RunDir, "cache_dir": c.CacheDir, "endorsements_dir": c.EndorsementsDir} {
+		check(filepath.IsAbs(dir), "%s %q is not an absolute path", key, dir)
+	}
+	check(len(c.ImageDirs) > 0, "image_dirs is empty")
+	check(len(c.Control.Servers) > 0, "control.servers is empty")
+	for _, s := range c.Control.Servers {
+		check(strings.HasPrefix(s, "tls://"), "control.servers: %q is not tls://host:port", s)
+	}
+	check(c.Control.CAFile != "" && c.Control.CredsFile != "", "control.ca_file and control.creds_file are required")
+	if _, err := c.Issuers(); err != nil {
+		errs = append(errs, err)
+	}
+	check(within(c.Control.Heartbeat, time.Second, 10*time.Minute), "control.heartbeat is not within 1s..10m")
+	check(within(c.Control.DeadMan, 5*time.Second, time.Hour), "control.dead_man is not within 5s..1h")
+	check(c.Network.GuestCIDR.Addr().Is4() && c.Network.GuestCIDR.Bits() <= 28, "network.guest_cidr %s is not IPv4 of /28 or wider", c.Network.GuestCIDR)
+	check(c.Policy.MaxGuests >= 1 && c.Policy.MaxGuests <= 1000, "policy.max_guests is not within 1..1000")
+	check(c.Policy.MaxVCPUs >= 1 && c.Policy.MaxVCPUs <= 512, "policy.max_vcpus is not within 1..512")
+	check(c.Policy.MaxMemoryMiB >= 256, "policy.max_memory_mib is below 256")
+	check(len(c.Policy.CPUModels) > 0, "policy.cpu_models is empty")
+	check(within(c.Policy.StartTimeout, time.Second, 24*time.Hour), "policy.start_timeout is not within 1s..24h")
+	check(within(c.Policy.RunTimeout, time.Second, 365*24*time.Hour), "policy.run_timeout is not within 1s..1y")
+	check(c.Policy.ResultsQuota > 0, "policy.results_quota is not positive")
+	check(c.Blob.MaxBytes > 0 && c.Blob.Parts >= 1 && c.Blob.Parts <= 64, "blob.max_bytes must be positive and blob.parts within 1..64")
+	return errors.Join(errs...)
+}
+
+// Issuers decodes control.issuer_keys.
+func (c *Config) Issuers() ([]ed25519.PublicKey, error) {
+	var keys []ed25519.PublicKey
+	for _, s := range c.Control.IssuerKeys {
+		raw, err := base64.StdEncoding.DecodeString(s)
+		if err != nil || len(raw) != ed25519.PublicKeySize {
+			return nil, fmt.Errorf("control.issuer_keys: %q is not base64 of 32 bytes", s)
+		}
+		keys = append(keys, raw)
+	}
+	if len(keys) == 0 {
+		return nil, errors.New("control.issuer_keys is empty: no command could ever be believed")
+	}
+	return keys, nil
+}

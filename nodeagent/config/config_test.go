@@ -1,0 +1,100 @@
+package config
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+const minimal = `
+host_id = "host-1"
+[control]
+servers = ["tls://nats.example:4222"]
+ca_file = "/etc/nodeagent/ca.pem"
+creds_file = "/etc/nodeagent/host.creds"
+issuer_keys = ["AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="]
+`
+
+func write(t *testing.T, dir, name, text string) string {
+	t.Helper()
+	path := filepath.Join(dir, name)
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestDropInsOverrideKeyByKey(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path := write(t, dir, "agent.toml", minimal)
+	write(t, dir, "conf.d/10-a.toml", "[policy]\nmax_guests = 3\nstart_timeout = \"90s\"\n")
+	write(t, dir, "conf.d/20-b.toml", "[policy]\nmax_guests = 4\n[network]\npublished_ports = \"100-200\"\n")
+	cfg, err := Load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cfg.Policy.MaxGuests != 4 || time.Duration(cfg.Policy.StartTimeout) != 90*time.Second || cfg.Network.PublishedPorts != (PortRange{100, 200}) {
+		t.Errorf("merged policy is %+v, ports %+v", cfg.Policy, cfg.Network.PublishedPorts)
+	}
+	if cfg.HostID != "host-1" || cfg.TEE != TEESNP || cfg.RunDir != "/run/nodeagent" {
+		t.Errorf("defaults or base file lost: %+v", cfg)
+	}
+}
+
+func TestBadConfigurationNamesFileLineAndKey(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct{ text, want string }{
+		"unknown key":         {minimal + "colour = 1\n", `agent.toml:8: unknown key "control.colour"`},
+		"unknown table":       {minimal + "[nosuch]\nx = 1\n", `unknown key "nosuch`},
+		"wrong type":          {minimal + "[policy]\nmax_guests = \"many\"\n", `agent.toml:9:`},
+		"syntax":              {minimal + "= 3\n", "agent.toml:8:"},
+		"bad duration":        {minimal + "[policy]\nstart_timeout = \"soon\"\n", "soon"},
+		"bad port range":      {minimal + "[network]\npublished_ports = \"9-1\"\n", "not first-last"},
+		"host id":             {strings.Replace(minimal, "host-1", "Host 1", 1), "host_id"},
+		"no issuer":           {strings.Replace(minimal, `"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="`, "", 1), "issuer_keys is empty"},
+		"short issuer":        {strings.Replace(minimal, "AAAAAAAA", "", 1), "not base64 of 32 bytes"},
+		"plain text link":     {strings.Replace(minimal, "tls://", "nats://", 1), "not tls://"},
+		"psp without tee":     {minimal + "[emulated]\npsp_socket = \"/x\"\n", "emulated.psp_socket"},
+		"tee without psp":     {"tee = \"emulated\"\n" + minimal, "emulated.psp_socket"},
+		"unknown tee":         {"tee = \"tdx\"\n" + minimal, `tee "tdx"`},
+		"relative directory":  {"state_dir = \"x\"\n" + minimal, "state_dir"},
+		"guest range too wee": {minimal + "[network]\nguest_cidr = \"10.0.0.0/30\"\n", "guest_cidr"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			_, err := Load(write(t, t.TempDir(), "agent.toml", c.text))
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("error is %v, want it to contain %q", err, c.want)
+			}
+		})
+	}
+}
+
+func TestOversizeAndMissingFilesAreRefused(t *testing.T) {
+	t.Parallel()
+	big := write(t, t.TempDir(), "agent.toml", string(bytes.Repeat([]byte("#\n"), maxFileBytes)))
+	if _, err := Load(big); err == nil || !strings.Contains(err.Error(), "larger than") {
+		t.Errorf("oversize: %v", err)
+	}
+	if _, err := Load(filepath.Join(t.TempDir(), "none.toml")); err == nil {
+		t.Error("a missing file is accepted")
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(minimal))
+	f.Add([]byte("[policy]\nmax_guests = 1e9"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		cfg := Default()
+		if parse("fuzz.toml", data, &cfg) == nil {
+			_ = cfg.Validate()
+		}
+	})
+}

@@ -1,0 +1,85 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"path/filepath"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/confidential-node/agent/nodeagent/admin"
+	"github.com/confidential-node/agent/nodeagent/config"
+	"github.com/confidential-node/agent/nodeagent/output"
+)
+
+func newStatusCommand() *cobra.Command {
+	var format output.Format
+	var socket string
+	var timeout time.Duration
+	cmd := &cobra.Command{
+		Use: "status", Short: "Show the running agent, its link and its guests", Args: exactArgs(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ctx, cancel := context.WithTimeout(cmd.Context(), timeout)
+			defer cancel()
+			status, err := admin.FetchStatus(ctx, socket)
+			if err != nil {
+				return err
+			}
+			return format.Print(cmd.OutOrStdout(), status, func(w io.Writer) error { return printStatus(w, status, time.Now()) })
+		},
+	}
+	cmd.Flags().VarP(&format, "output", "o", "how to print")
+	cmd.Flags().StringVar(&socket, "socket", filepath.Join(config.Default().RunDir, admin.SocketName), "the agent's admin socket")
+	cmd.Flags().DurationVar(&timeout, "timeout", 10*time.Second, "how long to wait for the answer")
+	return cmd
+}
+
+func printStatus(out io.Writer, s admin.Status, now time.Time) error {
+	link := "not connected"
+	if s.Control.Connected {
+		link = "connected to " + s.Control.Server
+	}
+	confirmed := "never"
+	if !s.Control.LastRoundTrip.IsZero() {
+		confirmed = now.Sub(s.Control.LastRoundTrip).Round(time.Second).String() + " ago"
+	}
+	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
+	fmt.Fprintf(w, "host\t%s\n", s.HostID)
+	fmt.Fprintf(w, "agent\t%s, up %s\n", s.Version, now.Sub(s.StartedAt).Round(time.Second))
+	tee := s.TEE
+	if s.Emulated {
+		tee += " (EMULATED BUILD)"
+	}
+	fmt.Fprintf(w, "tee\t%s\n", tee)
+	fmt.Fprintf(w, "control\t%s, last confirmed round trip %s\n", link, confirmed)
+	if s.Control.LastError != "" {
+		fmt.Fprintf(w, "\tlast error: %s\n", s.Control.LastError)
+	}
+	epoch := fmt.Sprint(s.IssuerEpoch)
+	if s.IssuerEpoch == 0 {
+		epoch = "none yet: waiting for the control plane to open one"
+	}
+	fmt.Fprintf(w, "epoch\t%s\n", epoch)
+	fmt.Fprintf(w, "hypervisor\t%s\n", s.Hypervisor)
+	admission := "open"
+	if s.Cordoned {
+		admission = "closed: " + s.CordonReason
+	}
+	fmt.Fprintf(w, "admission\t%s\n", admission)
+	fmt.Fprintf(w, "outbox\t%d events waiting\n", s.Outbox)
+	fmt.Fprintf(w, "guests\t%d\n", len(s.Guests))
+	for _, warning := range s.Warnings {
+		fmt.Fprintf(w, "warning\t%s\n", warning)
+	}
+	if len(s.Guests) > 0 {
+		fmt.Fprintf(w, "\nGUEST\tGEN\tSTATUS\tPHASE\tFOR\tVCPUS\tMEMORY\tREASON\n")
+	}
+	for _, g := range s.Guests {
+		fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%d\t%d MiB\t%s\n", g.ID, g.Generation, g.Status, g.GuestPhase,
+			now.Sub(g.Since).Round(time.Second), g.VCPUs, g.MemoryMiB, g.Reason)
+	}
+	return w.Flush()
+}

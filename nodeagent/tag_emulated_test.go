@@ -1,0 +1,5 @@
+//go:build emulated
+
+package main
+
+const emulatedTag = true

@@ -1,0 +1,94 @@
+package packaging_test
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/confidential-node/agent/nodeagent/config"
+)
+
+func TestSampleConfigurationLoadsAndEqualsTheDefaults(t *testing.T) {
+	t.Parallel()
+	cfg, err := config.Load("agent.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := config.Default()
+	want.HostID, want.Control.Servers, want.Control.CAFile = cfg.HostID, cfg.Control.Servers, cfg.Control.CAFile
+	want.Control.CredsFile, want.Control.IssuerKeys = cfg.Control.CredsFile, cfg.Control.IssuerKeys
+	if !reflect.DeepEqual(cfg, want) {
+		t.Errorf("sample sets more than the required keys:\n got %+v\nwant %+v", cfg, want)
+	}
+}
+
+// The commented lines are what people copy: they must be keys that exist,
+// with the values that hold without them.
+func TestCommentedKeysOfTheSampleAreTheDefaults(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("agent.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	uncommented := regexp.MustCompile(`(?m)^# ([a-z_]+ = )`).ReplaceAll(text, []byte("$1"))
+	if bytes.Equal(text, uncommented) {
+		t.Fatal("no commented keys found")
+	}
+	path := filepath.Join(t.TempDir(), "agent.toml")
+	if err := os.WriteFile(path, uncommented, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sample, err := config.Load("agent.toml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	full, err := config.Load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// An empty list and an absent one mean the same.
+	full.Network.AllowPrivateEgress, full.Network.DNS = nil, nil
+	if !reflect.DeepEqual(full, sample) {
+		t.Errorf("commented values are not the defaults:\n got %+v\nwant %+v", full, sample)
+	}
+	// Every key of the struct except the emulated TEE's is shown.
+	var missing []string
+	collectKeys(reflect.TypeFor[config.Config](), func(key string) {
+		if !bytes.Contains(text, []byte(key+" = ")) && !bytes.Contains(text, []byte("["+key+"]")) && key != "emulated" && key != "psp_socket" {
+			missing = append(missing, key)
+		}
+	})
+	if len(missing) > 0 {
+		t.Errorf("sample lacks %s", strings.Join(missing, ", "))
+	}
+}
+
+func collectKeys(typ reflect.Type, visit func(string)) {
+	for field := range typ.Fields() {
+		key := field.Tag.Get("toml")
+		if key == "" {
+			continue
+		}
+		visit(key)
+		if field.Type.Kind() == reflect.Struct {
+			collectKeys(field.Type, visit)
+		}
+	}
+}
+
+func TestUnitKeepsGuestsAliveAndStateClosed(t *testing.T) {
+	t.Parallel()
+	unit, err := os.ReadFile("nodeagent.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{"KillMode=process", "Type=notify", "StateDirectoryMode=0700", "RuntimeDirectoryMode=0711", "LimitCORE=0"} {
+		if !bytes.Contains(unit, []byte("\n"+line+"\n")) {
+			t.Errorf("unit lacks %s", line)
+		}
+	}
+}

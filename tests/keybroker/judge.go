@@ -1,0 +1,164 @@
+package keybroker
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/hex"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/snp"
+	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
+)
+
+// remedy tells the reader of a refusal what to do about a failed check of
+// package snp.
+func remedy(check string) string {
+	switch check {
+	case "launch-digest":
+		return "boot exactly the firmware, kernel, initrd, command line, vCPU count and CPU model that were registered, or register the digest of these"
+	case "host-data":
+		return "launch with the manifest that was registered; its SHA-256 is HOST_DATA"
+	case "report-data":
+		return "get a fresh report over this session's nonce and the key sent with it"
+	case "root", "chain":
+		return "use a processor whose key AMD has signed; emulated roots count only where the broker was started with --allow-emulated-root"
+	case "tcb-floor", "tcb-binding", "committed-is-current":
+		return "update the host's firmware and microcode and commit it, or let the tenant lower the floor knowingly"
+	case "policy-debug", "policy-migration":
+		return "launch with a guest policy that forbids debugging and migration"
+	case "product":
+		return "use a host with an EPYC of the Genoa generation or later"
+	case "chip-allowed":
+		return "deploy to a host on the launch's list, or add this chip id to it"
+	}
+	return "do not use this host until the named check holds"
+}
+
+// judge decides whether a guest may have the keys of its launch: first what
+// the tenant registered, then everything the report must say. The nonce is
+// the session's own.
+func (s *Server) judge(a *attestation, nonce string, r *record) (*brokeradmin.Release, *contract.Refusal) {
+	if a.nonce != nonce {
+		return nil, contract.Refuse("broker.nonce-mismatch", sessionRemedy, "the answer is to another nonce than this session's")
+	}
+	if a.additions != "" {
+		return nil, contract.Refuse("broker.additional-evidence-unsupported", "send an empty additional_evidence",
+			"the attest request carries additional evidence, which this broker cannot verify")
+	}
+	if !bytes.Equal(a.evidence.Manifest, r.Launch.Manifest) {
+		return nil, contract.Refuse("broker.manifest-mismatch", "launch with the manifest that was registered",
+			"the manifest is not the one registered for launch %s", r.LaunchID)
+	}
+	if refused := s.judgeImage(r.Launch.Image); refused != nil {
+		return nil, refused
+	}
+	if a.manifest.GPU != nil {
+		return nil, contract.Refuse("broker.gpu-evidence-missing", "deploy without --gpu until the broker verifies GPU evidence",
+			"the manifest demands %d %s, and there is no verified GPU evidence", a.manifest.GPU.Count, a.manifest.GPU.Model)
+	}
+	x, refused := s.expect(a, r)
+	if refused != nil {
+		return nil, refused
+	}
+	result := snp.Verify(a.evidence.Report, a.evidence.Endorsements, x)
+	if refused := refuseChecks(result); refused != nil {
+		return nil, refused
+	}
+	report, err := snp.ParseReport(a.evidence.Report)
+	if err != nil {
+		return nil, contract.Refuse("broker.report-malformed", "do not use this host", "the report cannot be parsed").Because(err)
+	}
+	return &brokeradmin.Release{
+		At: s.cfg.Now().UTC(), ChipID: hex.EncodeToString(report.ChipID[:]), Measurement: hex.EncodeToString(report.Measurement[:]),
+		Emulated: slices.ContainsFunc(s.cfg.EmulatedRoots, func(root *x509.Certificate) bool { return bytes.Equal(root.Raw, a.evidence.Endorsements.ARK) }),
+	}, nil
+}
+
+// judgeImage refuses guest images that cannot keep a secret from the host.
+func (s *Server) judgeImage(image *contract.ImageDescription) *contract.Refusal {
+	if s.cfg.AllowDevelopmentImage {
+		return nil
+	}
+	if image.Variant != contract.VariantProduction {
+		return contract.Refuse("broker.image-debug", "use the production variant of the guest image, or start the broker with --allow-development-image for a trial without secrets",
+			"guest image %q is the %s variant, which has a console the host reads", image.Name, image.Variant)
+	}
+	if !image.AMLDefence {
+		return contract.Refuse("broker.image-aml-defence", "use a guest image whose image.json says aml_defence true, or start the broker with --allow-development-image for a trial without secrets",
+			"guest image %q runs ACPI code of the host, which could read the guest's private memory", image.Name)
+	}
+	return nil
+}
+
+func (s *Server) expect(a *attestation, r *record) (snp.Expect, *contract.Refusal) {
+	reportData, err := contract.BrokerReportData(a.additions, a.nonce, a.rawKey)
+	if err != nil {
+		return snp.Expect{}, contract.Refuse("broker.request-malformed", protocolRemedy, "the runtime data cannot be canonicalised").Because(err)
+	}
+	host := contract.HostData(r.Launch.Manifest)
+	x := snp.Expect{
+		ReportData: reportData[:], HostData: host[:],
+		MinTCB:        floor(a.manifest.TCBFloor, r.Launch.TCBFloor),
+		AllowMilan:    s.cfg.AllowMilan,
+		EmulatedRoots: s.cfg.EmulatedRoots,
+		Now:           s.cfg.Now(),
+	}
+	if x.Measurements, err = decodeAll(r.Launch.LaunchDigests); err != nil {
+		return x, contract.AsRefusal(err)
+	}
+	if x.ChipIDs, err = decodeAll(r.Launch.ChipIDs); err != nil {
+		return x, contract.AsRefusal(err)
+	}
+	return x, nil
+}
+
+func decodeAll(values []string) (out [][]byte, err error) {
+	for _, v := range values {
+		raw, err := hex.DecodeString(v)
+		if err != nil {
+			return nil, fmt.Errorf("decoding registered value: %w", err)
+		}
+		out = append(out, raw)
+	}
+	return out, nil
+}
+
+// floor takes the higher of two floors, component by component.
+func floor(floors ...*contract.TCB) (out contract.TCB) {
+	for _, f := range floors {
+		if f == nil {
+			continue
+		}
+		out.FMC = max(out.FMC, f.FMC)
+		out.BootLoader = max(out.BootLoader, f.BootLoader)
+		out.TEE = max(out.TEE, f.TEE)
+		out.SNP = max(out.SNP, f.SNP)
+		out.Microcode = max(out.Microcode, f.Microcode)
+	}
+	return out
+}
+
+// refuseChecks turns the failed checks into one refusal, coded by the first.
+func refuseChecks(result snp.Result) *contract.Refusal {
+	if result.OK() {
+		return nil
+	}
+	first := result.Failed()
+	if first == nil {
+		return contract.Refuse("broker.evidence-incomplete", "do not use this host", "the evidence was not verified completely")
+	}
+	var failed []string
+	for _, c := range result.Checks {
+		if c.Status == snp.Fail {
+			failed = append(failed, c.Name)
+		}
+	}
+	why := first.Why
+	if first.Want != "" || first.Got != "" {
+		why += fmt.Sprintf(" (expected %.200s, found %.200s)", first.Want, first.Got)
+	}
+	return contract.Refuse("broker."+first.Name, remedy(first.Name), "evidence refused, failed checks: %s; %s", strings.Join(failed, ", "), why)
+}

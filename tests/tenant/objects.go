@@ -1,0 +1,292 @@
+package tenant
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/minio/minio-go/v7"
+	"github.com/minio/minio-go/v7/pkg/credentials"
+
+	"github.com/confidential-node/agent/firmware/contract"
+)
+
+// ObjectStore is what the tenant needs of S3.
+type ObjectStore interface {
+	// Put uploads exactly size bytes.
+	Put(ctx context.Context, bucket, key string, r io.Reader, size int64) error
+	// Get opens an object and tells its size.
+	Get(ctx context.Context, bucket, key string) (io.ReadCloser, int64, error)
+	// PresignGet and PresignPut return URLs that need no further credential.
+	PresignGet(ctx context.Context, bucket, key string, valid time.Duration) (string, error)
+	PresignPut(ctx context.Context, bucket, key string, valid time.Duration) (string, error)
+}
+
+// pinnedTransport trusts the CA in file and nothing else, over TLS 1.3.
+func pinnedTransport(caFile string) (*http.Transport, []byte, error) {
+	caPEM, err := readSmall(caFile)
+	if err != nil {
+		return nil, nil, fmt.Errorf("reading CA: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(caPEM) {
+		return nil, nil, Usage("CA file %s holds no PEM certificate", caFile)
+	}
+	return &http.Transport{
+		TLSClientConfig:       &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: pool},
+		ResponseHeaderTimeout: time.Minute,
+		IdleConnTimeout:       30 * time.Second,
+		DisableCompression:    true,
+	}, caPEM, nil
+}
+
+type s3Store struct{ client *minio.Client }
+
+// newS3 connects to the profile's store.
+func newS3(p *StoreProfile) (ObjectStore, error) {
+	if err := need(map[string]string{
+		"store.endpoint": p.Endpoint, "store.ca_file": p.CAFile, "store.bucket": p.Bucket,
+		"store.access_key": p.AccessKey, "store.secret_key_file": p.SecretKeyFile,
+	}); err != nil {
+		return nil, err
+	}
+	transport, _, err := pinnedTransport(p.CAFile)
+	if err != nil {
+		return nil, err
+	}
+	secret, err := readSecret(p.SecretKeyFile)
+	if err != nil {
+		return nil, fmt.Errorf("reading store credentials: %w", err)
+	}
+	u, err := url.Parse(p.Endpoint)
+	if err != nil {
+		return nil, Usage("store.endpoint %q is not a URL", p.Endpoint)
+	}
+	region := p.Region
+	if region == "" {
+		region = "us-east-1"
+	}
+	client, err := minio.New(u.Host, &minio.Options{
+		Creds: credentials.NewStaticV4(p.AccessKey, secret, ""), Secure: true, Transport: transport,
+		Region: region, BucketLookup: minio.BucketLookupPath,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("connecting to the object store: %w", err)
+	}
+	return &s3Store{client}, nil
+}
+
+func storeError(doing string, err error) error {
+	if resp := minio.ToErrorResponse(err); resp.StatusCode == http.StatusNotFound {
+		return contract.Refuse("tenant.object-not-found", "check bucket and key, or upload the object first", "%s: the object store has no such object", doing)
+	}
+	return fmt.Errorf("%s: %w", doing, err)
+}
+
+func (s *s3Store) Put(ctx context.Context, bucket, key string, r io.Reader, size int64) error {
+	_, err := s.client.PutObject(ctx, bucket, key, r, size, minio.PutObjectOptions{ContentType: "application/octet-stream"})
+	if err != nil {
+		return storeError("uploading "+bucket+"/"+key, err)
+	}
+	return nil
+}
+
+func (s *s3Store) Get(ctx context.Context, bucket, key string) (io.ReadCloser, int64, error) {
+	doing := "downloading " + bucket + "/" + key
+	obj, err := s.client.GetObject(ctx, bucket, key, minio.GetObjectOptions{})
+	if err != nil {
+		return nil, 0, storeError(doing, err)
+	}
+	info, err := obj.Stat()
+	if err != nil {
+		return nil, 0, errors.Join(storeError(doing, err), obj.Close())
+	}
+	return obj, info.Size, nil
+}
+
+func (s *s3Store) PresignGet(ctx context.Context, bucket, key string, valid time.Duration) (string, error) {
+	u, err := s.client.PresignedGetObject(ctx, bucket, key, valid, nil)
+	if err != nil {
+		return "", storeError("signing a download", err)
+	}
+	return u.String(), nil
+}
+
+func (s *s3Store) PresignPut(ctx context.Context, bucket, key string, valid time.Duration) (string, error) {
+	u, err := s.client.PresignedPutObject(ctx, bucket, key, valid)
+	if err != nil {
+		return "", storeError("signing an upload", err)
+	}
+	return u.String(), nil
+}
+
+// source is one --dataset or --model.
+type source struct {
+	name        string // under /inputs
+	scheme      string // encrypted, s3 or file
+	bucket, key string // encrypted and s3
+	path        string // file
+}
+
+// parseSource understands [NAME=]encrypted://bucket/key, [NAME=]s3://bucket/key
+// and [NAME=]file://PATH.
+func parseSource(text string) (source, error) {
+	bad := func() (source, error) {
+		return source{}, Usage("%q is not [NAME=]s3://bucket/key, encrypted://bucket/key or file://path", text)
+	}
+	scheme, rest, ok := strings.Cut(text, "://")
+	if !ok {
+		return bad()
+	}
+	name, after, named := strings.Cut(scheme, "=")
+	if named {
+		scheme = after
+	}
+	s := source{scheme: scheme}
+	base := path.Base(rest)
+	switch scheme {
+	case "encrypted", "s3":
+		s.bucket, s.key, ok = strings.Cut(rest, "/")
+		if !ok || s.bucket == "" || s.key == "" || strings.HasSuffix(s.key, "/") {
+			return bad()
+		}
+	case "file":
+		s.path = rest
+	default:
+		return bad()
+	}
+	if s.name = name; !named {
+		s.name = strings.TrimSuffix(base, ".age")
+	}
+	if !contract.ValidFileName(s.name) {
+		return source{}, Usage("%q gives no valid file name for /inputs; write NAME=%s", text, text)
+	}
+	return s, nil
+}
+
+// input brings one source into the store as ciphertext and returns where it
+// is. Plaintext is sealed on the way, in memory.
+func (t *Tenant) input(ctx context.Context, prefix string, s source, key *dataKey) (DeployedObject, error) {
+	switch s.scheme {
+	case "encrypted":
+		return t.sealedObject(ctx, s)
+	case "s3":
+		r, size, err := t.store.Get(ctx, s.bucket, s.key)
+		if err != nil {
+			return DeployedObject{}, err
+		}
+		defer r.Close() //nolint:errcheck // only read from
+		return t.sealAndPut(ctx, s.name, prefix+s.name+".age", r, size, key)
+	default:
+		f, err := os.Open(s.path)
+		if err != nil {
+			return DeployedObject{}, fmt.Errorf("opening input %s: %w", s.name, err)
+		}
+		defer f.Close() //nolint:errcheck // only read from
+		info, err := f.Stat()
+		if err != nil {
+			return DeployedObject{}, fmt.Errorf("opening input %s: %w", s.name, err)
+		}
+		return t.sealAndPut(ctx, s.name, prefix+s.name+".age", f, info.Size(), key)
+	}
+}
+
+func (t *Tenant) sealAndPut(ctx context.Context, name, objectKey string, r io.Reader, size int64, key *dataKey) (out DeployedObject, err error) {
+	bar := t.report.Transfer("sealing "+name, size)
+	file, err := sealToTemp(t.state.root, io.TeeReader(r, bar), key.recipient)
+	bar.Close() //nolint:errcheck // a bar that stays is no error
+	if err != nil {
+		return DeployedObject{}, err
+	}
+	defer func() { err = errors.Join(err, file.Close()) }()
+	out = DeployedObject{Name: name, Bucket: t.profile.Store.Bucket, Key: objectKey, SHA256: file.SHA256, Size: file.Size}
+	return out, t.put(ctx, out, file.file)
+}
+
+// put uploads ciphertext and remembers its digest.
+func (t *Tenant) put(ctx context.Context, o DeployedObject, r io.Reader) error {
+	bar := t.report.Transfer("uploading "+o.Name, o.Size)
+	defer bar.Close() //nolint:errcheck // a bar that stays is no error
+	if err := t.store.Put(ctx, o.Bucket, o.Key, io.TeeReader(r, bar), o.Size); err != nil {
+		return err
+	}
+	return t.state.remember(o)
+}
+
+// sealedObject finds digest and size of an object that is already sealed:
+// from this tool's own index, else by reading it all once. The store is not
+// trusted later: the manifest pins the digest.
+func (t *Tenant) sealedObject(ctx context.Context, s source) (DeployedObject, error) {
+	known, ok, err := t.state.object(s.bucket, s.key)
+	if err != nil {
+		return DeployedObject{}, err
+	}
+	if ok {
+		known.Name = s.name
+		return known, nil
+	}
+	r, size, err := t.store.Get(ctx, s.bucket, s.key)
+	if err != nil {
+		return DeployedObject{}, err
+	}
+	defer r.Close() //nolint:errcheck // only read from
+	bar := t.report.Transfer("hashing "+s.name, size)
+	defer bar.Close() //nolint:errcheck // a bar that stays is no error
+	checked, err := checkSealed(s.key, io.TeeReader(r, bar))
+	if err != nil {
+		return DeployedObject{}, err
+	}
+	sum, err := copyHashed(io.Discard, checked)
+	if err != nil {
+		return DeployedObject{}, fmt.Errorf("hashing %s: %w", s.key, err)
+	}
+	o := DeployedObject{Name: s.name, Bucket: s.bucket, Key: s.key, SHA256: sum.SHA256, Size: sum.Size}
+	return o, t.state.remember(o)
+}
+
+// Upload puts a sealed file into the store at target, bucket/key or empty for
+// the profile's bucket and the file's name. Anything that is not an age file
+// is refused.
+func (t *Tenant) Upload(ctx context.Context, file, target string) (DeployedObject, error) {
+	if err := t.needStore(); err != nil {
+		return DeployedObject{}, err
+	}
+	bucket, key := t.profile.Store.Bucket, filepath.Base(file)
+	if target != "" {
+		s, err := parseSource("x=encrypted://" + strings.TrimPrefix(strings.TrimPrefix(target, "encrypted://"), "s3://"))
+		if err != nil {
+			return DeployedObject{}, Usage("target %q is not bucket/key", target)
+		}
+		bucket, key = s.bucket, s.key
+	}
+	f, err := os.Open(file)
+	if err != nil {
+		return DeployedObject{}, fmt.Errorf("uploading: %w", err)
+	}
+	defer f.Close() //nolint:errcheck // only read from
+	if _, err := checkSealed(file, f); err != nil {
+		return DeployedObject{}, err
+	}
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		return DeployedObject{}, fmt.Errorf("uploading: %w", err)
+	}
+	sum, err := copyHashed(io.Discard, f)
+	if err != nil {
+		return DeployedObject{}, fmt.Errorf("uploading: %w", err)
+	}
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		return DeployedObject{}, fmt.Errorf("uploading: %w", err)
+	}
+	o := DeployedObject{Name: path.Base(key), Bucket: bucket, Key: key, SHA256: sum.SHA256, Size: sum.Size}
+	return o, t.put(ctx, o, f)
+}

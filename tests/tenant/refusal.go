@@ -1,0 +1,78 @@
+package tenant
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"net"
+	"os"
+	"strings"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
+)
+
+// Exit codes of the tenant command.
+const (
+	ExitOK           = 0
+	ExitFailed       = 1
+	ExitUsage        = 2
+	ExitUnreachable  = 3
+	ExitNotFound     = 4
+	ExitPrecondition = 5
+	ExitConflict     = 6
+	ExitTimeout      = 7
+)
+
+// Codes of refusals that callers tell apart.
+const (
+	codeNotFound   = "tenant.not-found"
+	codeNameInUse  = "tenant.name-in-use"
+	codeUsage      = "tenant.usage"
+	codeNotSealed  = "tenant.not-sealed"
+	codeFormatGPG  = "tenant.format-gpg"
+	codeUnverified = "tenant.evidence-refused"
+)
+
+// Usage is a wrong invocation or profile.
+func Usage(format string, args ...any) error {
+	return contract.Refuse(codeUsage, "see tenant --help and the comments of the sample profile", format, args...)
+}
+
+// ExitCode maps an outcome to the command's exit code.
+func ExitCode(err error) int {
+	if err == nil {
+		return ExitOK
+	}
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded) {
+		return ExitTimeout
+	}
+	var refused *contract.Refusal
+	if errors.As(err, &refused) {
+		return refusalExit(refused.Code)
+	}
+	var network *net.OpError
+	if errors.Is(err, brokeradmin.ErrUnreachable) || errors.Is(err, ErrUnreachable) || errors.As(err, &network) {
+		return ExitUnreachable
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return ExitNotFound
+	}
+	return ExitFailed
+}
+
+func refusalExit(code string) int {
+	switch {
+	case code == codeUsage:
+		return ExitUsage
+	case code == codeNotFound || strings.HasSuffix(code, "-not-found") || strings.HasSuffix(code, "-unknown"):
+		return ExitNotFound
+	case code == codeNameInUse || strings.HasSuffix(code, "-conflict"):
+		return ExitConflict
+	case strings.HasSuffix(code, "-timeout"):
+		return ExitTimeout
+	case code == "internal":
+		return ExitFailed
+	}
+	return ExitPrecondition
+}
