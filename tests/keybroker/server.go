@@ -174,8 +174,7 @@ func (s *Server) handle(limit int64, guard func(*http.Request) error, next endpo
 
 func readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
-	var tooLarge *http.MaxBytesError
-	if errors.As(err, &tooLarge) {
+	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
 		return nil, contract.Refuse("broker.body-too-large", "send a smaller body", "the body is larger than %d bytes", limit)
 	}
 	if err != nil {
@@ -197,7 +196,7 @@ func (s *Server) answerError(w http.ResponseWriter, r *http.Request, err error) 
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	body := brokeradmin.ErrorBody{Type: errorType + refused.Code, Detail: refused.Message, Refusal: *refused}
+	body := brokeradmin.ErrorBody{Type: errorType + refused.Code, Detail: refused.Message, Code: refused.Code, Message: refused.Message, Remedy: refused.Remedy}
 	if err := json.NewEncoder(w).Encode(body); err != nil {
 		s.log.Debug("writing answer", "err", err)
 	}

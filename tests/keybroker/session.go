@@ -44,7 +44,7 @@ type sessionTable struct {
 
 func random(n int) []byte {
 	out := make([]byte, n)
-	rand.Read(out) //nolint:errcheck // never fails: crypto/rand aborts the program instead
+	rand.Read(out) // never fails: crypto/rand aborts the program instead
 	return out
 }
 

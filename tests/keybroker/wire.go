@@ -5,6 +5,7 @@ import (
 	"crypto/elliptic"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"slices"
 	"strings"
 
@@ -110,10 +111,6 @@ func parseAttest(data []byte) (*attestation, *contract.Refusal) {
 	return a, nil
 }
 
-type errKey string
-
-func (e errKey) Error() string { return string(e) }
-
 // parseKey decodes the guest's EC P-256 JWK. A private part, another curve or
 // algorithm, and a point off the curve are refused.
 func parseKey(raw json.RawMessage) (*ecdsa.PublicKey, error) {
@@ -128,12 +125,12 @@ func parseKey(raw json.RawMessage) (*ecdsa.PublicKey, error) {
 		return nil, err
 	}
 	if k.Kty != "EC" || k.Crv != "P-256" || k.Alg != keyAlgorithm {
-		return nil, errKey("JWK is not EC P-256 for " + keyAlgorithm)
+		return nil, errors.New("JWK is not EC P-256 for " + keyAlgorithm)
 	}
 	x, errX := base64.RawURLEncoding.Strict().DecodeString(k.X)
 	y, errY := base64.RawURLEncoding.Strict().DecodeString(k.Y)
 	if errX != nil || errY != nil || len(x) != 32 || len(y) != 32 {
-		return nil, errKey("JWK coordinates are not 32 bytes of base64url")
+		return nil, errors.New("JWK coordinates are not 32 bytes of base64url")
 	}
 	key, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), slices.Concat([]byte{4}, x, y))
 	if err != nil {

@@ -108,9 +108,11 @@ type RefusalEntry struct {
 // ErrorBody is the body of every refusal, of the admin API and of the guest's.
 // Type and Detail are what the CoCo protocol names; the rest is ours.
 type ErrorBody struct {
-	Type   string `json:"type"`
-	Detail string `json:"detail"`
-	contract.Refusal
+	Type    string `json:"type"`
+	Detail  string `json:"detail"`
+	Code    string `json:"code"`
+	Message string `json:"message"`
+	Remedy  string `json:"remedy"`
 }
 
 // Client talks to one broker.
@@ -204,5 +206,5 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte) ([]by
 	if err := json.Unmarshal(out, &refused); err != nil || refused.Code == "" {
 		return nil, fmt.Errorf("key broker answered %s", resp.Status)
 	}
-	return nil, &refused.Refusal
+	return nil, &contract.Refusal{Code: refused.Code, Message: refused.Message, Remedy: refused.Remedy}
 }

@@ -34,10 +34,11 @@ func main() {
 		return
 	}
 	fmt.Fprintln(os.Stderr, "keybroker:", err)
-	if usage := new(usageError); errors.As(err, usage) {
-		os.Exit(2)
+	code := 1
+	if _, usage := errors.AsType[usageError](err); usage {
+		code = 2
 	}
-	os.Exit(1)
+	os.Exit(code) //nolint:forbidigo // this is main
 }
 
 type options struct {

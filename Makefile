@@ -1,0 +1,45 @@
+# nodeagent. `make help` lists the targets.
+
+TAGS          := libvirt_dlopen
+EMULATED_TAGS := libvirt_dlopen,emulated
+LINTER        := .cache/bin/golangci-lint
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build test lint fmt generate check-dirty bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install what building and testing need (root)
+	@.ci/setup.sh
+
+build: setup ## build the agent into bin/
+	go build -trimpath -tags $(TAGS) -o bin/nodeagent ./nodeagent
+
+test: setup ## run all tests; ends with the skipped ones and what each misses
+	go vet -tags $(TAGS) ./...
+	go test -tags $(TAGS) ./nodeagent/... ./vm/... ./tests/arch
+	go test -race -tags $(EMULATED_TAGS) -json ./... | go run ./tests/summary
+
+$(LINTER): .ci/tools/go.mod .ci/tools/go.sum
+	cd .ci/tools && go build -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+lint: setup $(LINTER) ## run the linters, for both sets of build tags
+	$(LINTER) run --build-tags $(TAGS)
+	$(LINTER) run --build-tags $(EMULATED_TAGS)
+
+fmt: $(LINTER) ## format the code
+	$(LINTER) fmt
+
+generate: ## make the protobuf code (needs protoc)
+	go -C .ci/tools build -o ../../.cache/bin/protoc-gen-go google.golang.org/protobuf/cmd/protoc-gen-go
+	PATH="$(CURDIR)/.cache/bin:$$PATH" protoc -I nodeagent/api -I /usr/include --go_out=. --go_opt=module=github.com/confidential-node/agent nodeagent/api/node.proto
+
+check-dirty: generate fmt ## fail when generated or formatted files differ from what is committed
+	git diff --exit-code
+
+bench: ## print benchmarks
+	go test -run '^$$' -bench . ./firmware/measure
+
+clean: ## remove what building made
+	rm -rf bin .cache/bin

@@ -1,0 +1,59 @@
+// Package gpu knows which NVIDIA GPUs can be rented out confidentially and in
+// what sets. It is the rule table of admission; inventory, CC mode and the
+// life cycle of a GPU come with the GPU work. Pure, no I/O.
+package gpu
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/confidential-node/agent/firmware/contract"
+)
+
+// product is one row of the rule table.
+type product struct {
+	// names are upper-case marketing names without vendor.
+	names []string
+	// counts are the set sizes one guest may have; empty means none, and
+	// reason says why in words.
+	counts []int
+	reason string
+	remedy string
+}
+
+const useOther = "ask for H100, H200, B200, B300 or RTX PRO 6000"
+
+// products is the matrix of NVIDIA's confidential computing support: Hopper
+// single or as a whole HGX board under Protected PCIe, Blackwell HGX with
+// NVLink encryption, everything before Hopper and everything with a Grace CPU
+// not at all.
+func products() []product {
+	return []product{
+		{names: []string{"H100", "H200", "H800", "H20"}, counts: []int{1, 8}, reason: "Hopper runs one GPU in CC mode, or all eight of an HGX board with their NVSwitches under PPCIe", remedy: "ask for 1, or for 8 under PPCIe"},
+		{names: []string{"B200", "B300"}, counts: []int{1, 2, 4, 8}, reason: "Blackwell HGX encrypts NVLink between 1, 2, 4 or 8 GPUs", remedy: "ask for 1, 2, 4 or 8"},
+		{names: []string{"RTX PRO 6000", "RTX PRO 6000 SERVER EDITION"}, counts: []int{1}, reason: "RTX PRO 6000 Server Edition runs one GPU in CC mode", remedy: "ask for 1"},
+		{names: []string{"A100", "A30", "A10"}, reason: "Ampere has no CC mode a host can set", remedy: useOther},
+		{names: []string{"L40S", "L40", "L4", "RTX 4090"}, reason: "Ada has no CC mode; its driver refuses to load in a confidential guest", remedy: useOther},
+		{names: []string{"GH200", "GB200", "GB300"}, reason: "its Grace CPU has no TEE", remedy: useOther},
+	}
+}
+
+// Rule says whether one guest may have count GPUs of a model. It returns nil
+// when it may, otherwise gpu.unsupported-model, gpu.unsupported-count or
+// gpu.unknown-model with the reason in words. Case and a leading "NVIDIA" do
+// not matter.
+func Rule(model string, count int) *contract.Refusal {
+	name := strings.TrimSpace(strings.TrimPrefix(strings.ToUpper(strings.TrimSpace(model)), "NVIDIA "))
+	for _, p := range products() {
+		switch {
+		case !slices.Contains(p.names, name):
+			continue
+		case len(p.counts) == 0:
+			return contract.Refuse("gpu.unsupported-model", p.remedy, "%s cannot be used confidentially: %s", model, p.reason)
+		case !slices.Contains(p.counts, count):
+			return contract.Refuse("gpu.unsupported-count", p.remedy, "%d × %s cannot be one guest's: %s", count, model, p.reason)
+		}
+		return nil
+	}
+	return contract.Refuse("gpu.unknown-model", useOther, "GPU model %q is not known to this build", model)
+}

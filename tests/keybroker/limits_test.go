@@ -1,0 +1,243 @@
+package keybroker
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/hex"
+	"encoding/json"
+	"encoding/pem"
+	"net/http"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
+)
+
+func TestRequestsOutsideTheProtocolAreRefused(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, nil)
+	g := w.guest()
+	tests := []struct {
+		name, body string
+		status     int
+		code       string
+	}{
+		{"old version", `{"version":"0.1.1","tee":"snp","extra-params":""}`, 401, "broker.version-unsupported"},
+		{"other TEE", `{"version":"0.4.0","tee":"tdx","extra-params":""}`, 401, "broker.tee-unsupported"},
+		{"sample TEE", `{"version":"0.4.0","tee":"sample","extra-params":""}`, 401, "broker.tee-unsupported"},
+		{"unknown field", `{"version":"0.4.0","tee":"snp","extra-params":"","more":1}`, 400, "broker.request-malformed"},
+		{"duplicate key", `{"version":"0.4.0","tee":"snp","tee":"snp"}`, 400, "broker.request-malformed"},
+		{"no JSON", `hello`, 400, "broker.request-malformed"},
+		{"too large", `{"version":"` + strings.Repeat("0", maxAuthBytes) + `"}`, 413, "broker.body-too-large"},
+	}
+	for _, test := range tests {
+		status, out := g.do(http.MethodPost, "/kbs/v0/auth", "", []byte(test.body))
+		var refused brokeradmin.ErrorBody
+		if err := json.Unmarshal(out, &refused); err != nil || status != test.status || refused.Code != test.code || refused.Remedy == "" {
+			t.Errorf("%s: %d %s", test.name, status, out)
+		}
+	}
+	g.auth()
+	body := g.attestBody("x")
+	body["init-data"] = map[string]string{"format": "json", "body": "{}"}
+	if _, _, refused := g.attest(body); refused.Code != "broker.init-data-unsupported" {
+		t.Errorf("%+v", refused)
+	}
+}
+
+func TestOneAddressCannotFloodTheBroker(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, func(c *Config) { c.Rate, c.Burst = 1, 5 })
+	g := w.guest()
+	for range 5 { // one went into registering
+		g.do(http.MethodPost, "/kbs/v0/auth", "", []byte("{}"))
+	}
+	status, out := g.do(http.MethodPost, "/kbs/v0/auth", "", []byte("{}"))
+	if status != http.StatusTooManyRequests || !strings.Contains(string(out), "broker.rate-limited") {
+		t.Fatalf("%d %s", status, out)
+	}
+	w.clock.advance(time.Second)
+	g.auth()
+}
+
+func TestAdminAPINeedsItsTokenAndKeepsManifestsFixed(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, nil)
+	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: w.web.Certificate().Raw})
+	stranger, err := brokeradmin.NewClient(w.web.URL, ca, adminToken[1:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	code := func(err error) string { return contract.AsRefusal(err).Code }
+	if err := stranger.PutLaunch(t.Context(), launchID, &w.launch); code(err) != "broker.admin-unauthorized" {
+		t.Error(err)
+	}
+	if _, err := stranger.Launch(t.Context(), launchID); code(err) != "broker.admin-unauthorized" {
+		t.Error(err)
+	}
+	if _, err := w.admin.Launch(t.Context(), strings.Repeat("0", 32)); code(err) != "broker.launch-unknown" {
+		t.Error(err)
+	}
+	changed := *w.manifest
+	changed.Ports = []int{1}
+	l := w.launch
+	l.Manifest = encode(t, &changed)
+	if err := w.admin.PutLaunch(t.Context(), launchID, &l); code(err) != "broker.launch-conflict" {
+		t.Error(err)
+	}
+	bad := map[string]func(*brokeradmin.Launch){
+		"no digest":      func(l *brokeradmin.Launch) { l.LaunchDigests = nil },
+		"short digest":   func(l *brokeradmin.Launch) { l.LaunchDigests = []string{"00"} },
+		"no image":       func(l *brokeradmin.Launch) { l.Image = nil },
+		"broken image":   func(l *brokeradmin.Launch) { l.Image = &contract.ImageDescription{} },
+		"no manifest":    func(l *brokeradmin.Launch) { l.Manifest = nil },
+		"bad chip":       func(l *brokeradmin.Launch) { l.ChipIDs = []string{"zz"} },
+		"bad resource":   func(l *brokeradmin.Launch) { l.Resources = map[string][]byte{"../x": []byte("v")} },
+		"empty resource": func(l *brokeradmin.Launch) { l.Resources = map[string][]byte{"a/b/c": {}} },
+		"many releases":  func(l *brokeradmin.Launch) { l.Releases = brokeradmin.MaxReleases + 1 },
+	}
+	for name, change := range bad {
+		l := w.launch
+		change(&l)
+		if err := w.admin.PutLaunch(t.Context(), launchID, &l); code(err) != "broker.registration-malformed" {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := w.admin.PutLaunch(t.Context(), strings.Repeat("c", 32), &w.launch); code(err) != "broker.registration-malformed" {
+		t.Errorf("path and manifest differ: %v", err)
+	}
+}
+
+func TestTenantRotatesAndWithdrawsResources(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, nil)
+	r := contract.Resource{Repository: "job", Type: "age", Tag: "data"}
+	if err := w.admin.PutResource(t.Context(), launchID, r, []byte("new")); err != nil {
+		t.Fatal(err)
+	}
+	w.start()
+	g := w.guest()
+	g.attest(g.attestBody(g.auth()))
+	if got, _, _ := g.resource(secretName, ""); got != "new" {
+		t.Fatal(got)
+	}
+	if err := w.admin.DeleteResource(t.Context(), launchID, r); err != nil {
+		t.Fatal(err)
+	}
+	if _, status, _ := g.resource(secretName, ""); status != http.StatusNotFound {
+		t.Fatal(status)
+	}
+	if err := w.admin.DeleteResource(t.Context(), launchID, r); contract.AsRefusal(err).Code != "broker.resource-unknown" {
+		t.Fatal(err)
+	}
+}
+
+func TestRefusalsOfALaunchAreBounded(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, nil)
+	for i := range keptRefusals + 5 {
+		if err := w.server.launches.refuse(launchID, contract.Refuse("broker.test", "none", "number %d", i), w.clock.Now()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, err := w.admin.Launch(t.Context(), launchID)
+	if err != nil || len(s.Refusals) != keptRefusals || s.RefusalCount != keptRefusals+5 || s.Refusals[0].Refusal.Message != "number 5" {
+		t.Fatalf("%d %d %v", len(s.Refusals), s.RefusalCount, err)
+	}
+}
+
+func TestDamagedStateStopsTheBroker(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, nil)
+	if err := os.WriteFile(w.cfg.StateDir+"/launches/"+launchID+".json", []byte(`{"version":1}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(w.cfg); err == nil {
+		t.Fatal("a broker that forgot its counts must not start")
+	}
+	if _, err := New(Config{StateDir: t.TempDir(), AdminToken: "short", Logger: hclog.NewNullLogger()}); err == nil {
+		t.Fatal("a short admin token must be refused")
+	}
+}
+
+func TestServeSpeaksTLS13Only(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, nil)
+	cert := w.web.TLS.Certificates[0]
+	ctx, cancel := context.WithCancel(t.Context())
+	lc := tls.Config{MaxVersion: tls.VersionTLS12, InsecureSkipVerify: true} //nolint:gosec // the version is what is tested
+	ln := newListener(t)
+	done := make(chan error, 1)
+	go func() { done <- Serve(ctx, ln, cert, w.server.Handler(), w.cfg.Logger) }()
+	old := tls.Dialer{Config: &lc}
+	if conn, err := old.DialContext(ctx, "tcp", ln.Addr().String()); err == nil {
+		t.Error(conn.Close())
+		t.Error("TLS 1.2 was accepted")
+	}
+	current := tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true}} //nolint:gosec // the version is what is tested
+	conn, err := current.DialContext(ctx, "tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.Close(); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("the server does not stop")
+	}
+}
+
+func TestFloorTakesTheHigherComponent(t *testing.T) {
+	t.Parallel()
+	got := floor(&contract.TCB{SNP: 3, Microcode: 1}, nil, &contract.TCB{SNP: 2, Microcode: 9, FMC: 1})
+	if want := (contract.TCB{SNP: 3, Microcode: 9, FMC: 1}); got != want {
+		t.Fatal(got)
+	}
+}
+
+func FuzzParseAttest(f *testing.F) {
+	f.Add([]byte(`{"runtime-data":{"nonce":"n","tee-pubkey":{"kty":"EC"}},"tee-evidence":{"primary_evidence":{},"additional_evidence":""}}`))
+	f.Add([]byte(`{"init-data":null,"runtime-data":{},"tee-evidence":{}}`))
+	f.Add([]byte(`[]`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		a, refused := parseAttest(data)
+		if (a == nil) == (refused == nil) {
+			t.Fatalf("%v %v", a, refused)
+		}
+		if refused != nil && refused.Remedy == "" {
+			t.Fatal("no remedy")
+		}
+	})
+}
+
+func FuzzParseAuth(f *testing.F) {
+	f.Add([]byte(`{"version":"0.4.0","tee":"snp","extra-params":{}}`))
+	f.Add([]byte(`{"version":"0.4.0"}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if refused := parseAuth(data); refused != nil && refused.Remedy == "" {
+			t.Fatal("no remedy")
+		}
+	})
+}
+
+func FuzzValidateLaunch(f *testing.F) {
+	f.Add([]byte(`{"launch_digests":["00"],"manifest":"e30=","image":null}`))
+	f.Add([]byte(`{"resources":{"a/b/c":"AA=="},"chip_ids":["` + hex.EncodeToString(make([]byte, 64)) + `"]}`))
+	f.Fuzz(func(_ *testing.T, data []byte) {
+		var l brokeradmin.Launch
+		if contract.UnmarshalStrict(data, brokeradmin.MaxLaunchBytes, &l) == nil {
+			validateLaunch(launchID, &l) //nolint:errcheck // it must not panic, that is all
+		}
+	})
+}

@@ -1,0 +1,34 @@
+package main
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+)
+
+func TestSummaryNamesFailuresSkipsAndCounts(t *testing.T) {
+	t.Parallel()
+	in := `{"Action":"output","Package":"p","Test":"TestA","Output":"boom\n"}
+{"Action":"fail","Package":"p","Test":"TestA"}
+{"Action":"pass","Package":"p","Test":"TestB"}
+{"Action":"output","Package":"p","Test":"TestC","Output":"x_test.go:1: capability missing: root\n"}
+{"Action":"skip","Package":"p","Test":"TestC"}
+{"Action":"fail","Package":"p"}
+`
+	var out bytes.Buffer
+	failed, err := summarise(strings.NewReader(in), &out)
+	if err != nil || !failed {
+		t.Errorf("failed is %v, %v", failed, err)
+	}
+	for _, want := range []string{"boom", "skipped, missing root:\n  p TestC", "1 passed, 2 failed, 1 skipped\n"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in\n%s", want, out.String())
+		}
+	}
+	if failed, err := summarise(strings.NewReader(`{"Action":"pass","Package":"p","Test":"TestB"}`), &out); failed || err != nil {
+		t.Errorf("a good run fails: %v", err)
+	}
+	if failed, _ := summarise(strings.NewReader(""), &out); !failed {
+		t.Error("a run without tests passes")
+	}
+}

@@ -1,0 +1,236 @@
+// Package domain renders a guest's specification to libvirt's domain XML, in
+// slices: an ordered list of small functions, each of which adds one concern.
+// It also refuses what libvirt lets through although it cannot work under
+// SEV-SNP. Pure; no I/O.
+//
+// Facts behind the slices: libvirt 11.3 formatdomain, QEMU 10.0 sev.c.
+package domain
+
+import (
+	"encoding/base64"
+	"encoding/xml"
+	"fmt"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"libvirt.org/go/libvirtxml"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/vm"
+)
+
+// MetadataNamespace marks domains as ours in their metadata.
+const MetadataNamespace = "https://github.com/confidential-node/agent/ns/domain/1"
+
+// Bounds of a specification.
+const (
+	maxVCPUs    = 512
+	minMemory   = 256
+	maxDisks    = 16
+	maxSerial   = 20
+	maxTapName  = 15
+	hostDataLen = 32
+	idBlockLen  = 96
+	idAuthLen   = 4096
+	policyOne   = 1 << 17
+	policyBad   = 1<<18 | 1<<19 // migration agent, debug
+	policyKnown = 1<<26 - 1
+)
+
+// slice adds one concern of a specification to a domain.
+type slice func(vm.Spec, *libvirtxml.Domain) error
+
+// slices in order. Reading the list is reading the domain.
+func slices() []slice {
+	return []slice{identity, machine, processor, memory, boot, disks, nic, console, tee}
+}
+
+// Render checks a specification and returns its domain XML.
+func Render(s vm.Spec) (string, error) {
+	if err := Check(s); err != nil {
+		return "", err
+	}
+	d := &libvirtxml.Domain{}
+	for _, add := range slices() {
+		if err := add(s, d); err != nil {
+			return "", err
+		}
+	}
+	text, err := d.Marshal()
+	if err != nil {
+		return "", fmt.Errorf("rendering domain of guest %s: %w", s.GuestID, err)
+	}
+	return text + "\n", nil
+}
+
+// Check refuses what cannot work, with a remedy.
+func Check(s vm.Spec) error {
+	refuse := func(format string, args ...any) error {
+		return contract.Refuse("vm.spec-refused", "correct the launch command or the host's policy", "the guest cannot be started: "+format, args...)
+	}
+	switch {
+	case !regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`).MatchString(s.GuestID):
+		return refuse("guest id %q is not a lower-case UUID", s.GuestID)
+	case s.Generation == 0:
+		return refuse("generation is 0")
+	case s.VCPUs < 1 || s.VCPUs > maxVCPUs:
+		return refuse("%d vCPUs are not within 1..%d", s.VCPUs, maxVCPUs)
+	case s.MemoryMiB < minMemory:
+		return refuse("%d MiB of memory are below %d", s.MemoryMiB, minMemory)
+	case s.CPUModel == "" || strings.HasPrefix(s.CPUModel, "host") || s.CPUModel == "max":
+		return refuse("CPU model %q makes the launch digest depend on the host; use a named one (EPYC-v4)", s.CPUModel)
+	case s.Kernel == "":
+		return refuse("kernel hashes without a kernel make QEMU abort")
+	case len(s.Disks) > maxDisks:
+		return refuse("%d disks are more than %d", len(s.Disks), maxDisks)
+	case (s.TEE.SNP == nil) == (s.TEE.Emulated == nil):
+		return refuse("exactly one TEE is needed")
+	case len(s.NIC.Tap) == 0 || len(s.NIC.Tap) > maxTapName:
+		return refuse("tap name %q is not 1 to %d characters", s.NIC.Tap, maxTapName)
+	}
+	for _, path := range []string{s.Firmware, s.Kernel, s.Initrd} {
+		if !filepath.IsAbs(path) {
+			return refuse("path %q is not absolute", path)
+		}
+	}
+	for _, d := range s.Disks {
+		if !filepath.IsAbs(d.Path) || len(d.Serial) == 0 || len(d.Serial) > maxSerial {
+			return refuse("disk %q with serial %q (virtio-blk cuts serials at %d)", d.Path, d.Serial, maxSerial)
+		}
+	}
+	if s.TEE.SNP != nil {
+		return checkSNP(s.TEE.SNP, refuse)
+	}
+	return nil
+}
+
+func checkSNP(t *vm.SNP, refuse func(string, ...any) error) error {
+	switch {
+	case t.Policy&policyOne == 0:
+		return refuse("policy %#x lacks bit 17, which must be 1", t.Policy)
+	case t.Policy&policyBad != 0:
+		return refuse("policy %#x allows debugging or a migration agent", t.Policy)
+	case t.Policy&^uint64(policyKnown) != 0:
+		return refuse("policy %#x has bits this build does not know", t.Policy)
+	case len(t.HostData) != hostDataLen:
+		return refuse("HOST_DATA has %d bytes, want %d", len(t.HostData), hostDataLen)
+	case (t.IDBlock == nil) != (t.IDAuth == nil):
+		return refuse("an ID block needs its ID auth, and the other way round")
+	case t.IDBlock != nil && (len(t.IDBlock) != idBlockLen || len(t.IDAuth) != idAuthLen):
+		return refuse("ID block has %d bytes and ID auth %d, want %d and %d", len(t.IDBlock), len(t.IDAuth), idBlockLen, idAuthLen)
+	}
+	return nil
+}
+
+// mark is our metadata element.
+type mark struct {
+	XMLName    xml.Name `xml:"guest"`
+	Namespace  string   `xml:"xmlns,attr"`
+	ID         string   `xml:"id,attr"`
+	Generation uint64   `xml:"generation,attr"`
+}
+
+func identity(s vm.Spec, d *libvirtxml.Domain) error {
+	text, err := xml.Marshal(mark{Namespace: MetadataNamespace, ID: s.GuestID, Generation: s.Generation})
+	if err != nil {
+		return fmt.Errorf("rendering metadata: %w", err)
+	}
+	d.Name, d.UUID = vm.NamePrefix+s.GuestID, s.GuestID
+	d.Metadata = &libvirtxml.DomainMetadata{XML: string(text)}
+	return nil
+}
+
+// ParseMark reads our metadata element back.
+func ParseMark(text string) (guestID string, generation uint64, err error) {
+	var m mark
+	if err := xml.Unmarshal([]byte(text), &m); err != nil {
+		return "", 0, fmt.Errorf("reading domain metadata: %w", err)
+	}
+	return m.ID, m.Generation, nil
+}
+
+func machine(_ vm.Spec, d *libvirtxml.Domain) error {
+	d.OS = &libvirtxml.DomainOS{Type: &libvirtxml.DomainOSType{Arch: "x86_64", Machine: "q35", Type: "hvm"}}
+	d.Features = &libvirtxml.DomainFeatureList{ACPI: &libvirtxml.DomainFeature{}, APIC: &libvirtxml.DomainFeatureAPIC{}}
+	// The state of an encrypted vCPU cannot be reset: a reboot is the end.
+	d.OnPoweroff, d.OnReboot, d.OnCrash = "destroy", "destroy", "destroy"
+	d.Devices = &libvirtxml.DomainDeviceList{
+		Controllers: []libvirtxml.DomainController{{Type: "usb", Model: "none"}},
+		MemBalloon:  &libvirtxml.DomainMemBalloon{Model: "none"},
+	}
+	return nil
+}
+
+func processor(s vm.Spec, d *libvirtxml.Domain) error {
+	d.VCPU = &libvirtxml.DomainVCPU{Placement: "static", Value: uint(s.VCPUs)}
+	d.CPU = &libvirtxml.DomainCPU{Mode: "custom", Match: "exact", Check: "none", Model: &libvirtxml.DomainCPUModel{Value: s.CPUModel, Fallback: "forbid"}}
+	return nil
+}
+
+func memory(s vm.Spec, d *libvirtxml.Domain) error {
+	d.Memory = &libvirtxml.DomainMemory{Value: uint(s.MemoryMiB), Unit: "MiB", DumpCore: "off"}
+	return nil
+}
+
+// boot loads the firmware as a ROM: pflash needs read-only memory slots,
+// which private memory has not.
+func boot(s vm.Spec, d *libvirtxml.Domain) error {
+	d.OS.Loader = &libvirtxml.DomainLoader{Path: s.Firmware, Type: "rom", Stateless: "yes"}
+	d.OS.Kernel, d.OS.Initrd, d.OS.Cmdline = s.Kernel, s.Initrd, s.Cmdline
+	return nil
+}
+
+func disks(s vm.Spec, d *libvirtxml.Domain) error {
+	for i, disk := range s.Disks {
+		d.Devices.Disks = append(d.Devices.Disks, libvirtxml.DomainDisk{
+			Device:   "disk",
+			Driver:   &libvirtxml.DomainDiskDriver{Name: "qemu", Type: "raw"},
+			Source:   &libvirtxml.DomainDiskSource{File: &libvirtxml.DomainDiskSourceFile{File: disk.Path}},
+			Target:   &libvirtxml.DomainDiskTarget{Dev: "vd" + string(rune('a'+i)), Bus: "virtio"},
+			Serial:   disk.Serial,
+			ReadOnly: &libvirtxml.DomainDiskReadOnly{},
+		})
+	}
+	return nil
+}
+
+func nic(s vm.Spec, d *libvirtxml.Domain) error {
+	d.Devices.Interfaces = []libvirtxml.DomainInterface{{
+		MAC:    &libvirtxml.DomainInterfaceMAC{Address: s.NIC.MAC},
+		Source: &libvirtxml.DomainInterfaceSource{Ethernet: &libvirtxml.DomainInterfaceSourceEthernet{}},
+		Target: &libvirtxml.DomainInterfaceTarget{Dev: s.NIC.Tap, Managed: "no"},
+		Model:  &libvirtxml.DomainInterfaceModel{Type: "virtio"},
+		ROM:    &libvirtxml.DomainROM{Enabled: "no"},
+	}}
+	return nil
+}
+
+func console(s vm.Spec, d *libvirtxml.Domain) error {
+	if s.ConsoleLog == "" {
+		return nil
+	}
+	port := uint(0)
+	d.Devices.Serials = []libvirtxml.DomainSerial{{
+		Source: &libvirtxml.DomainChardevSource{File: &libvirtxml.DomainChardevSourceFile{Path: s.ConsoleLog}},
+		Target: &libvirtxml.DomainSerialTarget{Type: "isa-serial", Port: &port},
+	}}
+	return nil
+}
+
+func tee(s vm.Spec, d *libvirtxml.Domain) error {
+	if s.TEE.Emulated != nil {
+		return emulated(s.TEE.Emulated, d)
+	}
+	t := s.TEE.SNP
+	d.Type = "kvm"
+	policy := t.Policy
+	d.LaunchSecurity = &libvirtxml.DomainLaunchSecurity{SEVSNP: &libvirtxml.DomainLaunchSecuritySEVSNP{
+		KernelHashes: "yes", Policy: &policy, HostData: base64.StdEncoding.EncodeToString(t.HostData),
+	}}
+	if t.IDBlock != nil {
+		d.LaunchSecurity.SEVSNP.IDBlock = base64.StdEncoding.EncodeToString(t.IDBlock)
+		d.LaunchSecurity.SEVSNP.IDAuth = base64.StdEncoding.EncodeToString(t.IDAuth)
+	}
+	return nil
+}

@@ -1,0 +1,122 @@
+package domain
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/vm"
+)
+
+var update = flag.Bool("update", false, "rewrite the golden files") //nolint:gochecknoglobals // a test flag
+
+func spec() vm.Spec {
+	return vm.Spec{
+		GuestID: "01234567-89ab-cdef-0123-456789abcdef", Generation: 3, VCPUs: 4, MemoryMiB: 4096, CPUModel: "EPYC-v4",
+		Firmware: "/run/nodeagent/guests/g/firmware", Kernel: "/run/nodeagent/guests/g/kernel", Initrd: "/run/nodeagent/guests/g/initrd",
+		Cmdline: "panic=-1 quiet",
+		Disks:   []vm.Disk{{Path: "/var/cache/nodeagent/blobs/aa", Serial: "aaaaaaaaaaaaaaaaaaaa"}, {Path: "/var/cache/nodeagent/blobs/bb", Serial: "bbbbbbbbbbbbbbbbbbbb"}},
+		NIC:     vm.NIC{Tap: "na00000001", MAC: "52:54:00:00:00:01"},
+		TEE:     vm.TEE{SNP: &vm.SNP{Policy: 0x30000, HostData: bytes.Repeat([]byte{0xAB}, 32)}},
+	}
+}
+
+func golden(t *testing.T, name string, s vm.Spec) {
+	t.Helper()
+	got, err := Render(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join("testdata", name)
+	if *update {
+		if err := os.WriteFile(file, []byte(got), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != string(want) {
+		t.Errorf("%s differs; run with -update and review:\n%s", name, got)
+	}
+}
+
+func TestSNPDomainIsTheGoldenOne(t *testing.T) {
+	t.Parallel()
+	golden(t, "snp.xml", spec())
+	s := spec()
+	s.TEE.SNP.IDBlock, s.TEE.SNP.IDAuth = make([]byte, 96), make([]byte, 4096)
+	text, err := Render(s)
+	if err != nil || !strings.Contains(text, "<idAuth>") {
+		t.Errorf("ID block is not passed on: %v", err)
+	}
+	for _, never := range []string{"<serial type", "<console", "pflash", "nvram", "smm", "<hugepages", "memballoon model=\"virtio"} {
+		if strings.Contains(text, never) {
+			t.Errorf("a production guest has %s", never)
+		}
+	}
+}
+
+func TestConsoleIsForDebugImagesOnly(t *testing.T) {
+	t.Parallel()
+	s := spec()
+	s.ConsoleLog = "/run/nodeagent/guests/g/console.log"
+	if text, err := Render(s); err != nil || !strings.Contains(text, "console.log") {
+		t.Errorf("no console: %v", err)
+	}
+}
+
+func TestWhatLibvirtLetsThroughAndCannotWorkIsRefused(t *testing.T) {
+	t.Parallel()
+	for name, change := range map[string]func(*vm.Spec){
+		"id that is no UUID":       func(s *vm.Spec) { s.GuestID = "../../x" },
+		"upper-case id":            func(s *vm.Spec) { s.GuestID = strings.ToUpper(s.GuestID) },
+		"no generation":            func(s *vm.Spec) { s.Generation = 0 },
+		"no vCPU":                  func(s *vm.Spec) { s.VCPUs = 0 },
+		"little memory":            func(s *vm.Spec) { s.MemoryMiB = 1 },
+		"host CPU":                 func(s *vm.Spec) { s.CPUModel = "host-passthrough" },
+		"hashes without a kernel":  func(s *vm.Spec) { s.Kernel = "" },
+		"relative path":            func(s *vm.Spec) { s.Initrd = "initrd" },
+		"serial virtio would cut":  func(s *vm.Spec) { s.Disks[0].Serial = strings.Repeat("a", 21) },
+		"too many disks":           func(s *vm.Spec) { s.Disks = make([]vm.Disk, 17) },
+		"no TEE":                   func(s *vm.Spec) { s.TEE = vm.TEE{} },
+		"two TEEs":                 func(s *vm.Spec) { s.TEE.Emulated = &vm.Emulated{} },
+		"tap name too long":        func(s *vm.Spec) { s.NIC.Tap = strings.Repeat("n", 16) },
+		"policy without bit 17":    func(s *vm.Spec) { s.TEE.SNP.Policy = 0x10000 },
+		"debug policy":             func(s *vm.Spec) { s.TEE.SNP.Policy |= 1 << 19 },
+		"migration agent":          func(s *vm.Spec) { s.TEE.SNP.Policy |= 1 << 18 },
+		"unknown policy bit":       func(s *vm.Spec) { s.TEE.SNP.Policy |= 1 << 40 },
+		"short HOST_DATA":          func(s *vm.Spec) { s.TEE.SNP.HostData = nil },
+		"ID block without ID auth": func(s *vm.Spec) { s.TEE.SNP.IDBlock = make([]byte, 96) },
+		"ID auth of another size":  func(s *vm.Spec) { s.TEE.SNP.IDBlock, s.TEE.SNP.IDAuth = make([]byte, 96), make([]byte, 4095) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := spec()
+			change(&s)
+			_, err := Render(s)
+			if refusal, ok := errors.AsType[*contract.Refusal](err); !ok || refusal.Remedy == "" {
+				t.Errorf("not refused with a remedy: %v", err)
+			}
+		})
+	}
+}
+
+func TestMetadataComesBack(t *testing.T) {
+	t.Parallel()
+	text, err := Render(spec())
+	if err != nil {
+		t.Fatal(err)
+	}
+	start, end := strings.Index(text, "<guest "), strings.Index(text, "</guest>")+len("</guest>")
+	id, generation, err := ParseMark(text[start:end])
+	if err != nil || id != spec().GuestID || generation != 3 {
+		t.Errorf("mark is %s %d %v", id, generation, err)
+	}
+}

@@ -1,0 +1,5 @@
+//go:build !emulated
+
+package domain
+
+const emulatedBuild = false
