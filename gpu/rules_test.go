@@ -13,13 +13,26 @@ func TestRuleTable(t *testing.T) {
 		count int
 		code  string // "" is allowed
 	}{
-		{"H100", 1, ""}, {"H100", 8, ""}, {"h100", 1, ""}, {"NVIDIA H200", 1, ""}, {"H20", 8, ""},
-		{"H100", 4, "gpu.unsupported-count"}, {"H100", 2, "gpu.unsupported-count"}, {"H100", 0, "gpu.unsupported-count"},
-		{"B200", 2, ""}, {"B300", 4, ""}, {"B200", 3, "gpu.unsupported-count"},
-		{"RTX PRO 6000", 1, ""}, {"RTX PRO 6000", 2, "gpu.unsupported-count"},
-		{"A100", 1, "gpu.unsupported-model"}, {"L40S", 1, "gpu.unsupported-model"}, {"RTX 4090", 1, "gpu.unsupported-model"},
-		{"GH200", 1, "gpu.unsupported-model"}, {"GB200", 4, "gpu.unsupported-model"},
-		{"H1000", 1, "gpu.unknown-model"}, {"", 1, "gpu.unknown-model"},
+		{"H100", 1, ""},
+		{"H100", 8, ""},
+		{"h100", 1, ""},
+		{"NVIDIA H200", 1, ""},
+		{"H20", 8, ""},
+		{"H100", 4, "gpu.unsupported-count"},
+		{"H100", 2, "gpu.unsupported-count"},
+		{"H100", 0, "gpu.unsupported-count"},
+		{"B200", 2, ""},
+		{"B300", 4, ""},
+		{"B200", 3, "gpu.unsupported-count"},
+		{"RTX PRO 6000", 1, ""},
+		{"RTX PRO 6000", 2, "gpu.unsupported-count"},
+		{"A100", 1, "gpu.unsupported-model"},
+		{"L40S", 1, "gpu.unsupported-model"},
+		{"RTX 4090", 1, "gpu.unsupported-model"},
+		{"GH200", 1, "gpu.unsupported-model"},
+		{"GB200", 4, "gpu.unsupported-model"},
+		{"H1000", 1, "gpu.unknown-model"},
+		{"", 1, "gpu.unknown-model"},
 	} {
 		refusal := gpu.Rule(c.model, c.count)
 		switch {

@@ -35,8 +35,8 @@ type verdictCheck struct {
 }
 
 type verifyFlags struct {
-	image, nonce, minTCB, imageFile  string
-	digests, emulatedRoots           []string
+	image, nonce, minTCB, imageFile   string
+	digests, emulatedRoots            []string
 	allowDevelopmentImage, allowMilan bool
 }
 

@@ -44,8 +44,7 @@ func (r *Refusal) Unwrap() error { return r.Cause }
 // AsRefusal returns the refusal inside err, or one with code "internal" that
 // hides the details of an untyped error from the peer.
 func AsRefusal(err error) *Refusal {
-	var r *Refusal
-	if errors.As(err, &r) {
+	if r, ok := errors.AsType[*Refusal](err); ok {
 		return r
 	}
 	return Refuse("internal", "look at the local log of the party that answered; if it repeats, report it with that log",

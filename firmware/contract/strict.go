@@ -61,7 +61,7 @@ func checkKeys(data []byte) error {
 		}
 		if top >= 0 && stack[top].object {
 			if stack[top].wantKey {
-				key, _ := tok.(string) //nolint:errcheck // the decoder only yields strings as keys
+				key, _ := tok.(string)
 				if stack[top].keys[key] {
 					return fmt.Errorf("decoding JSON: duplicate key %q", key)
 				}

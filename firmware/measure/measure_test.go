@@ -112,8 +112,11 @@ func TestLaunchDigestsMatchTheSyntheticVectors(t *testing.T) {
 func TestLaunchDigestsMatchTheUpstreamFixtures(t *testing.T) {
 	t.Parallel()
 	common := []ovmf.Section{
-		{GPA: 0x800000, Size: 0x9000, Type: 1}, {GPA: 0x80a000, Size: 0x3000, Type: 1}, {GPA: 0x80d000, Size: 0x1000, Type: 2},
-		{GPA: 0x80e000, Size: 0x1000, Type: 3}, {GPA: 0x80f000, Size: 0x1000, Type: 4},
+		{GPA: 0x800000, Size: 0x9000, Type: 1},
+		{GPA: 0x80a000, Size: 0x3000, Type: 1},
+		{GPA: 0x80d000, Size: 0x1000, Type: 2},
+		{GPA: 0x80e000, Size: 0x1000, Type: 3},
+		{GPA: 0x80f000, Size: 0x1000, Type: 4},
 	}
 	amdSev := &ovmf.Firmware{
 		ResetEIP: 0x80b004, HashTable: &ovmf.Area{Base: 0x810c00, Size: 0x400},
@@ -199,6 +202,6 @@ func FuzzDigest(f *testing.F) {
 	f.Add(synthetic(4096, true))
 	f.Add(synthetic(4096, false))
 	f.Fuzz(func(_ *testing.T, image []byte) {
-		_, _ = Digest(Input{Firmware: image, Kernel: &KernelDigests{}, VCPUs: 2, CPUModel: "EPYC-v4", GuestFeatures: 1}) //nolint:errcheck // only panics matter
+		_, _ = Digest(Input{Firmware: image, Kernel: &KernelDigests{}, VCPUs: 2, CPUModel: "EPYC-v4", GuestFeatures: 1})
 	})
 }

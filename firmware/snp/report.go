@@ -181,9 +181,17 @@ type array struct {
 
 func (r *Report) arrays() []array {
 	return []array{
-		{offFamilyID, r.FamilyID[:]}, {offImageID, r.ImageID[:]}, {offReportData, r.ReportData[:]}, {offMeasurement, r.Measurement[:]},
-		{offHostData, r.HostData[:]}, {offIDKey, r.IDKeyDigest[:]}, {offAuthorKey, r.AuthorDigest[:]}, {offReportID, r.ReportID[:]},
-		{offReportIDMA, r.ReportIDMA[:]}, {offChipID, r.ChipID[:]}, {offSignature, r.Signature[:]},
+		{offFamilyID, r.FamilyID[:]},
+		{offImageID, r.ImageID[:]},
+		{offReportData, r.ReportData[:]},
+		{offMeasurement, r.Measurement[:]},
+		{offHostData, r.HostData[:]},
+		{offIDKey, r.IDKeyDigest[:]},
+		{offAuthorKey, r.AuthorDigest[:]},
+		{offReportID, r.ReportID[:]},
+		{offReportIDMA, r.ReportIDMA[:]},
+		{offChipID, r.ChipID[:]},
+		{offSignature, r.Signature[:]},
 	}
 }
 

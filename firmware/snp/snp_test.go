@@ -19,8 +19,8 @@ import (
 
 var now = time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC) //nolint:gochecknoglobals // when the fixtures are valid
 
-// real loads a report captured from hardware with its chain.
-func real(t *testing.T, product string) ([]byte, contract.Endorsements) {
+// captured loads a report captured from hardware with its chain.
+func captured(t *testing.T, product string) ([]byte, contract.Endorsements) {
 	t.Helper()
 	dir := filepath.Join("..", "..", "..", "shared", "data", "snp-reports")
 	read := func(name string) []byte {
@@ -65,7 +65,7 @@ func TestRealReportsOfThreeGenerationsHold(t *testing.T) {
 	for _, product := range []string{"milan", "genoa", "turin"} {
 		t.Run(product, func(t *testing.T) {
 			t.Parallel()
-			report, e := real(t, product)
+			report, e := captured(t, product)
 			x := expectationsOf(t, report)
 			if product == "milan" {
 				if res := snp.Verify(report, e, x); res.OK() || status(t, res, "product") != snp.Fail {
@@ -85,7 +85,7 @@ func TestEveryByteOfARealReportCounts(t *testing.T) {
 	for _, product := range []string{"milan", "genoa", "turin"} {
 		t.Run(product, func(t *testing.T) {
 			t.Parallel()
-			report, e := real(t, product)
+			report, e := captured(t, product)
 			x := expectationsOf(t, report)
 			x.AllowMilan = true
 			for i := range report {
@@ -101,7 +101,7 @@ func TestEveryByteOfARealReportCounts(t *testing.T) {
 
 func TestEveryByteOfTheChipsCertificateCounts(t *testing.T) {
 	t.Parallel()
-	report, e := real(t, "turin")
+	report, e := captured(t, "turin")
 	x := expectationsOf(t, report)
 	for i := range e.VCEK {
 		f := e

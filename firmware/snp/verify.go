@@ -39,27 +39,27 @@ type Check struct {
 type Result struct{ Checks []Check }
 
 // OK reports whether at least one check was made and none failed.
-func (r *Result) OK() bool {
-	return len(r.Checks) > 0 && !slices.ContainsFunc(r.Checks, func(c Check) bool { return c.Status == Fail })
+func (res *Result) OK() bool {
+	return len(res.Checks) > 0 && !slices.ContainsFunc(res.Checks, func(c Check) bool { return c.Status == Fail })
 }
 
 // Failed returns the first failed check, nil when there is none.
-func (r *Result) Failed() *Check {
-	for i := range r.Checks {
-		if r.Checks[i].Status == Fail {
-			return &r.Checks[i]
+func (res *Result) Failed() *Check {
+	for i := range res.Checks {
+		if res.Checks[i].Status == Fail {
+			return &res.Checks[i]
 		}
 	}
 	return nil
 }
 
 // Add appends a check: holds with its sentence, or not with the other one.
-func (r *Result) Add(name string, holds bool, want, got, held, broken string) {
+func (res *Result) Add(name string, holds bool, want, got, held, broken string) {
 	c := Check{name, Pass, want, got, held}
 	if !holds {
 		c.Status, c.Why = Fail, broken
 	}
-	r.Checks = append(r.Checks, c)
+	res.Checks = append(res.Checks, c)
 }
 
 // Expect is a relying party's policy. The zero value of a field is strict.

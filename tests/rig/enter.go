@@ -48,7 +48,7 @@ func Enter() {
 	case stageInit:
 		code, err = runInit()
 	case stageHost:
-		code, err = holdHost()
+		err = holdHost()
 	default:
 		code, err = launch()
 	}
@@ -56,7 +56,7 @@ func Enter() {
 		fmt.Fprintf(os.Stderr, "rig: %v\n", err)
 		code = 1
 	}
-	os.Exit(code) //nolint:forbidigo // this process was only a stage
+	os.Exit(code)
 }
 
 // reexec returns a command that runs this binary as a stage.

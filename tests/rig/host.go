@@ -99,39 +99,39 @@ func (h *Host) await(r io.Reader, word string, steps ...func() error) error {
 }
 
 // holdHost is the stage inside a host's namespaces.
-func holdHost() (int, error) {
+func holdHost() error {
 	if err := prepareMounts(privateFolders()...); err != nil {
-		return 0, err
+		return err
 	}
 	// A fresh sysfs shows the links of this namespace, not the machine's.
 	if err := unix.Mount("sysfs", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
-		return 0, fmt.Errorf("mounting /sys: %w", err)
+		return fmt.Errorf("mounting /sys: %w", err)
 	}
 	if err := os.WriteFile("/etc/libvirt/qemu.conf", []byte(qemuConf), 0o600); err != nil {
-		return 0, err
+		return err
 	}
 	if err := loopbackUp(); err != nil {
-		return 0, err
+		return err
 	}
 	os.Stdout.WriteString("ready\n") //nolint:errcheck // the other end notices
 	stdin := bufio.NewReader(os.Stdin)
 	if _, err := stdin.ReadString('\n'); err != nil {
-		return 0, err
+		return err
 	}
 	index, err := strconv.Atoi(os.Getenv(indexEnv))
 	if err != nil {
-		return 0, err
+		return err
 	}
 	uplink, err := netlink.LinkByName("uplink")
 	if err != nil {
-		return 0, fmt.Errorf("finding uplink: %w", err)
+		return fmt.Errorf("finding uplink: %w", err)
 	}
 	if err := address(uplink, hostAddr(index).String()+"/24"); err != nil {
-		return 0, err
+		return err
 	}
-	os.Stdout.WriteString("ready\n")  //nolint:errcheck // the other end notices
-	_, _ = io.Copy(io.Discard, stdin) //nolint:errcheck // ends with the pipe
-	return 0, nil
+	os.Stdout.WriteString("ready\n") //nolint:errcheck // the other end notices
+	_, _ = io.Copy(io.Discard, stdin)
+	return nil
 }
 
 // Command returns a command that runs inside the host's namespaces.
@@ -193,10 +193,10 @@ func (h *Host) Close() error {
 	if err == nil {
 		err = killNamespace(inode, h.holder.Process.Pid)
 	}
-	_ = h.stdin.Close() //nolint:errcheck // ends the holder
+	_ = h.stdin.Close()
 	_, waitErr := exitCode(h.holder.Wait())
 	if h.libvirtd != nil && h.libvirtd.Process != nil {
-		_, _ = exitCode(h.libvirtd.Wait()) //nolint:errcheck // killed above
+		_, _ = exitCode(h.libvirtd.Wait())
 	}
 	return errors.Join(err, waitErr)
 }
@@ -213,7 +213,7 @@ func killNamespace(inode string, except int) error {
 			continue
 		}
 		if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid)); err == nil && ns == inode {
-			_ = syscall.Kill(pid, syscall.SIGKILL) //nolint:errcheck // gone already is fine
+			_ = syscall.Kill(pid, syscall.SIGKILL)
 		}
 	}
 	return nil

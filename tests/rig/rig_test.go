@@ -81,7 +81,12 @@ func host(t *testing.T) (*rig.Host, *libvirt.Driver, vm.Spec) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- d.Run(ctx) }()
-	t.Cleanup(func() { cancel(); <-done })
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("driver: %v", err)
+		}
+	})
 	wait, stop := context.WithTimeout(t.Context(), 30*time.Second)
 	defer stop()
 	if err := d.WaitConnected(wait); err != nil {

@@ -9,9 +9,9 @@ import "testing"
 // Prefix starts every skip message; the summary of `make test` looks for it.
 const Prefix = "capability missing: "
 
-// Missing skips t and names the capability in words an operator knows
+// Missing skips the test and names the capability in words an operator knows
 // ("root", "AMD SEV-SNP host", "real reports in ../shared/data").
-func Missing(t testing.TB, capability string) {
-	t.Helper()
-	t.Skip(Prefix + capability)
+func Missing(tb testing.TB, capability string) {
+	tb.Helper()
+	tb.Skip(Prefix + capability)
 }

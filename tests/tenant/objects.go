@@ -33,21 +33,21 @@ type ObjectStore interface {
 }
 
 // pinnedTransport trusts the CA in file and nothing else, over TLS 1.3.
-func pinnedTransport(caFile string) (*http.Transport, []byte, error) {
+func pinnedTransport(caFile string) (*http.Transport, error) {
 	caPEM, err := readSmall(caFile)
 	if err != nil {
-		return nil, nil, fmt.Errorf("reading CA: %w", err)
+		return nil, fmt.Errorf("reading CA: %w", err)
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(caPEM) {
-		return nil, nil, Usage("CA file %s holds no PEM certificate", caFile)
+		return nil, Usage("CA file %s holds no PEM certificate", caFile)
 	}
 	return &http.Transport{
 		TLSClientConfig:       &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: pool},
 		ResponseHeaderTimeout: time.Minute,
 		IdleConnTimeout:       30 * time.Second,
 		DisableCompression:    true,
-	}, caPEM, nil
+	}, nil
 }
 
 type s3Store struct{ client *minio.Client }
@@ -60,7 +60,7 @@ func newS3(p *StoreProfile) (ObjectStore, error) {
 	}); err != nil {
 		return nil, err
 	}
-	transport, _, err := pinnedTransport(p.CAFile)
+	transport, err := pinnedTransport(p.CAFile)
 	if err != nil {
 		return nil, err
 	}

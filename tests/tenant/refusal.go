@@ -47,12 +47,11 @@ func ExitCode(err error) int {
 	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded) {
 		return ExitTimeout
 	}
-	var refused *contract.Refusal
-	if errors.As(err, &refused) {
+	if refused, ok := errors.AsType[*contract.Refusal](err); ok {
 		return refusalExit(refused.Code)
 	}
-	var network *net.OpError
-	if errors.Is(err, brokeradmin.ErrUnreachable) || errors.Is(err, ErrUnreachable) || errors.As(err, &network) {
+	_, network := errors.AsType[*net.OpError](err)
+	if network || errors.Is(err, brokeradmin.ErrUnreachable) || errors.Is(err, ErrUnreachable) {
 		return ExitUnreachable
 	}
 	if errors.Is(err, fs.ErrNotExist) {
@@ -65,7 +64,7 @@ func refusalExit(code string) int {
 	switch {
 	case code == codeUsage:
 		return ExitUsage
-	case code == codeNotFound || strings.HasSuffix(code, "-not-found") || strings.HasSuffix(code, "-unknown"):
+	case strings.HasSuffix(code, "not-found") || code == "broker.launch-unknown" || code == "broker.resource-unknown":
 		return ExitNotFound
 	case code == codeNameInUse || strings.HasSuffix(code, "-conflict"):
 		return ExitConflict

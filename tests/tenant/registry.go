@@ -29,7 +29,7 @@ func newRegistry(p *EndpointProfile) (*registry, error) {
 	if err := need(map[string]string{"registry.url": p.URL, "registry.ca_file": p.CAFile}); err != nil {
 		return nil, err
 	}
-	transport, _, err := pinnedTransport(p.CAFile)
+	transport, err := pinnedTransport(p.CAFile)
 	if err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"os"
 	"path/filepath"
@@ -124,3 +125,17 @@ func copyHashed(w io.Writer, r io.Reader) (Sealed, error) {
 	n, err := io.Copy(io.MultiWriter(w, hash), r)
 	return Sealed{hex.EncodeToString(hash.Sum(nil)), n}, err
 }
+
+// summer hashes what is read through it.
+type summer struct {
+	io.Reader
+	hash hash.Hash
+}
+
+func newSummer(r io.Reader) *summer {
+	h := sha256.New()
+	return &summer{io.TeeReader(r, h), h}
+}
+
+// sum is the digest of what was read so far.
+func (s *summer) sum() string { return hex.EncodeToString(s.hash.Sum(nil)) }

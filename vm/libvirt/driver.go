@@ -76,7 +76,7 @@ var eventLoop = sync.OnceValue(func() error {
 		return fmt.Errorf("registering libvirt's event loop: %w", err)
 	}
 	go func() {
-		for libvirt.EventRunDefaultImpl() == nil { //nolint:revive // the loop is the work
+		for libvirt.EventRunDefaultImpl() == nil {
 		}
 	}()
 	return nil
@@ -410,7 +410,7 @@ func version(v uint32) string {
 	return fmt.Sprintf("%d.%d.%d", v/1_000_000, v/1000%1000, v%1000)
 }
 
-func free(dom *libvirt.Domain) { _ = dom.Free() } //nolint:errcheck // nothing depends on it
+func free(dom *libvirt.Domain) { _ = dom.Free() }
 
 func isCode(err error, code libvirt.ErrorNumber) bool {
 	e, ok := errors.AsType[libvirt.Error](err)

@@ -38,7 +38,7 @@ func main() {
 	if _, usage := errors.AsType[usageError](err); usage {
 		code = 2
 	}
-	os.Exit(code) //nolint:forbidigo // this is main
+	os.Exit(code)
 }
 
 type options struct {

@@ -1,0 +1,222 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/snp"
+	"github.com/confidential-node/agent/tests/tenant"
+)
+
+// verdictError ends a verification that was printed and does not hold.
+type verdictError struct{ error }
+
+func (e *verdictError) Unwrap() error { return e.error }
+
+type verifyFlags struct {
+	tenant.VerifyOptions
+	minTCB string
+}
+
+func (v *verifyFlags) register(f *pflag.FlagSet) {
+	f.StringVar(&v.ExpectedImage, "expected-image", "", "workload image, REF@sha256:DIGEST, or the tag as you deployed it")
+	f.StringVar(&v.ExpectedGPU, "expected-gpu", "", "GPU model the manifest must demand")
+	f.StringSliceVar(&v.Digests, "expected-digest", nil, "launch digest in hex; may be repeated")
+	f.StringVar(&v.minTCB, "min-tcb", "", "lowest platform TCB, for instance snp=27,microcode=86")
+	f.StringVar(&v.ImageDescription, "image", "", "image.json you trust")
+	f.StringArrayVar(&v.AllowEmulatedRoots, "allow-emulated-root", nil, "certificate of an EMULATED root to accept; no silicon stands behind it")
+	f.BoolVar(&v.AllowDevelopmentImage, "allow-development-image", false, "accept an image without a defence against ACPI code from the host")
+	f.BoolVar(&v.AllowMilan, "allow-milan", false, "accept EPYC 7003, whose attestation root can be extracted in software")
+}
+
+func (v *verifyFlags) options() (tenant.VerifyOptions, error) {
+	var err error
+	v.MinTCB, err = tenant.ParseTCB(v.minTCB)
+	return v.VerifyOptions, err
+}
+
+// show prints one check per line and fails if one does not hold.
+func (a *app) show(cmd *cobra.Command, v *tenant.Verdict) error {
+	if a.output == "json" {
+		raw, err := v.MarshalJSON()
+		if err != nil {
+			return err
+		}
+		if _, err := cmd.OutOrStdout().Write(append(raw, '\n')); err != nil {
+			return err
+		}
+	} else if err := showChecks(cmd.OutOrStdout(), v); err != nil {
+		return err
+	}
+	if !v.OK() {
+		return &verdictError{contract.Refuse("tenant.evidence-refused", "see the failed checks", "the evidence does not hold")}
+	}
+	return nil
+}
+
+func showChecks(w io.Writer, v *tenant.Verdict) error {
+	var b strings.Builder
+	width, held := 0, 0
+	for _, c := range v.Checks {
+		width = max(width, len(c.Name))
+	}
+	for _, c := range v.Checks {
+		mark := "✗"
+		switch c.Status {
+		case snp.Pass:
+			mark = "✓"
+			held++
+		case snp.Skip:
+			mark = "-"
+		case snp.Fail:
+		}
+		fmt.Fprintf(&b, "%s %-*s  %s", mark, width, c.Name, c.Why)
+		if c.Status == snp.Fail && c.Want != "" {
+			fmt.Fprintf(&b, " (expected %s, found %s)", c.Want, c.Got)
+		}
+		b.WriteByte('\n')
+	}
+	word := "the evidence does NOT hold"
+	if v.OK() {
+		word = "the evidence holds"
+	}
+	fmt.Fprintf(&b, "%d of %d checks hold: %s\n", held, len(v.Checks), word)
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+func newAttest(a *app) *cobra.Command {
+	var f verifyFlags
+	var out string
+	cmd := &cobra.Command{
+		Use: "attest N", Short: "Challenge a running guest and verify its evidence", Args: exactArgs("N"),
+		RunE: a.with(func(ctx context.Context, cmd *cobra.Command, t *tenant.Tenant, args []string) error {
+			o, err := f.options()
+			if err != nil {
+				return err
+			}
+			v, err := t.Attest(ctx, args[0], o)
+			if err != nil {
+				return err
+			}
+			if out != "" {
+				if err := os.WriteFile(out, v.Raw, 0o600); err != nil {
+					return fmt.Errorf("writing evidence: %w", err)
+				}
+			}
+			return a.show(cmd, v)
+		}),
+	}
+	f.register(cmd.Flags())
+	cmd.Flags().StringVar(&out, "out", "", "write the evidence to this file")
+	return cmd
+}
+
+func newVerify(a *app) *cobra.Command {
+	var f verifyFlags
+	cmd := &cobra.Command{
+		Use:   "verify FILE|N",
+		Short: "Verify evidence from a file, or the latest of a deployment",
+		Long: `Verify evidence, one check per line. The evidence is never a source of
+expectations: they come from your deployments, your copy of the guest image and
+the flags. Exit code 0 means that every check holds, 5 that one does not.`,
+		Args: exactArgs("FILE|N"),
+		RunE: a.with(func(_ context.Context, cmd *cobra.Command, t *tenant.Tenant, args []string) error {
+			o, err := f.options()
+			if err != nil {
+				return err
+			}
+			var v *tenant.Verdict
+			if t.Known(args[0]) {
+				v, err = t.VerifyDeployment(args[0], o)
+			} else {
+				var raw []byte
+				if raw, err = readEvidence(args[0]); err != nil {
+					return err
+				}
+				v, err = t.Verify(raw, o)
+			}
+			if err != nil {
+				return err
+			}
+			return a.show(cmd, v)
+		}),
+	}
+	f.register(cmd.Flags())
+	cmd.Flags().StringVar(&f.Nonce, "nonce", "", "nonce of your challenge in hex; not needed for challenges this tool made")
+	return cmd
+}
+
+func readEvidence(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, contract.Refuse("tenant.not-found", "give an evidence file or the name of a deployment", "there is no file and no deployment %q", path)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading evidence: %w", err)
+	}
+	defer f.Close() //nolint:errcheck // only read from
+	return io.ReadAll(io.LimitReader(f, contract.MaxEvidenceBytes+1))
+}
+
+func newCall(a *app) *cobra.Command {
+	var f verifyFlags
+	var address, method, data string
+	var port int
+	cmd := &cobra.Command{
+		Use:   "call N /PATH",
+		Short: "Send one HTTP request into an attested guest",
+		Long: `Connect to the workload's port with TLS 1.3, verify the guest's evidence and that
+it binds this very connection, and only then send the request.`,
+		Args: exactArgs("N", "/PATH"),
+		RunE: a.with(func(ctx context.Context, cmd *cobra.Command, t *tenant.Tenant, args []string) error {
+			o, err := f.options()
+			if err != nil {
+				return err
+			}
+			if !strings.HasPrefix(args[1], "/") {
+				return tenant.Usage("path %q does not start with /", args[1])
+			}
+			if address == "" {
+				if address, err = t.Address(ctx, args[0], port); err != nil {
+					return err
+				}
+			}
+			client, err := t.HTTPClient(args[0], address, o)
+			if err != nil {
+				return err
+			}
+			req, err := http.NewRequestWithContext(ctx, method, "https://"+address+args[1], strings.NewReader(data))
+			if err != nil {
+				return tenant.Usage("%v", err)
+			}
+			resp, err := client.Do(req)
+			if err != nil {
+				return fmt.Errorf("calling the guest: %w", err)
+			}
+			defer resp.Body.Close() //nolint:errcheck // it is read to its end
+			if _, err := io.Copy(cmd.OutOrStdout(), resp.Body); err != nil {
+				return fmt.Errorf("reading the answer: %w", err)
+			}
+			if resp.StatusCode >= 400 {
+				return fmt.Errorf("the workload answered %s", resp.Status)
+			}
+			return nil
+		}),
+	}
+	f.register(cmd.Flags())
+	cmd.Flags().StringVar(&address, "address", "", "HOST:PORT to connect to, instead of the platform's word")
+	cmd.Flags().IntVar(&port, "port", 0, "the guest's port, when it has several")
+	cmd.Flags().StringVarP(&method, "request", "X", http.MethodGet, "HTTP method")
+	cmd.Flags().StringVarP(&data, "data", "d", "", "request body")
+	return cmd
+}

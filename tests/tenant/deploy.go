@@ -1,0 +1,427 @@
+package tenant
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"filippo.io/age"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/gpu"
+	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
+)
+
+// Features a node must have for what the user asked.
+const (
+	featureCompliance = "compliance." // + profile
+	featureAudit      = "audit.log"
+)
+
+// DeployOptions are the flags of `tenant deploy confidential`.
+type DeployOptions struct {
+	Name, Image, Node string
+	// GPU is a model without vendor, empty for none; GPUCount 0 means 1.
+	GPU      string
+	GPUCount int
+	// Datasets and Models are [NAME=]URL, see parseSource.
+	Datasets, Models []string
+	// EncryptionKey is file://PATH; empty makes a key of this deployment.
+	EncryptionKey string
+	// KeyManagement is "file" or "hsm".
+	KeyManagement string
+	Ports         []int
+	Compliance    string
+	AuditLogging  bool
+	// Confidential and AttestationRequired cannot be turned off.
+	Confidential, AttestationRequired bool
+
+	// VCPUs, MemoryMiB and CPUModel have defaults when zero.
+	VCPUs     int
+	MemoryMiB uint64
+	CPUModel  string
+	Env       map[string]string
+	// SecretEnv maps a variable to the file that holds its value.
+	SecretEnv map[string]string
+	// Results are the names of files the workload may leave.
+	Results []string
+	Command []string
+	// Releases is how often the broker may give the keys; 0 means 1.
+	Releases int
+	TCBFloor *contract.TCB
+	ChipIDs  []string
+	// StartTimeout and RunTimeout; 0 leaves them to the host's policy.
+	StartTimeout, RunTimeout time.Duration
+	// Replace puts an older deployment of this name aside.
+	Replace bool
+}
+
+// check refuses what silicon, format or this version forbids, before anything
+// is sealed or sent.
+func (o *DeployOptions) check() error {
+	if err := checkName(o.Name); err != nil {
+		return err
+	}
+	if o.Image == "" {
+		return Usage("--image is required")
+	}
+	if !o.Confidential {
+		return contract.Refuse("tenant.confidential-mandatory", "leave --confidential on; plain machines are not offered here",
+			"this tool deploys confidential machines only")
+	}
+	if !o.AttestationRequired {
+		return contract.Refuse("tenant.attestation-mandatory", "leave --attestation-required on",
+			"keys are released to attested guests only, so attestation cannot be turned off")
+	}
+	switch o.KeyManagement {
+	case "", "file":
+	case "hsm":
+		return contract.Refuse("tenant.key-management-unsupported", "use --key-management file until a later version supports hardware modules",
+			"key management by an HSM is not supported yet")
+	default:
+		return Usage("--key-management %q is not file or hsm", o.KeyManagement)
+	}
+	if o.Compliance != "" && !contract.ValidFileName(o.Compliance) {
+		return Usage("--compliance %q is not a profile's name", o.Compliance)
+	}
+	if o.GPU == "" && o.GPUCount > 0 {
+		return Usage("--count needs --gpu")
+	}
+	if o.GPU != "" {
+		if refused := gpu.Rule(o.GPU, max(o.GPUCount, 1)); refused != nil {
+			return refused
+		}
+	}
+	return nil
+}
+
+func (o *DeployOptions) defaults() {
+	if o.VCPUs == 0 {
+		o.VCPUs = defaultVCPUs
+	}
+	if o.MemoryMiB == 0 {
+		o.MemoryMiB = defaultMemoryMiB
+	}
+	if o.CPUModel == "" {
+		o.CPUModel = defaultCPUModel
+	}
+}
+
+// features are what a node must have to carry the deployment out as asked.
+func (o *DeployOptions) features() []string {
+	out := []string{api.FeatureLaunchDirectBoot, api.FeatureEvidenceRelay, api.FeatureResultsPresignedPut}
+	if len(o.Datasets)+len(o.Models) > 0 {
+		out = append(out, api.FeatureInputsAge)
+	}
+	if len(o.Ports) > 0 {
+		out = append(out, api.FeaturePortsAttestedTLS)
+	}
+	if o.Compliance != "" {
+		out = append(out, featureCompliance+o.Compliance)
+	}
+	if o.AuditLogging {
+		out = append(out, featureAudit)
+	}
+	return out
+}
+
+// plan is a deployment in the making.
+type plan struct {
+	o         *DeployOptions
+	d         *Deployment
+	image     *guestImage
+	key       *dataKey
+	recipient string // of the results
+	resources map[string][]byte
+	secretEnv map[string]string
+	manifest  []byte
+	sent      bool // the command may have reached the control plane
+}
+
+// Deploy brings a confidential guest up to the accepted command. It registers
+// policy and keys at the broker before it asks the control plane.
+func (t *Tenant) Deploy(ctx context.Context, o DeployOptions) (*Deployment, error) {
+	if err := o.check(); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(t.needBroker(), t.needStore(), t.needControl()); err != nil {
+		return nil, err
+	}
+	if t.registry == nil || t.profile.ImageDir == "" {
+		return nil, Usage("the profile lacks [registry] or image_dir")
+	}
+	o.defaults()
+	p, err := t.prepare(ctx, &o)
+	if err != nil {
+		return nil, err
+	}
+	if err := t.carryOut(ctx, p); err != nil {
+		return nil, errors.Join(err, t.undo(ctx, p))
+	}
+	return p.d, nil
+}
+
+func (t *Tenant) carryOut(ctx context.Context, p *plan) error {
+	if err := t.resultKey(p); err != nil {
+		return err
+	}
+	if err := t.seal(ctx, p); err != nil {
+		return err
+	}
+	if err := t.writeManifest(p); err != nil {
+		return err
+	}
+	if err := t.register(ctx, p); err != nil {
+		return err
+	}
+	return t.launch(ctx, p)
+}
+
+// undo withdraws the keys and forgets the deployment, unless the command may
+// be on its way: then the guest needs its keys and the user needs the name.
+func (t *Tenant) undo(ctx context.Context, p *plan) error {
+	if p.sent {
+		return nil
+	}
+	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	var withdrawn error
+	if p.d.Stage == StageRegistered {
+		withdrawn = t.broker.DeleteLaunch(undo, p.d.LaunchID)
+	}
+	return errors.Join(withdrawn, os.RemoveAll(t.state.path(p.d.Name)))
+}
+
+// prepare does what may fail without a trace first, then opens the state.
+func (t *Tenant) prepare(ctx context.Context, o *DeployOptions) (*plan, error) {
+	p := &plan{o: o, resources: map[string][]byte{}, secretEnv: map[string]string{}}
+	var err error
+	if p.key, err = t.deployKey(o); err != nil {
+		return nil, err
+	}
+	for name, file := range o.SecretEnv {
+		value, err := readSmall(file)
+		if err != nil {
+			return nil, fmt.Errorf("reading secret variable %s: %w", name, err)
+		}
+		r := contract.Resource{Repository: o.Name, Type: "env", Tag: name}
+		p.resources[r.Path()], p.secretEnv[name] = value, r.String()
+	}
+	t.report.Step("predicting the launch digest")
+	if p.image, err = loadImage(t.profile.ImageDir); err != nil {
+		return nil, err
+	}
+	digest, err := p.image.predict(o.VCPUs, o.CPUModel, guestFeatures)
+	if err != nil {
+		return nil, err
+	}
+	t.report.Step("resolving the image")
+	pinned, err := t.registry.Resolve(ctx, o.Image)
+	if err != nil {
+		return nil, err
+	}
+	data := contract.Resource{Repository: o.Name, Type: "age", Tag: "data"}
+	p.resources[data.Path()] = p.key.bytes
+	id := make([]byte, 16)
+	if _, err := rand.Read(id); err != nil {
+		return nil, fmt.Errorf("making launch id: %w", err)
+	}
+	p.d = &Deployment{
+		Version: deploymentVersion, Name: o.Name, Stage: StagePrepared, CreatedAt: t.now().UTC(), LaunchID: hex.EncodeToString(id),
+		Node: o.Node, RequestedImage: o.Image, Image: pinned, LaunchDigests: []string{digest}, GuestImage: p.image.desc,
+		TCBFloor: o.TCBFloor, Ports: o.Ports, DataKey: data.String(),
+	}
+	if p.d.Node == "" {
+		p.d.Node = t.profile.Node
+	}
+	if o.GPU != "" {
+		p.d.GPU = &contract.GPU{Model: o.GPU, Count: max(o.GPUCount, 1)}
+	}
+	if err := t.state.create(o.Name, o.Replace); err != nil {
+		return nil, err
+	}
+	return p, nil
+}
+
+func (t *Tenant) deployKey(o *DeployOptions) (*dataKey, error) {
+	if o.EncryptionKey != "" {
+		return readKeyURL(o.EncryptionKey)
+	}
+	for _, s := range slices.Concat(o.Datasets, o.Models) {
+		if strings.Contains(s, "encrypted://") {
+			return nil, Usage("%s is sealed already: --encryption-key must say with which key", s)
+		}
+	}
+	raw, err := Keygen(KeyX25519)
+	if err != nil {
+		return nil, err
+	}
+	return parseKey(raw)
+}
+
+// resultKey makes the identity that opens the results. It never leaves.
+func (t *Tenant) resultKey(p *plan) error {
+	id, err := age.GenerateX25519Identity()
+	if err != nil {
+		return fmt.Errorf("making result key: %w", err)
+	}
+	p.recipient = id.Recipient().String()
+	return errors.Join(
+		t.state.write(p.d.Name, "results.key", []byte(id.String()+"\n")),
+		t.state.write(p.d.Name, "data.key", p.key.bytes),
+		t.state.save(p.d),
+	)
+}
+
+// seal brings every input into the store as ciphertext.
+func (t *Tenant) seal(ctx context.Context, p *plan) error {
+	prefix := p.d.Name + "/" + p.d.LaunchID + "/inputs/"
+	for _, text := range slices.Concat(p.o.Datasets, p.o.Models) {
+		s, err := parseSource(text)
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(p.d.Inputs, func(i DeployedObject) bool { return i.Name == s.name }) {
+			return Usage("two inputs are named %q; write NAME=URL for one of them", s.name)
+		}
+		t.report.Step("input " + s.name)
+		object, err := t.input(ctx, prefix, s, p.key)
+		if err != nil {
+			return err
+		}
+		p.d.Inputs = append(p.d.Inputs, object)
+	}
+	for _, name := range p.o.Results {
+		p.d.Results = append(p.d.Results, DeployedObject{Name: name, Bucket: t.profile.Store.Bucket, Key: t.resultPath(p.d, name)})
+	}
+	return t.state.save(p.d)
+}
+
+func (t *Tenant) resultPath(d *Deployment, name string) string {
+	return d.Name + "/" + d.LaunchID + "/results/" + name
+}
+
+func (t *Tenant) writeManifest(p *plan) error {
+	m := &contract.Manifest{
+		Version: contract.ManifestVersion, LaunchID: p.d.LaunchID, Image: p.d.Image, Command: p.o.Command,
+		Env: p.o.Env, SecretEnv: p.secretEnv, Ports: p.o.Ports,
+		Broker:   contract.Endpoint{URL: t.profile.Broker.URL, CAPEM: string(t.brokerCA)},
+		Registry: contract.Endpoint{URL: t.profile.Registry.URL, CAPEM: string(t.imageCA)},
+		GPU:      p.d.GPU, TCBFloor: p.o.TCBFloor, Compliance: p.o.Compliance,
+	}
+	for _, in := range p.d.Inputs {
+		m.Inputs = append(m.Inputs, contract.Input{Name: in.Name, SHA256: in.SHA256, Size: in.Size, Format: contract.FormatAge, Key: p.d.DataKey})
+	}
+	for _, r := range p.d.Results {
+		m.Results = append(m.Results, contract.Result{Name: r.Name, Recipients: []string{p.recipient}})
+	}
+	raw, err := m.Encode()
+	if err != nil {
+		return Usage("%v", err)
+	}
+	if len(raw) > contract.MaxManifestBytes {
+		return Usage("the manifest has %d bytes, the limit is %d; shorten environment or command", len(raw), contract.MaxManifestBytes)
+	}
+	p.manifest = raw
+	return t.state.write(p.d.Name, "manifest.json", raw)
+}
+
+func (t *Tenant) register(ctx context.Context, p *plan) error {
+	t.report.Step("registering policy and keys at the broker")
+	err := t.broker.PutLaunch(ctx, p.d.LaunchID, &brokeradmin.Launch{
+		LaunchDigests: p.d.LaunchDigests, Manifest: p.manifest, Image: p.d.GuestImage, Releases: p.o.Releases,
+		TCBFloor: p.o.TCBFloor, ChipIDs: p.o.ChipIDs, Resources: p.resources,
+	})
+	if err != nil {
+		return fmt.Errorf("registering at the broker: %w", err)
+	}
+	p.d.Stage = StageRegistered
+	return t.state.save(p.d)
+}
+
+func (t *Tenant) launch(ctx context.Context, p *plan) error {
+	command, err := t.command(ctx, p)
+	if err != nil {
+		return err
+	}
+	t.report.Step("asking the control plane for the guest")
+	launched, err := t.control.Launch(ctx, p.d.Node, command, p.o.features())
+	if err != nil {
+		// A refusal is an answer; anything else is not.
+		_, refused := errors.AsType[*contract.Refusal](err)
+		p.sent = !refused
+		return fmt.Errorf("asking for the guest: %w", err)
+	}
+	p.sent = true
+	p.d.Stage, p.d.GuestID, p.d.CommandID, p.d.Node = StageLaunched, launched.GuestID, launched.CommandID, launched.Node
+	return t.state.save(p.d)
+}
+
+func (t *Tenant) command(ctx context.Context, p *plan) (*api.LaunchGuest, error) {
+	digest, err := hex.DecodeString(p.d.LaunchDigests[0])
+	if err != nil {
+		return nil, fmt.Errorf("encoding launch digest: %w", err)
+	}
+	firmware := sha256.Sum256(p.image.firmware)
+	l := &api.LaunchGuest{
+		Generation: 1, Manifest: p.manifest, LaunchDigest: digest,
+		Image: &api.BootImage{FirmwareSha256: firmware[:], KernelSha256: p.image.kernel[:], InitrdSha256: p.image.initrd[:], Cmdline: p.image.desc.Cmdline},
+		Machine: &api.Machine{
+			Vcpus: uint32(p.o.VCPUs), MemoryMib: p.o.MemoryMiB, CpuModel: p.o.CPUModel, GuestFeatures: guestFeatures, Policy: guestPolicy,
+		},
+		Results: &api.ResultTarget{}, Hosts: t.profile.Hosts,
+	}
+	if p.o.StartTimeout > 0 {
+		l.StartTimeout = durationpb.New(p.o.StartTimeout)
+	}
+	if p.o.RunTimeout > 0 {
+		l.RunTimeout = durationpb.New(p.o.RunTimeout)
+	}
+	for _, port := range p.o.Ports {
+		l.Ports = append(l.Ports, &api.PublishedPort{GuestPort: uint32(port)})
+	}
+	valid := t.profile.presignFor()
+	for _, in := range p.d.Inputs {
+		sum, err := hex.DecodeString(in.SHA256)
+		if err != nil {
+			return nil, fmt.Errorf("encoding input digest: %w", err)
+		}
+		url, err := t.store.PresignGet(ctx, in.Bucket, in.Key, valid)
+		if err != nil {
+			return nil, err
+		}
+		if !slices.ContainsFunc(l.Inputs, func(b *api.InputBlob) bool { return string(b.GetSha256()) == string(sum) }) {
+			l.Inputs = append(l.Inputs, &api.InputBlob{Sha256: sum, Size: uint64(in.Size), Url: url})
+		}
+	}
+	for _, name := range append(slices.Clone(p.o.Results), contract.ResultsManifestName) {
+		url, err := t.store.PresignPut(ctx, t.profile.Store.Bucket, t.resultPath(p.d, name), valid)
+		if err != nil {
+			return nil, err
+		}
+		l.Results.Uploads = append(l.Results.Uploads, &api.ResultUpload{Name: name, PutUrl: url})
+	}
+	return l, nil
+}
+
+// Pairs decodes repeated NAME=VALUE flags.
+func Pairs(flag string, pairs []string) (map[string]string, error) {
+	out := map[string]string{}
+	for _, p := range pairs {
+		k, v, ok := strings.Cut(p, "=")
+		if _, twice := out[k]; !ok || k == "" || twice {
+			return nil, Usage("--%s %q is not NAME=VALUE, or is given twice", flag, p)
+		}
+		out[k] = v
+	}
+	return out, nil
+}

@@ -1,0 +1,365 @@
+package tenant
+
+import (
+	"bytes"
+	"encoding/hex"
+	"errors"
+	"io"
+	"io/fs"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"filippo.io/age"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/api"
+)
+
+// options deploys one sealed input and one result.
+func (w *world) options(image string) DeployOptions {
+	return DeployOptions{
+		Name: "job", Image: image, Confidential: true, AttestationRequired: true,
+		Datasets: []string{"file://" + w.file("records.csv", plaintext)}, Results: []string{"report.json"},
+		SecretEnv: map[string]string{"TOKEN": w.file("token", "canary-token")}, Env: map[string]string{"MODE": "fast"},
+		Ports: []int{8000}, Command: []string{"/app", "--once"},
+	}
+}
+
+func (w *world) deploy() *Deployment {
+	w.t.Helper()
+	image, _ := w.push(0)
+	d, err := w.tenant.Deploy(w.t.Context(), w.options(image))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return d
+}
+
+func TestDeploySendsOnlyCiphertextAndPinsEverything(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	d := w.deploy()
+	if d.Stage != StageLaunched || d.GuestID == "" || !strings.Contains(d.Image, "@sha256:") {
+		t.Fatalf("%+v", d)
+	}
+	g := w.guest()
+	m, err := contract.ParseManifest(g.command.GetManifest())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m.LaunchID != d.LaunchID || m.Image != d.Image || m.Env["MODE"] != "fast" || m.SecretEnv["TOKEN"] != "kbs:///job/env/TOKEN" || len(m.Inputs) != 1 || m.Inputs[0].Name != "records.csv" {
+		t.Fatalf("%+v", m)
+	}
+	blob := g.command.GetInputs()[0]
+	sealed := g.http(t, http.MethodGet, blob.GetUrl(), nil)
+	if int64(len(sealed)) != m.Inputs[0].Size || hex.EncodeToString(blob.GetSha256()) != m.Inputs[0].SHA256 {
+		t.Fatal("command and manifest do not name the uploaded bytes")
+	}
+	key, err := readKeyFile(w.tenant.state.path("job", "data.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, err := age.Decrypt(bytes.NewReader(sealed), key.identity)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(plain); err != nil || string(got) != plaintext {
+		t.Fatalf("%q %v", got, err)
+	}
+	s, err := w.tenant.Status(t.Context(), "job")
+	if err != nil || len(s.Broker.Resources) != 2 || s.Broker.MaxReleases != 1 || s.State != "running" || len(s.Problems) != 0 {
+		t.Fatalf("%+v %v", s, err)
+	}
+	for _, canary := range []string{plaintext, "canary-token", string(key.bytes), storeKey} {
+		if w.uploads.contains(canary) || bytes.Contains(g.command.GetManifest(), []byte(canary)) {
+			t.Errorf("%.20q left the tenant", canary)
+		}
+	}
+	if leftovers, err := filepath.Glob(filepath.Join(w.profile.StateDir, "sealing-*")); err != nil || len(leftovers) != 0 {
+		t.Errorf("leftovers %v %v", leftovers, err)
+	}
+	if info, err := os.Stat(w.profile.StateDir); err != nil || info.Mode().Perm() != 0o700 {
+		t.Errorf("state folder %v %v", info.Mode(), err)
+	}
+}
+
+func TestPlaintextInTheStoreIsSealedBeforeItGoesBack(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.plant("raw/data.bin", plaintext)
+	image, _ := w.push(0)
+	o := w.options(image)
+	o.Datasets = []string{"data=s3://" + bucket + "/raw/data.bin"}
+	d, err := w.tenant.Deploy(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d.Inputs[0].Key == "raw/data.bin" || d.Inputs[0].Name != "data" || w.uploads.contains(plaintext) {
+		t.Fatalf("%+v", d.Inputs)
+	}
+}
+
+func TestSealedObjectIsUsedAsItIs(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	for _, kind := range []KeyKind{KeyX25519, KeyHybrid} {
+		raw, err := Keygen(kind)
+		if err != nil {
+			t.Fatal(err)
+		}
+		keyFile := filepath.Join(t.TempDir(), "key")
+		if err := WriteKey(keyFile, raw); err != nil {
+			t.Fatal(err)
+		}
+		out := filepath.Join(t.TempDir(), "model.age")
+		sealed, err := SealFile("-", out, "file://"+keyFile, strings.NewReader(plaintext), w.steps)
+		if err != nil {
+			t.Fatal(err)
+		}
+		object, err := w.tenant.Upload(t.Context(), out, bucket+"/models/model.age")
+		if err != nil || object.SHA256 != sealed.SHA256 {
+			t.Fatalf("%+v %v", object, err)
+		}
+		// A new state folder knows nothing of the upload and reads it once.
+		for _, state := range []string{w.profile.StateDir, filepath.Join(t.TempDir(), "other")} {
+			w.profile.StateDir = state
+			w.reopen()
+			image, _ := w.push(0)
+			o := w.options(image)
+			o.Datasets, o.Models, o.EncryptionKey, o.Replace = nil, []string{"encrypted://" + bucket + "/models/model.age"}, "file://"+keyFile, true
+			d, err := w.tenant.Deploy(t.Context(), o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if in := d.Inputs[0]; in.SHA256 != sealed.SHA256 || in.Size != sealed.Size || in.Name != "model" || in.Key != "models/model.age" {
+				t.Fatalf("%+v", in)
+			}
+		}
+	}
+}
+
+func TestTagKeepsTheDigestOfDeployment(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	d := w.deploy()
+	tag, moved := w.push(3) // the tag moves
+	if strings.HasSuffix(d.Image, moved.String()) {
+		t.Fatal("the image did not change")
+	}
+	if _, err := w.tenant.Attest(t.Context(), "job", VerifyOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	v, err := w.tenant.VerifyDeployment("job", VerifyOptions{ExpectedImage: tag})
+	if err != nil || !v.OK() {
+		t.Fatalf("%+v %v", v, err)
+	}
+	if _, err := w.tenant.VerifyDeployment("job", VerifyOptions{ExpectedImage: "elsewhere/app:1"}); code(err) != "tenant.image-unpinned" {
+		t.Fatal(err)
+	}
+}
+
+func code(err error) string {
+	if err == nil {
+		return ""
+	}
+	return contract.AsRefusal(err).Code
+}
+
+func TestForbiddenDeploymentsEndInTheirRefusal(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	image, _ := w.push(0)
+	gpg := w.file("model.gpg", "-----BEGIN PGP MESSAGE-----\n\nhQEM\n")
+	for key, body := range map[string]string{"model.gpg": "\x85\x01\x0c\x03rest of a session key packet", "armoured": "-----BEGIN PGP MESSAGE-----\n", "plain": plaintext} {
+		w.plant(key, body)
+	}
+	key := w.file("k", string(mustKey(t)))
+	exposed := w.file("exposed", string(mustKey(t)))
+	if err := os.Chmod(exposed, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	tests := []struct {
+		name, code string
+		change     func(*DeployOptions)
+	}{
+		{"hsm", "tenant.key-management-unsupported", func(o *DeployOptions) { o.KeyManagement = "hsm" }},
+		{"not confidential", "tenant.confidential-mandatory", func(o *DeployOptions) { o.Confidential = false }},
+		{"no attestation", "tenant.attestation-mandatory", func(o *DeployOptions) { o.AttestationRequired = false }},
+		{"unknown key management", codeUsage, func(o *DeployOptions) { o.KeyManagement = "cloud" }},
+		{"bad name", codeUsage, func(o *DeployOptions) { o.Name = "../x" }},
+		{"no image", codeUsage, func(o *DeployOptions) { o.Image = "" }},
+		{"count without gpu", codeUsage, func(o *DeployOptions) { o.GPUCount = 4 }},
+		{"unknown image", "tenant.image-not-found", func(o *DeployOptions) { o.Image = strings.Replace(image, "app:1", "none:1", 1) }},
+		{"foreign registry", "tenant.registry-mismatch", func(o *DeployOptions) { o.Image = "docker.io/library/app:1" }},
+		{"gpg file sealed as dataset", codeFormatGPG, func(o *DeployOptions) {
+			o.Datasets = []string{"encrypted://" + bucket + "/model.gpg"}
+			o.EncryptionKey = "file://" + key
+		}},
+		{"armoured gpg", codeFormatGPG, func(o *DeployOptions) {
+			o.Models = []string{"encrypted://" + bucket + "/armoured"}
+			o.EncryptionKey = "file://" + key
+		}},
+		{"plaintext called encrypted", codeNotSealed, func(o *DeployOptions) {
+			o.Models = []string{"encrypted://" + bucket + "/plain"}
+			o.EncryptionKey = "file://" + key
+		}},
+		{"encrypted without key", codeUsage, func(o *DeployOptions) { o.Models = []string{"encrypted://" + bucket + "/plain"} }},
+		{"missing object", "tenant.object-not-found", func(o *DeployOptions) {
+			o.Models = []string{"encrypted://" + bucket + "/none"}
+			o.EncryptionKey = "file://" + key
+		}},
+		{"odd source", codeUsage, func(o *DeployOptions) { o.Models = []string{"http://x/y"} }},
+		{"same input twice", codeUsage, func(o *DeployOptions) { o.Models = o.Datasets }},
+		{"key others can read", "tenant.key-exposed", func(o *DeployOptions) { o.EncryptionKey = "file://" + exposed }},
+		{"key that is none", "tenant.key-unsupported", func(o *DeployOptions) { o.EncryptionKey = "file://" + gpg }},
+		{"key by another scheme", codeUsage, func(o *DeployOptions) { o.EncryptionKey = "hsm://slot/1" }},
+		{"unknown node", "control.node-not-found", func(o *DeployOptions) { o.Node = "node-9" }},
+		{"bad port", codeUsage, func(o *DeployOptions) { o.Ports = []int{70000} }},
+		{"bad result name", codeUsage, func(o *DeployOptions) { o.Results = []string{"../x"} }},
+	}
+	for _, test := range tests {
+		o := w.options(image)
+		test.change(&o)
+		_, err := w.tenant.Deploy(t.Context(), o)
+		refused := contract.AsRefusal(err)
+		if err == nil || refused.Code != test.code || refused.Remedy == "" {
+			t.Errorf("%s: %v, want %s", test.name, err, test.code)
+		}
+		if _, err := os.Stat(w.tenant.state.path("job")); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: left a deployment behind", test.name)
+		}
+	}
+	if len(w.node.guests) != 0 || w.uploads.contains(plaintext+"x") {
+		t.Error("something was started")
+	}
+}
+
+func mustKey(t *testing.T) []byte {
+	t.Helper()
+	raw, err := Keygen(KeyX25519)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+func TestGPUsThatCannotBeConfidentialAreRefusedEarly(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	for _, c := range []struct {
+		model string
+		count int
+	}{{"A100", 1}, {"H100", 4}} {
+		o := w.options("x")
+		o.GPU, o.GPUCount = c.model, c.count
+		_, err := w.tenant.Deploy(t.Context(), o)
+		if refused := contract.AsRefusal(err); err == nil || !strings.HasPrefix(refused.Code, "gpu.") || refused.Remedy == "" {
+			t.Errorf("%d %s: %v", c.count, c.model, err)
+		}
+	}
+	image, _ := w.push(0)
+	o := w.options(image)
+	o.GPU = "H100"
+	d, err := w.tenant.Deploy(t.Context(), o)
+	if err != nil || d.GPU.Count != 1 {
+		t.Fatalf("one H100: %v", err)
+	}
+	v, err := w.tenant.Attest(t.Context(), "job", VerifyOptions{ExpectedGPU: "B200"})
+	if err != nil || v.OK() || !failed(v, "gpu-model") {
+		t.Fatalf("another GPU than expected: %v", err)
+	}
+}
+
+func failed(v *Verdict, name string) bool {
+	for _, c := range v.Checks {
+		if c.Name == name && c.Status == "fail" {
+			return true
+		}
+	}
+	return false
+}
+
+func TestComplianceAndAuditAreDemandedFromTheNode(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	image, _ := w.push(0)
+	o := w.options(image)
+	o.Compliance, o.AuditLogging = "hipaa", true
+	if _, err := w.tenant.Deploy(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.tenant.Wait(t.Context(), "job"); code(err) != api.CodeFeatureUnknown || ExitCode(err) != ExitPrecondition {
+		t.Fatal(err)
+	}
+	w.node.features = map[string]bool{"compliance.hipaa": true, "audit.log": true}
+	o.Replace = true
+	if _, err := w.tenant.Deploy(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	if m, err := contract.ParseManifest(w.guest().command.GetManifest()); err != nil || m.Compliance != "hipaa" {
+		t.Fatal(err)
+	}
+	if g, err := w.tenant.WaitRunning(t.Context(), "job"); err != nil || g.Status != api.GuestStatus_GUEST_STATUS_RUNNING {
+		t.Fatal(err)
+	}
+}
+
+func TestNamesAreUsedOnce(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	first := w.deploy()
+	o := w.options(first.RequestedImage)
+	_, err := w.tenant.Deploy(t.Context(), o)
+	if code(err) != codeNameInUse || ExitCode(err) != ExitConflict {
+		t.Fatal(err)
+	}
+	o.Replace = true
+	second, err := w.tenant.Deploy(t.Context(), o)
+	if err != nil || second.LaunchID == first.LaunchID {
+		t.Fatal(err)
+	}
+	names, err := w.tenant.List()
+	if err != nil || len(names) != 2 {
+		t.Fatalf("%v %v", names, err)
+	}
+}
+
+func TestRefusedLaunchWithdrawsTheKeysButSilenceDoesNot(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	image, _ := w.push(0)
+	w.node.fail = contract.Refuse("control.full", "wait", "no room")
+	if _, err := w.tenant.Deploy(t.Context(), w.options(image)); code(err) != "control.full" {
+		t.Fatal(err)
+	}
+	launches := func() int {
+		entries, err := os.ReadDir(filepath.Join(w.dir, "broker", "launches"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(entries)
+	}
+	if launches() != 0 {
+		t.Fatal("the broker still holds keys of a refused launch")
+	}
+	w.node.fail = errors.New("connection lost")
+	if _, err := w.tenant.Deploy(t.Context(), w.options(image)); err == nil || launches() != 1 {
+		t.Fatalf("%v, %d launches", err, launches())
+	}
+	if !w.tenant.Known("job") {
+		t.Fatal("a launch that may have happened was forgotten")
+	}
+}
+
+func TestChangedImageFilesAreNotPredicted(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	image, _ := w.push(0)
+	w.file("image/kernel", "other")
+	if _, err := w.tenant.Deploy(t.Context(), w.options(image)); code(err) != "tenant.image-files-differ" {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,187 @@
+package tenant
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
+)
+
+// Status is what is known of a deployment: the tenant's own record, the
+// platform's word, and the broker's.
+type Status struct {
+	Deployment *Deployment         `json:"deployment"`
+	Guest      *Guest              `json:"guest,omitempty"`
+	State      string              `json:"state,omitempty"`
+	Broker     *brokeradmin.Status `json:"broker,omitempty"`
+	// Problems say which part could not be asked.
+	Problems []string `json:"problems,omitempty"`
+}
+
+// List returns the names of all deployments.
+func (t *Tenant) List() ([]string, error) { return t.state.list() }
+
+// Status asks everybody who knows something.
+func (t *Tenant) Status(ctx context.Context, name string) (*Status, error) {
+	d, err := t.state.load(name)
+	if err != nil {
+		return nil, err
+	}
+	s := &Status{Deployment: d}
+	if d.GuestID != "" && t.control != nil {
+		if s.Guest, err = t.control.Guest(ctx, d.GuestID); err != nil {
+			s.Problems = append(s.Problems, err.Error())
+		} else {
+			s.State = stateWord(s.Guest.Status)
+		}
+	}
+	if d.Stage != StagePrepared && t.broker != nil {
+		if s.Broker, err = t.broker.Launch(ctx, d.LaunchID); err != nil {
+			s.Problems = append(s.Problems, err.Error())
+		}
+	}
+	return s, nil
+}
+
+func stateWord(s api.GuestStatus) string {
+	switch s {
+	case api.GuestStatus_GUEST_STATUS_ACCEPTED:
+		return "accepted"
+	case api.GuestStatus_GUEST_STATUS_STARTED:
+		return "started"
+	case api.GuestStatus_GUEST_STATUS_ATTESTED:
+		return "attested"
+	case api.GuestStatus_GUEST_STATUS_RUNNING:
+		return "running"
+	case api.GuestStatus_GUEST_STATUS_COLLECTING:
+		return "collecting"
+	case api.GuestStatus_GUEST_STATUS_FINISHED:
+		return "finished"
+	case api.GuestStatus_GUEST_STATUS_FAILED:
+		return "failed"
+	case api.GuestStatus_GUEST_STATUS_STOPPED:
+		return "stopped"
+	case api.GuestStatus_GUEST_STATUS_UNSPECIFIED:
+	}
+	return "pending"
+}
+
+// Wait returns when the guest has ended. On the way it attests the guest, as
+// soon as it answers: only evidence of the running guest gives the key that
+// its results must be signed with. A failed guest is a refusal that names the
+// reason, the broker's where it has one.
+func (t *Tenant) Wait(ctx context.Context, name string) (*Guest, error) {
+	return t.await(ctx, name, (*Guest).ended)
+}
+
+// WaitRunning returns when the workload runs (or has ended).
+func (t *Tenant) WaitRunning(ctx context.Context, name string) (*Guest, error) {
+	return t.await(ctx, name, func(g *Guest) bool { return g.ended() || g.Status >= api.GuestStatus_GUEST_STATUS_RUNNING })
+}
+
+func (t *Tenant) await(ctx context.Context, name string, enough func(*Guest) bool) (*Guest, error) {
+	if err := t.needControl(); err != nil {
+		return nil, err
+	}
+	d, err := t.launched(name)
+	if err != nil {
+		return nil, err
+	}
+	w := waiter{t: t, d: d}
+	for {
+		g, err := t.control.Guest(ctx, d.GuestID)
+		if err != nil {
+			return nil, fmt.Errorf("asking for the guest: %w", err)
+		}
+		if g.Status != w.last {
+			w.last = g.Status
+			t.report.Step("guest is " + stateWord(g.Status))
+		}
+		if enough(g) && (w.attested || g.ended()) {
+			return g, t.outcome(ctx, d, g)
+		}
+		if err := w.attest(ctx, g); err != nil {
+			return g, err
+		}
+		if err := wait(ctx, pollInterval); err != nil {
+			return g, fmt.Errorf("waiting for guest %s: %w", d.GuestID, err)
+		}
+	}
+}
+
+// waiter attests a guest once, while it runs.
+type waiter struct {
+	t        *Tenant
+	d        *Deployment
+	last     api.GuestStatus
+	attested bool
+}
+
+// attest tries once. A guest that cannot answer yet is asked again; evidence
+// that does not hold ends the wait.
+func (w *waiter) attest(ctx context.Context, g *Guest) error {
+	if w.attested || !g.answers() {
+		return nil
+	}
+	try, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	v, err := w.t.Attest(try, w.d.Name, VerifyOptions{})
+	if err != nil {
+		refused := contract.AsRefusal(err)
+		if ctx.Err() != nil || refused.Code == codeUsage {
+			return err
+		}
+		return nil // not yet, or ended meanwhile: the next poll tells
+	}
+	if err := v.refusal(); err != nil {
+		return err
+	}
+	w.attested = true
+	w.t.report.Step("evidence holds")
+	return nil
+}
+
+// outcome explains a guest that did not finish.
+func (t *Tenant) outcome(ctx context.Context, d *Deployment, g *Guest) error {
+	if !g.ended() || g.Status == api.GuestStatus_GUEST_STATUS_FINISHED {
+		return nil
+	}
+	if g.Status == api.GuestStatus_GUEST_STATUS_STOPPED {
+		return contract.Refuse("tenant.guest-stopped", "deploy again if this was not wanted", "guest %s was stopped", d.GuestID)
+	}
+	var why error
+	if g.Refusal != nil {
+		why = g.Refusal
+	} else {
+		why = contract.Refuse("tenant.guest-failed", "see tenant status "+d.Name, "guest %s failed without a reason", d.GuestID)
+	}
+	if t.broker == nil {
+		return why
+	}
+	// The node's word may hide the broker's: say both.
+	s, err := t.broker.Launch(ctx, d.LaunchID)
+	if err != nil || len(s.Refusals) == 0 {
+		return why
+	}
+	last := s.Refusals[len(s.Refusals)-1].Refusal
+	return errors.Join(why, fmt.Errorf("the key broker refused: %w", &last))
+}
+
+// Stop ends the guest; its results so far are uploaded.
+func (t *Tenant) Stop(ctx context.Context, name string, grace time.Duration) error {
+	if err := t.needControl(); err != nil {
+		return err
+	}
+	d, err := t.launched(name)
+	if err != nil {
+		return err
+	}
+	if err := t.control.Stop(ctx, d.GuestID, 1, grace); err != nil {
+		return fmt.Errorf("stopping guest: %w", err)
+	}
+	return nil
+}
