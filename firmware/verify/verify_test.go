@@ -1,0 +1,135 @@
+package verify_test
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/json"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/snp"
+	"github.com/confidential-node/agent/firmware/snp/snptest"
+	"github.com/confidential-node/agent/firmware/verify"
+)
+
+const image = "registry.example/app@sha256:bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+
+// evidence makes a bundle as a guest would, and what its verifier expects.
+func evidence(t *testing.T) (*contract.Evidence, verify.Expectations) {
+	t.Helper()
+	now := time.Now()
+	m := contract.Manifest{
+		Version: 1, LaunchID: strings.Repeat("0a", 16), Image: image,
+		Broker:   contract.Endpoint{URL: "https://broker.example", CAPEM: "pem"},
+		Registry: contract.Endpoint{URL: "https://registry.example", CAPEM: "pem"},
+	}
+	manifest, err := m.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tcb := contract.TCB{BootLoader: 10, SNP: 27, Microcode: 86}
+	chip := bytes.Repeat([]byte{1}, 64)
+	chain, err := snptest.NewChain(snptest.ProductEmulated, tcb, chip, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := &contract.Evidence{
+		Version: 1, Nonce: bytes.Repeat([]byte{9}, 32), TLSSPKI: []byte("spki"), ResultKey: bytes.Repeat([]byte{8}, 32),
+		Manifest: manifest, Endorsements: chain.Endorsements,
+		Boot: contract.BootComponents{FirmwareSHA256: "f", KernelSHA256: "k", InitrdSHA256: "i", Cmdline: "c"},
+	}
+	v := snp.GenoaTCB(tcb)
+	report := snp.Report{
+		Version: 3, Policy: 0x30000, SigAlgo: 1, Family: 0x19, Model: 0x11, CurrentTCB: v, ReportedTCB: v, CommittedTCB: v, LaunchTCB: v,
+		ChipID: [64]byte(chip), Measurement: [48]byte{1}, HostData: contract.HostData(manifest),
+		ReportData: contract.EvidenceReportData(e.Nonce, e.TLSSPKI, e.ResultKey, nil), ReportIDMA: [32]byte(bytes.Repeat([]byte{0xFF}, 32)),
+	}
+	if e.Report, err = snptest.Sign(report.Marshal(), chain.Key); err != nil {
+		t.Fatal(err)
+	}
+	return e, verify.Expectations{
+		Image: image, Digests: [][]byte{report.Measurement[:]}, Nonce: e.Nonce, SPKI: e.TLSSPKI,
+		AllowDevelopmentImage: true, EmulatedRoots: []*x509.Certificate{chain.Root}, Now: now,
+	}
+}
+
+func bundle(t *testing.T, e *contract.Evidence) []byte {
+	t.Helper()
+	data, err := json.Marshal(e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+func TestGenuineEvidenceHolds(t *testing.T) {
+	t.Parallel()
+	e, x := evidence(t)
+	if res := verify.Bundle(bundle(t, e), x); !res.OK() {
+		t.Errorf("fails: %+v", res.Failed())
+	}
+}
+
+func TestEachLieFailsItsOwnCheck(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		check string
+		lie   func(*contract.Evidence, *verify.Expectations)
+	}{
+		"replayed for another nonce": {"nonce", func(_ *contract.Evidence, x *verify.Expectations) { x.Nonce = bytes.Repeat([]byte{7}, 32) }},
+		"no nonce of one's own":      {"nonce", func(_ *contract.Evidence, x *verify.Expectations) { x.Nonce = nil }},
+		"another TLS key":            {"tls-key", func(_ *contract.Evidence, x *verify.Expectations) { x.SPKI = []byte("host") }},
+		"TLS key swapped in bundle":  {"report-data", func(e *contract.Evidence, _ *verify.Expectations) { e.TLSSPKI = []byte("host") }},
+		"result key swapped":         {"report-data", func(e *contract.Evidence, _ *verify.Expectations) { e.ResultKey = bytes.Repeat([]byte{6}, 32) }},
+		"manifest swapped": {"host-data", func(e *contract.Evidence, _ *verify.Expectations) {
+			e.Manifest = bytes.Replace(e.Manifest, []byte("0a0a"), []byte("0b0b"), 1)
+		}},
+		"manifest not canonical":     {"manifest", func(e *contract.Evidence, _ *verify.Expectations) { e.Manifest = append(e.Manifest, ' ') }},
+		"another workload":           {"workload-image", func(_ *contract.Evidence, x *verify.Expectations) { x.Image = strings.Replace(image, "app", "apq", 1) }},
+		"no workload expected":       {"workload-image", func(_ *contract.Evidence, x *verify.Expectations) { x.Image = "" }},
+		"another digest":             {"launch-digest", func(_ *contract.Evidence, x *verify.Expectations) { x.Digests = [][]byte{make([]byte, 48)} }},
+		"emulated root":              {"root", func(_ *contract.Evidence, x *verify.Expectations) { x.EmulatedRoots = nil }},
+		"GPU evidence from nowhere":  {"gpu-evidence", func(e *contract.Evidence, _ *verify.Expectations) { e.GPUEvidence = []byte("g") }},
+		"nothing known of the image": {"aml-defence", func(_ *contract.Evidence, x *verify.Expectations) { x.AllowDevelopmentImage = false }},
+		"image without defence": {"aml-defence", func(_ *contract.Evidence, x *verify.Expectations) {
+			x.AllowDevelopmentImage, x.TrustedImage = false, &contract.ImageDescription{}
+		}},
+		"defence of another image": {"aml-defence", func(_ *contract.Evidence, x *verify.Expectations) {
+			x.AllowDevelopmentImage, x.TrustedImage = false, &contract.ImageDescription{AMLDefence: true}
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			e, x := evidence(t)
+			c.lie(e, &x)
+			res := verify.Bundle(bundle(t, e), x)
+			if !slices.ContainsFunc(res.Checks, func(got snp.Check) bool { return got.Name == c.check && got.Status == snp.Fail && got.Why != "" }) {
+				t.Errorf("check %s does not fail: %+v", c.check, res.Checks)
+			}
+		})
+	}
+}
+
+func TestATrustedImageWithDefenceNeedsNoPermission(t *testing.T) {
+	t.Parallel()
+	e, x := evidence(t)
+	x.AllowDevelopmentImage = false
+	x.TrustedImage = &contract.ImageDescription{
+		AMLDefence: true, Firmware: contract.ImageFile{SHA256: "f"}, Kernel: contract.ImageFile{SHA256: "k"}, Initrd: contract.ImageFile{SHA256: "i"}, Cmdline: "c",
+	}
+	if res := verify.Bundle(bundle(t, e), x); !res.OK() {
+		t.Errorf("fails: %+v", res.Failed())
+	}
+}
+
+func FuzzBundle(f *testing.F) {
+	f.Add([]byte(`{"version":1}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if res := verify.Bundle(data, verify.Expectations{Now: time.Now()}); res.OK() {
+			t.Error("evidence holds although nothing was expected")
+		}
+	})
+}

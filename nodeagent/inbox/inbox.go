@@ -1,0 +1,322 @@
+// Package inbox decides which commands a node carries out, and carries each
+// out at most once: it verifies an envelope, checks audience, window, epoch,
+// replay and features in that order, stores what it accepts before the
+// transport may acknowledge it, answers the rest with a typed refusal in the
+// outbox, and executes what is stored.
+//
+// It owns no connection and knows no guest: verbs are the Executor's. It never
+// trusts the transport, which may lose, repeat, reorder or invent messages.
+//
+// Receive and Run may be called concurrently; each is called by one goroutine
+// at a time. Commands are executed one after another in the order of their
+// sequence, except RequestEvidence, which waits for guests and so runs beside
+// them, at most 16 at a time.
+package inbox
+
+import (
+	"context"
+	"crypto/ed25519"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/api"
+)
+
+const (
+	// DefaultSkew is the difference between the issuer's clock and the
+	// host's that windows tolerate at both ends.
+	DefaultSkew = 2 * time.Minute
+	// maxUnsigned bounds the outbox for refusals of bytes nobody signed:
+	// whoever can write to the stream must not fill the disk with them.
+	maxUnsigned = 4096
+	// maxRemembered refused envelopes are not refused again in public.
+	maxRemembered = 1024
+)
+
+// Log keys.
+const (
+	keyCommand = "command_id"
+	keyVerb    = "verb"
+	keyCode    = "code"
+	keyError   = "err"
+)
+
+// Executor carries out accepted commands. It must be idempotent: after a crash
+// a command that was being executed is executed again.
+type Executor interface {
+	// Execute returns the events that report the outcome; none means a
+	// CommandDone. An error refuses the command: a *contract.Refusal as it
+	// is, anything else as an internal error. BeginEpoch never gets here.
+	Execute(ctx context.Context, cmd *api.Command) ([]*api.Event, error)
+}
+
+// Deps are what an Inbox is made of.
+type Deps struct {
+	Journal  Journal
+	Executor Executor
+	// Keys are the issuers whose commands are believed.
+	Keys   []ed25519.PublicKey
+	HostID string
+	// Features the node has; see api.Features.
+	Features []string
+	// Clock is time.Now when nil.
+	Clock func() time.Time
+	// Skew is DefaultSkew when 0.
+	Skew   time.Duration
+	Logger hclog.Logger
+}
+
+// Inbox is the way of commands into the node.
+type Inbox struct {
+	d    Deps
+	wake chan struct{}
+
+	mu       sync.Mutex // serialises Receive's check-then-store; guards below
+	refused  map[[sha256.Size]byte]bool
+	order    [][sha256.Size]byte // of refused, oldest first
+	inflight map[string]bool     // challenges being executed
+	ended    []string            // of inflight, over since the last listing
+}
+
+// New makes an inbox. Nothing happens before Receive or Run.
+func New(d Deps) (*Inbox, error) {
+	if d.Journal == nil || d.Executor == nil || d.Logger == nil || !api.ValidHostID(d.HostID) || len(d.Keys) == 0 {
+		return nil, errors.New("making inbox: journal, executor, logger, host id and issuer keys are required")
+	}
+	if d.Clock == nil {
+		d.Clock = time.Now
+	}
+	if d.Skew == 0 {
+		d.Skew = DefaultSkew
+	}
+	d.Logger = d.Logger.Named("inbox")
+	return &Inbox{
+		d: d, wake: make(chan struct{}, 1),
+		refused: map[[sha256.Size]byte]bool{}, inflight: map[string]bool{},
+	}, nil
+}
+
+// Receive judges one message. After nil the transport may acknowledge it: the
+// command is stored, or its refusal is in the outbox. After an error nothing
+// was decided and the message must come again.
+func (x *Inbox) Receive(ctx context.Context, raw []byte) error {
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("receiving command: %w", err)
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	sum := sha256.Sum256(raw)
+	if x.refused[sum] {
+		x.d.Logger.Debug("command refused before, acknowledged again")
+		return nil
+	}
+	cmd, err := api.VerifyCommand(raw, x.d.Keys)
+	if err != nil {
+		return x.refuseUnsignedLocked(sum, contract.AsRefusal(err))
+	}
+	if cmd.GetAudience() != x.d.HostID {
+		return x.refuseLocked(sum, cmd, contract.Refuse(api.CodeWrongAudience,
+			"send it to the host it was signed for", "the command is for another host"))
+	}
+	// A command already taken must not be answered with a refusal when the
+	// transport repeats it after its expiry.
+	known, err := x.d.Journal.KnownCommand(cmd.GetCommandId())
+	if err != nil {
+		return fmt.Errorf("looking up command: %w", err)
+	}
+	if known {
+		x.d.Logger.Debug("command known, acknowledged again", keyCommand, cmd.GetCommandId())
+		return nil
+	}
+	epoch, err := x.d.Journal.Epoch()
+	if err != nil {
+		return fmt.Errorf("reading epoch: %w", err)
+	}
+	now := x.d.Clock()
+	if refusal := x.judge(cmd, epoch, now); refusal != nil {
+		if err := x.refuseLocked(sum, cmd, refusal); err != nil {
+			return err
+		}
+		return x.retire(cmd, epoch, now)
+	}
+	return x.accept(cmd, epoch, now)
+}
+
+// judge applies every check after identity, in order.
+func (x *Inbox) judge(cmd *api.Command, epoch Epoch, now time.Time) *contract.Refusal {
+	if err := cmd.Check(); err != nil {
+		return contract.AsRefusal(err)
+	}
+	for _, r := range []*contract.Refusal{
+		x.checkWindow(cmd, now), checkEpoch(cmd, epoch), checkReplay(cmd, epoch), x.checkFeatures(cmd),
+	} {
+		if r != nil {
+			return r
+		}
+	}
+	return nil
+}
+
+func (x *Inbox) checkWindow(cmd *api.Command, now time.Time) *contract.Refusal {
+	from, to := cmd.GetNotBefore().AsTime(), cmd.GetExpiresAt().AsTime()
+	const clock = "send a new command; if it repeats, compare the clocks of issuer and host"
+	switch {
+	case to.Sub(from) > api.MaxWindow:
+		return contract.Refuse(api.CodeWindowTooLong, "shorten the window", "the window is longer than %s", api.MaxWindow)
+	case now.Before(from.Add(-x.d.Skew)):
+		return contract.Refuse(api.CodeNotYetValid, clock, "the command is valid from %s, here it is %s", stamp(from), stamp(now))
+	case x.expired(cmd, now):
+		return contract.Refuse(api.CodeExpired, clock, "the command expired at %s, here it is %s", stamp(to), stamp(now))
+	}
+	return nil
+}
+
+func (x *Inbox) expired(cmd *api.Command, now time.Time) bool {
+	return now.After(cmd.GetExpiresAt().AsTime().Add(x.d.Skew))
+}
+
+func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+
+func checkEpoch(cmd *api.Command, epoch Epoch) *contract.Refusal {
+	begin := cmd.GetBeginEpoch()
+	switch {
+	case begin != nil && [16]byte(begin.GetStoreId()) != epoch.StoreID:
+		return contract.Refuse(api.CodeStoreMismatch, "send one for the store id the node reports in its heartbeat",
+			"the epoch is meant for another store than this node's")
+	case cmd.GetIssuerEpoch() < epoch.Number:
+		return contract.Refuse(api.CodeEpochStale, "issue the command again in the node's epoch",
+			"the command is of epoch %d, the node is in %d", cmd.GetIssuerEpoch(), epoch.Number)
+	case begin == nil && cmd.GetIssuerEpoch() > epoch.Number:
+		return contract.Refuse(api.CodeEpochUnknown, "send BeginEpoch with the store id the node reports, then issue the command again",
+			"the command is of epoch %d, the node's store is in %d", cmd.GetIssuerEpoch(), epoch.Number)
+	}
+	return nil
+}
+
+func checkReplay(cmd *api.Command, epoch Epoch) *contract.Refusal {
+	if cmd.GetIssuerEpoch() == epoch.Number && cmd.GetSequence() <= epoch.Floor {
+		return contract.Refuse(api.CodeReplayed, "issue it again with a new id and a higher sequence",
+			"sequence %d is not above %d, up to which commands are over", cmd.GetSequence(), epoch.Floor)
+	}
+	return nil
+}
+
+func (x *Inbox) checkFeatures(cmd *api.Command) *contract.Refusal {
+	for _, f := range cmd.GetRequiredFeatures() {
+		if !slices.Contains(x.d.Features, f) {
+			return contract.Refuse(api.CodeFeatureUnknown, "choose a node that lists the feature, or do without it",
+				"the node has no feature %q", f)
+		}
+	}
+	return nil
+}
+
+// accept stores a command that passed every check.
+func (x *Inbox) accept(cmd *api.Command, epoch Epoch, now time.Time) error {
+	if begin := cmd.GetBeginEpoch(); begin != nil && begin.GetEpoch() > epoch.Number {
+		if err := x.d.Journal.BeginEpoch(begin.GetEpoch()); err != nil {
+			return fmt.Errorf("beginning epoch: %w", err)
+		}
+		x.d.Logger.Info("issuer epoch begun", "epoch", begin.GetEpoch())
+	}
+	fresh, err := x.add(cmd, now, false)
+	if err != nil {
+		return err
+	}
+	if fresh {
+		x.d.Logger.Info("command accepted", keyCommand, cmd.GetCommandId(), keyVerb, verb(cmd))
+		x.poke()
+	}
+	return nil
+}
+
+func (x *Inbox) add(cmd *api.Command, now time.Time, done bool) (bool, error) {
+	payload, err := proto.Marshal(cmd)
+	if err != nil {
+		return false, fmt.Errorf("encoding command: %w", err)
+	}
+	fresh, err := x.d.Journal.AddCommand(Command{
+		ID: cmd.GetCommandId(), Epoch: cmd.GetIssuerEpoch(), Sequence: cmd.GetSequence(),
+		ExpiresAt: cmd.GetExpiresAt().AsTime(), ReceivedAt: now, Payload: payload, Done: done,
+	})
+	if err != nil {
+		return false, fmt.Errorf("storing command: %w", err)
+	}
+	return fresh, nil
+}
+
+// retire remembers the id of a refused command that might be acceptable
+// later (another time, an upgraded agent), so that nobody makes it take
+// effect by repeating it after its refusal was reported.
+func (x *Inbox) retire(cmd *api.Command, epoch Epoch, now time.Time) error {
+	from, to := cmd.GetNotBefore().AsTime(), cmd.GetExpiresAt().AsTime()
+	lasting := cmd.GetIssuerEpoch() != epoch.Number || cmd.GetSequence() <= epoch.Floor || epoch.Number == 0 ||
+		to.Sub(from) > api.MaxWindow || from.Sub(now) > api.MaxWindow || x.expired(cmd, now)
+	if lasting || cmd.GetCommandId() == "" {
+		return nil
+	}
+	_, err := x.add(&api.Command{
+		CommandId: cmd.GetCommandId(), IssuerEpoch: cmd.GetIssuerEpoch(), Sequence: cmd.GetSequence(), ExpiresAt: cmd.GetExpiresAt(),
+	}, now, true)
+	return err
+}
+
+// refuseLocked reports the refusal of a command an issuer signed.
+func (x *Inbox) refuseLocked(sum [sha256.Size]byte, cmd *api.Command, r *contract.Refusal) error {
+	if err := x.d.Journal.AppendEvents(api.NewRefused(x.d.HostID, cmd.GetCommandId(), x.d.Clock(), r, sum[:])); err != nil {
+		return fmt.Errorf("storing refusal: %w", err)
+	}
+	x.rememberLocked(sum)
+	x.d.Logger.Warn("command refused", keyCommand, cmd.GetCommandId(), keyVerb, verb(cmd), keyCode, r.Code, keyError, r)
+	return nil
+}
+
+// refuseUnsignedLocked reports the refusal of bytes that are nobody's.
+func (x *Inbox) refuseUnsignedLocked(sum [sha256.Size]byte, r *contract.Refusal) error {
+	waiting, err := x.d.Journal.OutboxLen()
+	if err != nil {
+		return fmt.Errorf("reading outbox: %w", err)
+	}
+	if waiting < maxUnsigned {
+		if err := x.d.Journal.AppendEvents(api.NewRefused(x.d.HostID, "", x.d.Clock(), r, sum[:])); err != nil {
+			return fmt.Errorf("storing refusal: %w", err)
+		}
+	}
+	x.rememberLocked(sum)
+	x.d.Logger.Warn("message refused", keyCode, r.Code, keyError, r, "reported", waiting < maxUnsigned)
+	return nil
+}
+
+func (x *Inbox) rememberLocked(sum [sha256.Size]byte) {
+	if len(x.order) == maxRemembered {
+		delete(x.refused, x.order[0])
+		x.order = x.order[1:]
+	}
+	x.refused[sum] = true
+	x.order = append(x.order, sum)
+}
+
+// verb names a command's verb for the log.
+func verb(cmd *api.Command) string {
+	m := cmd.ProtoReflect()
+	if fd := m.WhichOneof(m.Descriptor().Oneofs().ByName("verb")); fd != nil {
+		return string(fd.Name())
+	}
+	return "none"
+}
+
+// poke wakes Run.
+func (x *Inbox) poke() {
+	select {
+	case x.wake <- struct{}{}:
+	default:
+	}
+}

@@ -1,0 +1,51 @@
+package inbox
+
+import (
+	"time"
+
+	"github.com/confidential-node/agent/nodeagent/api"
+)
+
+// Epoch is the issuer epoch a store is in.
+type Epoch struct {
+	// Number is 0 until the first BeginEpoch of this store.
+	Number uint64
+	// Floor is the highest sequence whose id may have been forgotten. At or
+	// below it a command cannot be told from a replay.
+	Floor uint64
+	// StoreID is random per store.
+	StoreID [16]byte
+}
+
+// Command is one accepted command.
+type Command struct {
+	ID              string
+	Epoch, Sequence uint64
+	// ExpiresAt bounds how long the id must be remembered.
+	ExpiresAt, ReceivedAt time.Time
+	// Payload is the serialised Command, without its envelope.
+	Payload []byte
+	// Done commands are remembered for their ids alone.
+	Done bool
+}
+
+// Journal is what the inbox needs of the store. A nil error means that the
+// change survives a power failure.
+type Journal interface {
+	Epoch() (Epoch, error)
+	// BeginEpoch moves to a higher epoch, with floor 0.
+	BeginEpoch(number uint64) error
+	// KnownCommand reports whether the id was added and is still remembered.
+	KnownCommand(id string) (bool, error)
+	// AddCommand remembers a command; fresh is false when the id is known.
+	AddCommand(c Command) (fresh bool, err error)
+	// PendingCommands are those not done, in any order.
+	PendingCommands() ([]Command, error)
+	// FinishCommand marks a command done and appends its outcome to the
+	// outbox, both or neither.
+	FinishCommand(id string, events ...*api.Event) error
+	// AppendEvents appends events of no command to the outbox.
+	AppendEvents(events ...*api.Event) error
+	// OutboxLen is the number of events not yet dropped.
+	OutboxLen() (int, error)
+}

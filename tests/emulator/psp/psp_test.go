@@ -1,0 +1,125 @@
+package psp
+
+import (
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/measure"
+	"github.com/confidential-node/agent/firmware/snp"
+	"github.com/confidential-node/agent/tests/skip"
+)
+
+func amdSev(t *testing.T) []byte {
+	t.Helper()
+	image, err := os.ReadFile(filepath.Join("..", "..", "..", "..", "shared", "data", "firmware", "OVMF.amdsev.fd"))
+	if err != nil {
+		skip.Missing(t, "a real AmdSev OVMF in ../shared/data")
+	}
+	return image
+}
+
+// process lays out /proc as of a QEMU with these arguments.
+func process(t *testing.T, firmware, table []byte, argv ...string) (root string) {
+	t.Helper()
+	root = t.TempDir()
+	files := map[string][]byte{
+		"proc/7/cmdline": []byte(strings.Join(argv, "\x00") + "\x00"), "proc/7/root/fw": firmware, "proc/7/root/table": table,
+	}
+	for name, data := range files {
+		path := filepath.Join(root, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return root
+}
+
+func qemu(hostData string) []string {
+	return []string{
+		"/usr/bin/qemu-system-x86_64", "-cpu", "EPYC-v4,x2apic=on", "-smp", "2,sockets=2", "-bios", "/fw", "-kernel", "/k", "-initrd", "/i",
+		"-device", "virtio-net-pci", "-device", "loader,file=/table,addr=0x810c00,force-raw=on",
+		"-fw_cfg", "name=opt/org.confidential-node/emulated-launch,string=policy=0x30000;host-data=" + hostData,
+	}
+}
+
+func TestMeasuresWhatQEMUWasGivenAsTheNodePredictsIt(t *testing.T) {
+	t.Parallel()
+	firmware := amdSev(t)
+	kernel := measure.KernelDigests{Kernel: sha256.Sum256([]byte("k")), Initrd: sha256.Sum256([]byte("i")), Cmdline: "quiet"}
+	table := measure.HashTable(kernel.Kernel, kernel.Initrd, kernel.Cmdline)
+	want, err := measure.Digest(measure.Input{Firmware: firmware, Kernel: &kernel, VCPUs: 2, CPUModel: "EPYC-v4", GuestFeatures: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := measureProcess(process(t, firmware, table[:], qemu(strings.Repeat("ab", 32))...), 7)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l.digest != want || l.policy != 0x30000 || l.hostData[31] != 0xab {
+		t.Errorf("measured %x, predicted %x", l.digest, want)
+	}
+	table[100] ^= 1
+	if l, err := measureProcess(process(t, firmware, table[:], qemu(strings.Repeat("ab", 32))...), 7); err != nil || l.digest == want {
+		t.Errorf("another table measures alike: %v", err)
+	}
+	for name, argv := range map[string][]string{
+		"no launch item":  qemu("")[:16],
+		"short HOST_DATA": qemu("ab"),
+		"no arguments":    {"sleep", "60"},
+	} {
+		if _, err := measureProcess(process(t, firmware, table[:], argv...), 7); err == nil {
+			t.Errorf("%s is measured", name)
+		}
+	}
+}
+
+func TestFaultsShowInTheReport(t *testing.T) {
+	t.Parallel()
+	l := &launch{policy: 0x30000, hostData: [32]byte{5}, digest: [measure.Size]byte{6}}
+	var data [contract.ReportDataSize]byte
+	for fault, check := range map[Fault]string{
+		FaultNone: "", FaultWrongMeasurement: "launch-digest", FaultWrongHostData: "host-data", FaultBadSignature: "signature",
+	} {
+		p, err := New(Config{TCB: contract.TCB{SNP: 27}, Fault: fault, Logger: hclog.NewNullLogger()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		report, err := p.Report(l, data[:])
+		if err != nil {
+			t.Fatal(err)
+		}
+		res := snp.Verify(report, p.chain.Endorsements, snp.Expect{
+			ReportData: data[:], HostData: l.hostData[:], Measurements: [][]byte{l.digest[:]}, EmulatedRoots: roots(p), Now: time.Now(),
+		})
+		got := ""
+		if failed := res.Failed(); failed != nil {
+			got = failed.Name
+		}
+		if got != check {
+			t.Errorf("fault %q fails check %q, want %q (report %s)", fault, got, check, hex.EncodeToString(report[:16]))
+		}
+	}
+}
+
+func FuzzParseArguments(f *testing.F) {
+	f.Add(strings.Join(qemu("ab"), "\x00"))
+	f.Fuzz(func(_ *testing.T, cmdline string) {
+		if a, err := parseArguments(strings.Split(cmdline, "\x00")); err == nil {
+			_ = new(launch).parseItem(a.launch)
+		}
+	})
+}
+
+func roots(p *PSP) []*x509.Certificate { return []*x509.Certificate{p.chain.Root} }
