@@ -1,0 +1,443 @@
+// Package store is the agent's memory on disk: the issuer epoch, the commands
+// it has accepted, and the outbox of events the control plane has not
+// confirmed yet. A nil error from a change means that it survives a power
+// failure. One process at a time may hold a store; a Store is safe for
+// concurrent use.
+//
+// # Layout, version 1
+//
+//	meta      schema -> u32, epoch -> Epoch record
+//	commands  id -> Command record
+//	outbox    u64 big-endian sequence -> Event (protobuf) record
+//
+// Every value is a record: a type byte, a version byte, the CRC-32C of the
+// payload (big endian), the payload. bbolt itself does not notice flipped
+// bits, so a record that does not check is an error, never a value; and a
+// page that cannot even be walked becomes an error instead of a crash.
+package store
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/inbox"
+)
+
+const (
+	// schemaVersion of the layout above.
+	schemaVersion = 1
+	// lockTimeout is how long another holder is waited for.
+	lockTimeout = 2 * time.Second
+	// maxOutbox closes admission before the disk fills with events.
+	maxOutbox = 100_000
+	// headerSize of a record.
+	headerSize = 6
+)
+
+// Record types.
+const (
+	recordSchema byte = iota + 1
+	recordEpoch
+	recordCommand
+	recordEvent
+)
+
+// ErrDamaged means that a record or page does not check.
+var ErrDamaged = errors.New("store is damaged")
+
+// ErrOutboxFull means that the control plane has not confirmed events for so
+// long that no more are taken.
+var ErrOutboxFull = errors.New("outbox is full")
+
+var _ inbox.Journal = (*Store)(nil)
+
+// Store is one open store.
+type Store struct {
+	db      *bbolt.DB
+	changed chan struct{}
+}
+
+func buckets() [][]byte { return [][]byte{[]byte("meta"), []byte("commands"), []byte("outbox")} }
+
+// Open opens the store at path, in a folder made 0700, and checks it whole. A
+// damaged one is set aside as path.corrupt-TIME and a new one begun: its epoch
+// is 0, so nothing is carried out twice. A store that another agent holds is
+// a refusal.
+func Open(path string, now func() time.Time, logger hclog.Logger) (*Store, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, fmt.Errorf("creating state directory: %w", err)
+	}
+	s, err := open(path)
+	if errors.Is(err, berrors.ErrTimeout) {
+		return nil, contract.Refuse("store.in-use", "stop the other agent, or give this one another state_dir",
+			"another agent holds the store in %s", filepath.Dir(path)).Because(err)
+	}
+	if err == nil || !damaged(err) {
+		return s, err
+	}
+	aside := path + ".corrupt-" + now().UTC().Format("20060102T150405Z")
+	logger.Error("store is damaged; set aside, and a new one begun", "path", path, "aside", aside, "err", err)
+	if err := os.Rename(path, aside); err != nil {
+		return nil, fmt.Errorf("setting a damaged store aside: %w", err)
+	}
+	return open(path)
+}
+
+// damaged tells a broken file from a broken disk or missing rights.
+func damaged(err error) bool {
+	return errors.Is(err, ErrDamaged) || errors.Is(err, berrors.ErrInvalid) || errors.Is(err, berrors.ErrChecksum) || errors.Is(err, berrors.ErrVersionMismatch)
+}
+
+func open(path string) (s *Store, err error) {
+	err = guard(func() error {
+		db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockTimeout})
+		if err != nil {
+			return fmt.Errorf("opening store %s: %w", path, err)
+		}
+		s = &Store{db: db, changed: make(chan struct{}, 1)}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(s.prepare(), s.check()); err != nil {
+		return nil, errors.Join(err, guard(s.db.Close))
+	}
+	return s, nil
+}
+
+// prepare makes what a new store needs and refuses a layout it does not know.
+func (s *Store) prepare() error {
+	return s.update(func(tx *bbolt.Tx) error {
+		for _, name := range buckets() {
+			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
+				return err
+			}
+		}
+		meta := tx.Bucket([]byte("meta"))
+		if raw := meta.Get([]byte("schema")); raw != nil {
+			payload, err := unseal(recordSchema, raw)
+			if err != nil {
+				return err
+			}
+			if v := binary.BigEndian.Uint32(payload); v != schemaVersion {
+				return contract.Refuse("store.newer", "install the newer version of the agent again", "the store has layout %d, this build knows %d", v, schemaVersion)
+			}
+			return nil
+		}
+		epoch := inbox.Epoch{}
+		if _, err := rand.Read(epoch.StoreID[:]); err != nil {
+			return err
+		}
+		if err := putJSON(meta, []byte("epoch"), recordEpoch, epoch); err != nil {
+			return err
+		}
+		return meta.Put([]byte("schema"), seal(recordSchema, binary.BigEndian.AppendUint32(nil, schemaVersion)))
+	})
+}
+
+// check walks every page and record once.
+func (s *Store) check() error {
+	return s.view(func(tx *bbolt.Tx) error {
+		for err := range tx.Check() {
+			return fmt.Errorf("%w: %w", ErrDamaged, err)
+		}
+		for name, kind := range map[string]byte{"commands": recordCommand, "outbox": recordEvent} {
+			err := tx.Bucket([]byte(name)).ForEach(func(_, raw []byte) error {
+				_, err := unseal(kind, raw)
+				return err
+			})
+			if err != nil {
+				return err
+			}
+		}
+		_, err := epochOf(tx)
+		return err
+	})
+}
+
+// Close releases the store.
+func (s *Store) Close() error { return guard(s.db.Close) }
+
+// guard turns a fault while reading a damaged, memory-mapped file into an
+// error. bbolt panics, or the kernel signals, on pages that lead nowhere.
+func guard(f func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("%w: %v", ErrDamaged, r)
+		}
+	}()
+	return f()
+}
+
+func (s *Store) view(f func(*bbolt.Tx) error) error {
+	return guard(func() error { return s.db.View(f) })
+}
+
+func (s *Store) update(f func(*bbolt.Tx) error) error {
+	return guard(func() error { return s.db.Update(f) })
+}
+
+func castagnoli() *crc32.Table { return crc32.MakeTable(crc32.Castagnoli) }
+
+// seal wraps a payload as a record of version 1.
+func seal(kind byte, payload []byte) []byte {
+	out := append([]byte{kind, 1}, make([]byte, 4)...)
+	binary.BigEndian.PutUint32(out[2:], crc32.Checksum(payload, castagnoli()))
+	return append(out, payload...)
+}
+
+// unseal checks a record and returns its payload.
+func unseal(kind byte, raw []byte) ([]byte, error) {
+	if len(raw) < headerSize || raw[0] != kind || raw[1] != 1 ||
+		binary.BigEndian.Uint32(raw[2:]) != crc32.Checksum(raw[headerSize:], castagnoli()) {
+		return nil, fmt.Errorf("%w: a record of kind %d does not check", ErrDamaged, kind)
+	}
+	return raw[headerSize:], nil
+}
+
+func putJSON(b *bbolt.Bucket, key []byte, kind byte, v any) error {
+	payload, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("encoding record: %w", err)
+	}
+	return b.Put(key, seal(kind, payload))
+}
+
+func getJSON(raw []byte, kind byte, v any) error {
+	payload, err := unseal(kind, raw)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(payload, v); err != nil {
+		return fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return nil
+}
+
+func epochOf(tx *bbolt.Tx) (e inbox.Epoch, err error) {
+	err = getJSON(tx.Bucket([]byte("meta")).Get([]byte("epoch")), recordEpoch, &e)
+	return e, err
+}
+
+// Epoch returns the epoch this store is in.
+func (s *Store) Epoch() (e inbox.Epoch, err error) {
+	err = s.view(func(tx *bbolt.Tx) (err error) { e, err = epochOf(tx); return err })
+	return e, err
+}
+
+// BeginEpoch moves to a higher epoch, with floor 0.
+func (s *Store) BeginEpoch(number uint64) error {
+	return s.update(func(tx *bbolt.Tx) error {
+		e, err := epochOf(tx)
+		if err != nil {
+			return err
+		}
+		if number <= e.Number {
+			return fmt.Errorf("epoch %d is not higher than %d", number, e.Number)
+		}
+		return putJSON(tx.Bucket([]byte("meta")), []byte("epoch"), recordEpoch, inbox.Epoch{Number: number, StoreID: e.StoreID})
+	})
+}
+
+// KnownCommand reports whether the id was added and is still remembered.
+func (s *Store) KnownCommand(id string) (known bool, err error) {
+	err = s.view(func(tx *bbolt.Tx) error {
+		known = tx.Bucket([]byte("commands")).Get([]byte(id)) != nil
+		return nil
+	})
+	return known, err
+}
+
+// AddCommand remembers a command; fresh is false when the id is known.
+func (s *Store) AddCommand(c inbox.Command) (fresh bool, err error) {
+	err = s.update(func(tx *bbolt.Tx) error {
+		b := tx.Bucket([]byte("commands"))
+		if fresh = b.Get([]byte(c.ID)) == nil; !fresh {
+			return nil
+		}
+		return putJSON(b, []byte(c.ID), recordCommand, c)
+	})
+	return fresh && err == nil, err
+}
+
+// PendingCommands are those not done.
+func (s *Store) PendingCommands() (pending []inbox.Command, err error) {
+	err = s.view(func(tx *bbolt.Tx) error {
+		return tx.Bucket([]byte("commands")).ForEach(func(_, raw []byte) error {
+			var c inbox.Command
+			if err := getJSON(raw, recordCommand, &c); err != nil {
+				return err
+			}
+			if !c.Done {
+				pending = append(pending, c)
+			}
+			return nil
+		})
+	})
+	return pending, err
+}
+
+// FinishCommand marks a command done and appends its outcome to the outbox,
+// both or neither.
+func (s *Store) FinishCommand(id string, events ...*api.Event) error {
+	return s.append(events, func(tx *bbolt.Tx) error {
+		b := tx.Bucket([]byte("commands"))
+		var c inbox.Command
+		if err := getJSON(b.Get([]byte(id)), recordCommand, &c); err != nil {
+			return fmt.Errorf("finishing command %s: %w", id, err)
+		}
+		c.Done, c.Payload = true, nil
+		return putJSON(b, []byte(id), recordCommand, c)
+	})
+}
+
+// PruneCommands forgets done commands that expired before the given time, and
+// raises the floor to the highest sequence it forgets.
+func (s *Store) PruneCommands(before time.Time) (forgotten int, err error) {
+	err = s.update(func(tx *bbolt.Tx) error {
+		e, err := epochOf(tx)
+		if err != nil {
+			return err
+		}
+		b := tx.Bucket([]byte("commands"))
+		var ids [][]byte
+		err = b.ForEach(func(id, raw []byte) error {
+			var c inbox.Command
+			if err := getJSON(raw, recordCommand, &c); err != nil {
+				return err
+			}
+			if c.Done && c.ExpiresAt.Before(before) {
+				ids = append(ids, append([]byte(nil), id...))
+				if c.Epoch == e.Number {
+					e.Floor = max(e.Floor, c.Sequence)
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+		for _, id := range ids {
+			if err := b.Delete(id); err != nil {
+				return err
+			}
+		}
+		forgotten = len(ids)
+		return putJSON(tx.Bucket([]byte("meta")), []byte("epoch"), recordEpoch, e)
+	})
+	return forgotten, err
+}
+
+// AppendEvents appends events of no command to the outbox.
+func (s *Store) AppendEvents(events ...*api.Event) error {
+	return s.append(events, func(*bbolt.Tx) error { return nil })
+}
+
+// append runs with and appends events in one transaction.
+func (s *Store) append(events []*api.Event, with func(*bbolt.Tx) error) error {
+	err := s.update(func(tx *bbolt.Tx) error {
+		if err := with(tx); err != nil {
+			return err
+		}
+		b := tx.Bucket([]byte("outbox"))
+		if length(b)+len(events) > maxOutbox {
+			return fmt.Errorf("%w: %d events wait", ErrOutboxFull, maxOutbox)
+		}
+		for _, event := range events {
+			sequence, err := b.NextSequence()
+			if err != nil {
+				return err
+			}
+			stored, ok := proto.Clone(event).(*api.Event)
+			if !ok {
+				return errors.New("cloning event")
+			}
+			stored.Sequence = sequence
+			raw, err := proto.Marshal(stored)
+			if err != nil {
+				return fmt.Errorf("encoding event: %w", err)
+			}
+			if err := b.Put(binary.BigEndian.AppendUint64(nil, sequence), seal(recordEvent, raw)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil && len(events) > 0 {
+		select {
+		case s.changed <- struct{}{}:
+		default:
+		}
+	}
+	return err
+}
+
+// length counts the outbox without walking it: sequences have no gaps, events
+// leave from the front only.
+func length(b *bbolt.Bucket) int {
+	first, _ := b.Cursor().First()
+	if first == nil {
+		return 0
+	}
+	return int(b.Sequence() - binary.BigEndian.Uint64(first) + 1)
+}
+
+// NextEvents returns the oldest events, at most limit.
+func (s *Store) NextEvents(limit int) (events []*api.Event, err error) {
+	err = s.view(func(tx *bbolt.Tx) error {
+		c := tx.Bucket([]byte("outbox")).Cursor()
+		for key, raw := c.First(); key != nil && len(events) < limit; key, raw = c.Next() {
+			payload, err := unseal(recordEvent, raw)
+			if err != nil {
+				return err
+			}
+			event := &api.Event{}
+			if err := proto.Unmarshal(payload, event); err != nil {
+				return fmt.Errorf("%w: %w", ErrDamaged, err)
+			}
+			events = append(events, event)
+		}
+		return nil
+	})
+	return events, err
+}
+
+// DropEvents forgets events up to and including a sequence: the control plane
+// has confirmed them.
+func (s *Store) DropEvents(upTo uint64) error {
+	return s.update(func(tx *bbolt.Tx) error {
+		c := tx.Bucket([]byte("outbox")).Cursor()
+		for key, _ := c.First(); key != nil && binary.BigEndian.Uint64(key) <= upTo; key, _ = c.First() {
+			if err := c.Delete(); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// OutboxLen is the number of events not yet dropped.
+func (s *Store) OutboxLen() (n int, err error) {
+	err = s.view(func(tx *bbolt.Tx) error { n = length(tx.Bucket([]byte("outbox"))); return nil })
+	return n, err
+}
+
+// OutboxChanged receives after events were appended.
+func (s *Store) OutboxChanged() <-chan struct{} { return s.changed }
