@@ -205,27 +205,3 @@ func TestRefusalsHideTheirCauseFromTheWire(t *testing.T) {
 		t.Errorf("%+v", got)
 	}
 }
-
-func FuzzParse(f *testing.F) {
-	data, err := manifest().Encode()
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add(data)
-	f.Add([]byte(`{"payloadType":"t","payload":"","signatures":[{"keyid":"","sig":""}]}`))
-	f.Add([]byte(`{"version":1,"nonce":"AAAAAAAAAAAAAAAAAAAAAA=="}`))
-	f.Fuzz(func(t *testing.T, data []byte) {
-		if m, err := contract.ParseManifest(data); err == nil {
-			if again, err := m.Encode(); err != nil || !bytes.Equal(again, data) {
-				t.Errorf("two encodings of one manifest: %q", data)
-			}
-		}
-		_, evidenceErr := contract.ParseEvidence(data)
-		_, imageErr := contract.ParseImageDescription(data)
-		_, envelopeErr := contract.OpenEnvelope(data, "t", 1<<16, nil)
-		if envelopeErr == nil {
-			t.Error("an envelope opens without any key")
-		}
-		_, _ = evidenceErr, imageErr
-	})
-}

@@ -44,8 +44,11 @@ func preAuth(payloadType string, payload []byte) []byte {
 
 // SealEnvelope signs payload as a DSSE v1 envelope with an Ed25519 key.
 func SealEnvelope(payloadType string, payload []byte, key ed25519.PrivateKey) ([]byte, error) {
+	if len(key) != ed25519.PrivateKeySize { // Public would panic
+		return nil, errors.New("signing envelope: not an Ed25519 key")
+	}
 	pub, ok := key.Public().(ed25519.PublicKey)
-	if !ok || len(key) != ed25519.PrivateKeySize {
+	if !ok {
 		return nil, errors.New("signing envelope: not an Ed25519 key")
 	}
 	return json.Marshal(envelope{payloadType, base64.StdEncoding.EncodeToString(payload), []envelopeSignature{
@@ -79,7 +82,7 @@ func OpenEnvelope(data []byte, payloadType string, limit int, keys []ed25519.Pub
 			return nil, fmt.Errorf("%w: signature is not 64 bytes of base64", ErrEnvelope)
 		}
 		for _, key := range keys {
-			if s.KeyID == KeyID(key) && ed25519.Verify(key, signed, sig) {
+			if len(key) == ed25519.PublicKeySize && s.KeyID == KeyID(key) && ed25519.Verify(key, signed, sig) {
 				return payload, nil
 			}
 		}

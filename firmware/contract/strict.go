@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"reflect"
+	"strings"
 
 	"github.com/gowebpki/jcs"
 )
@@ -24,6 +26,13 @@ func UnmarshalStrict(data []byte, limit int, v any) error {
 	if err := checkKeys(data); err != nil {
 		return err
 	}
+	var tree any
+	if err := json.Unmarshal(data, &tree); err != nil {
+		return fmt.Errorf("decoding JSON: %w", err)
+	}
+	if err := checkNames(reflect.TypeOf(v), tree); err != nil {
+		return err
+	}
 	dec := json.NewDecoder(bytes.NewReader(data))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(v); err != nil {
@@ -31,6 +40,54 @@ func UnmarshalStrict(data []byte, limit int, v any) error {
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return errors.New("decoding JSON: data after the document")
+	}
+	return nil
+}
+
+// checkNames refuses a key that names a field in another case: encoding/json
+// would take "Nonce" for "nonce", and the last of both would win.
+func checkNames(typ reflect.Type, tree any) error {
+	for typ.Kind() == reflect.Pointer {
+		typ = typ.Elem()
+	}
+	switch node := tree.(type) {
+	case []any:
+		if typ.Kind() != reflect.Slice && typ.Kind() != reflect.Array {
+			return nil
+		}
+		for _, element := range node {
+			if err := checkNames(typ.Elem(), element); err != nil {
+				return err
+			}
+		}
+	case map[string]any:
+		if typ.Kind() == reflect.Map {
+			for _, value := range node {
+				if err := checkNames(typ.Elem(), value); err != nil {
+					return err
+				}
+			}
+		}
+		if typ.Kind() != reflect.Struct || reflect.PointerTo(typ).Implements(reflect.TypeFor[json.Unmarshaler]()) {
+			return nil
+		}
+		fields := map[string]reflect.Type{}
+		for _, field := range reflect.VisibleFields(typ) {
+			name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
+			if name == "" {
+				name = field.Name
+			}
+			fields[name] = field.Type
+		}
+		for key, value := range node {
+			field, known := fields[key]
+			if !known {
+				return fmt.Errorf("decoding JSON: unknown field %q", key)
+			}
+			if err := checkNames(field, value); err != nil {
+				return err
+			}
+		}
 	}
 	return nil
 }

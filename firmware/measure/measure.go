@@ -5,7 +5,9 @@
 //
 // Algorithm: AMD 56860 (SNP firmware ABI) PAGE_INFO chaining, in the order of
 // QEMU's sev.c (9.1 and later): firmware pages, metadata sections in file
-// order, one VMSA per vCPU.
+// order, one VMSA per vCPU. Only QEMU's flow is modelled: clouds that launch
+// differently (EC2 measures the CPUID page last, GCE leaves memory sections
+// unmeasured, both fill the VMSA otherwise) have other digests.
 package measure
 
 import (

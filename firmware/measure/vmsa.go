@@ -50,9 +50,9 @@ func CPUSignature(model string) (uint32, error) {
 	switch model {
 	case "EPYC", "EPYC-v1", "EPYC-v2", "EPYC-v3", "EPYC-v4", "EPYC-IBPB":
 		return signature(23, 1, 2), nil
-	case "EPYC-Rome", "EPYC-Rome-v1", "EPYC-Rome-v2", "EPYC-Rome-v3", "EPYC-Rome-v4":
+	case "EPYC-Rome", "EPYC-Rome-v1", "EPYC-Rome-v2", "EPYC-Rome-v3", "EPYC-Rome-v4", "EPYC-Rome-v5":
 		return signature(23, 49, 0), nil
-	case "EPYC-Milan", "EPYC-Milan-v1", "EPYC-Milan-v2":
+	case "EPYC-Milan", "EPYC-Milan-v1", "EPYC-Milan-v2", "EPYC-Milan-v3":
 		return signature(25, 1, 1), nil
 	case "EPYC-Genoa", "EPYC-Genoa-v1", "EPYC-Genoa-v2":
 		return signature(25, 17, 0), nil

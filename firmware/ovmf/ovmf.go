@@ -135,7 +135,10 @@ func Parse(image []byte) (*Firmware, error) {
 			f.HashTable = &a
 		}
 	}
-	return f, f.checkHashTable()
+	if err := f.checkHashTable(); err != nil {
+		return nil, err
+	}
+	return f, nil
 }
 
 // footerTable walks the table backward from the end of the image.

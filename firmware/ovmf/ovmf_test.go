@@ -76,8 +76,3 @@ func TestBrokenTablesAreRefused(t *testing.T) {
 		t.Errorf("no remedy for an image without SEV: %v", err)
 	}
 }
-
-func FuzzParse(f *testing.F) {
-	f.Add(make([]byte, 4096))
-	f.Fuzz(func(_ *testing.T, image []byte) { _, _ = ovmf.Parse(image) })
-}

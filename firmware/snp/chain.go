@@ -32,9 +32,20 @@ type leaf struct {
 	// product is the name up to the first dash ("Milan-B0" is "Milan").
 	product string
 	tcb     contract.TCB
+	// hasFMC says that tcb.FMC was stated and not merely left out.
+	hasFMC bool
 	// hwid is nil in a VLEK.
 	hwid []byte
 }
+
+// OID suffixes of the security patch levels below .3.
+const (
+	splBootLoader = 1
+	splTEE        = 2
+	splSNP        = 3
+	splMicrocode  = 8
+	splFMC        = 9
+)
 
 func parseLeaf(der []byte) (*leaf, error) {
 	cert, err := x509.ParseCertificate(der)
@@ -46,6 +57,7 @@ func parseLeaf(der []byte) (*leaf, error) {
 		return nil, errors.New("parsing certificate: key is not ECDSA P-384")
 	}
 	l := &leaf{cert: cert}
+	stated := map[int]bool{}
 	for _, ext := range cert.Extensions {
 		switch id := ext.Id; {
 		case id.Equal(oidAMD(2)):
@@ -57,34 +69,44 @@ func parseLeaf(der []byte) (*leaf, error) {
 		case id.Equal(oidAMD(4)):
 			l.hwid = ext.Value
 		default:
-			if component := l.component(id); component != nil {
-				if *component, err = spl(ext.Value); err != nil {
-					return nil, err
-				}
+			suffix, component := l.component(id)
+			if component == nil {
+				continue
+			}
+			stated[suffix] = true
+			if *component, err = spl(ext.Value); err != nil {
+				return nil, err
 			}
 		}
 	}
+	// A level that is left out would read as zero and match a report's zero.
+	for _, suffix := range []int{splBootLoader, splTEE, splSNP, splMicrocode} {
+		if !stated[suffix] {
+			return nil, fmt.Errorf("parsing certificate: no extension %v", oidAMD(3, suffix))
+		}
+	}
+	l.hasFMC = stated[splFMC]
 	if l.product == "" {
 		return nil, errors.New("parsing certificate: no product name extension")
 	}
 	return l, nil
 }
 
-func (l *leaf) component(id asn1.ObjectIdentifier) *uint8 {
+func (l *leaf) component(id asn1.ObjectIdentifier) (int, *uint8) {
 	for suffix, field := range map[int]*uint8{
-		1: &l.tcb.BootLoader, 2: &l.tcb.TEE, 3: &l.tcb.SNP, 8: &l.tcb.Microcode, 9: &l.tcb.FMC,
+		splBootLoader: &l.tcb.BootLoader, splTEE: &l.tcb.TEE, splSNP: &l.tcb.SNP, splMicrocode: &l.tcb.Microcode, splFMC: &l.tcb.FMC,
 	} {
 		if id.Equal(oidAMD(3, suffix)) {
-			return field
+			return suffix, field
 		}
 	}
-	return nil
+	return 0, nil
 }
 
 func ia5(der []byte) (string, error) {
 	var s string
 	rest, err := asn1.UnmarshalWithParams(der, &s, "ia5")
-	if err != nil || len(rest) > 0 {
+	if err != nil || len(rest) > 0 || der[0] != asn1.TagIA5String { // the package takes other string types too
 		return "", errors.New("parsing certificate: product name is not an IA5String")
 	}
 	return s, nil
@@ -135,9 +157,9 @@ func findRoot(ark []byte, extra []*x509.Certificate) (root *x509.Certificate, em
 		}
 	}
 	if cert, err := x509.ParseCertificate(ark); err == nil && strings.Contains(cert.Subject.CommonName, EmulatedMark) {
-		return nil, true, errors.New("the root is an EMULATED one that was not allowed: no silicon stands behind this evidence")
+		return nil, true, errors.New("the root is an EMULATED one that was not allowed: no silicon stands behind this evidence; allow the root by name for a trial, never for secrets")
 	}
-	return nil, false, errors.New("the supplied root is not one of AMD's pinned ARKs")
+	return nil, false, errors.New("the supplied root is not one of AMD's pinned ARKs; take the ARK of the processor's product line from AMD's key service, byte for byte")
 }
 
 // verifyChain checks leaf ← ASK ← root at a time.

@@ -100,7 +100,7 @@ func Verify(report []byte, e contract.Endorsements, x Expect) Result {
 // endorsed checks who signed: root, chain, leaf binding, signature, TCB.
 func (res *Result) endorsed(r *Report, raw []byte, e contract.Endorsements, x Expect) {
 	res.Add("signing-key", r.SigAlgo == signatureAlgorithm && r.SigningKey() == SignerVCEK && !r.ChipKeyMasked(), "VCEK, ECDSA P-384", fmt.Sprintf("signer info %#x, algorithm %d", r.SignerInfo, r.SigAlgo),
-		"signed by the chip's own key (VCEK)", "the report is not signed by the chip's own key; the host must not mask it or use a VLEK")
+		"signed by the chip's own key (VCEK)", "the report is not signed by the chip's own key; the provider must neither mask it (MASK_CHIP_KEY) nor force a VLEK")
 	root, emulated, err := findRoot(e.ARK, x.EmulatedRoots)
 	if err != nil {
 		res.Add("root", false, "", "", "", err.Error())
@@ -113,19 +113,19 @@ func (res *Result) endorsed(r *Report, raw []byte, e contract.Endorsements, x Ex
 	res.Add("root", true, "", root.Subject.CommonName, kind, "")
 	l, err := parseLeaf(e.VCEK)
 	if err != nil {
-		res.Add("chain", false, "", "", "", fmt.Sprintf("the chip's certificate cannot be used: %v", err))
+		res.Add("chain", false, "", "", "", fmt.Sprintf("the chip's certificate cannot be used: %v; fetch the VCEK of this chip from AMD's key service", err))
 		return
 	}
 	err = verifyChain(l, e.ASK, root, x.Now)
-	res.Add("chain", err == nil, "", l.cert.Subject.CommonName, "certificate chain from the chip to the root holds", fmt.Sprintf("the certificate chain does not hold: %v", err))
-	res.Add("signature", signatureHolds(r, raw, l), "", "", "the report is signed by that chip", "the signature does not match: the report was changed, or another chip made it")
+	res.Add("chain", err == nil, "", l.cert.Subject.CommonName, "certificate chain from the chip to the root holds", fmt.Sprintf("the certificate chain does not hold: %v; fetch VCEK and ASK anew, and compare this machine's clock", err))
+	res.Add("signature", signatureHolds(r, raw, l), "", "", "the report is signed by that chip", "the signature does not match: the report was changed or another chip made it; do not use this host until it shows a report and a VCEK that match")
 	product, err := productOf(r, l, emulated)
 	if err != nil {
-		res.Add("product", false, "", l.product, "", err.Error())
+		res.Add("product", false, "", l.product, "", err.Error()+"; use a host of the Genoa or Turin line")
 		return
 	}
 	res.Add("product", product.Name != ProductMilan || x.AllowMilan, "", product.Name, "processor line "+product.Name,
-		"EPYC 7003 (Milan) is excluded: its attestation root can be extracted in software, so its reports can be forged")
+		"EPYC 7003 (Milan) is excluded: its attestation root can be extracted in software, so its reports can be forged; use a Genoa or Turin host, or allow Milan knowingly")
 	res.bound(r, l, product)
 	res.platform(r, product, x)
 }
@@ -168,7 +168,7 @@ func (res *Result) bound(r *Report, l *leaf, p Product) {
 		hex.EncodeToString(l.hwid), hex.EncodeToString(r.ChipID[:]), "the certificate is this chip's",
 		"the certificate is for another chip, or the host masks its chip id (MASK_CHIP_ID)")
 	reported := p.TCB(r.ReportedTCB)
-	res.Add("tcb-binding", reported == l.tcb, formatTCB(l.tcb), formatTCB(reported), "the certificate is for the reported TCB",
+	res.Add("tcb-binding", reported == l.tcb && p.hasFMC == l.hasFMC, formatTCB(l.tcb), formatTCB(reported), "the certificate is for the reported TCB",
 		"the certificate is for another TCB; the host must fetch the one for the TCB it reports")
 }
 
@@ -190,16 +190,16 @@ func (res *Result) platform(r *Report, p Product, x Expect) {
 		"the firmware is provisional and could be rolled back; the provider must commit it")
 	if len(x.ChipIDs) > 0 {
 		res.Add("chip-allowed", slices.ContainsFunc(x.ChipIDs, func(id []byte) bool { return bytes.Equal(id, r.ChipID[:]) }),
-			"", hex.EncodeToString(r.ChipID[:]), "the chip is on your list", "the chip is not on your list")
+			"", hex.EncodeToString(r.ChipID[:]), "the chip is on your list", "the chip is not on your list; use a host that is, or add this chip id")
 	}
 }
 
 // guest checks what was started.
 func (res *Result) guest(r *Report, x Expect) {
-	res.Add("vmpl", r.VMPL == 0, "0", fmt.Sprint(r.VMPL), "asked for by the guest's most privileged level", "the report was not asked for at VMPL 0")
-	res.Add("policy-debug", r.Policy&PolicyDebug == 0, "off", fmt.Sprintf("%#x", uint64(r.Policy)), "debugging is off", "the host may read the guest's memory: debugging is on in the guest policy")
+	res.Add("vmpl", r.VMPL == 0, "0", fmt.Sprint(r.VMPL), "asked for by the guest's most privileged level", "the report was not asked for at VMPL 0; take it from the guest's own kernel, not from the host or a less privileged level")
+	res.Add("policy-debug", r.Policy&PolicyDebug == 0, "off", fmt.Sprintf("%#x", uint64(r.Policy)), "debugging is off", "the host may read the guest's memory: debugging is on in the guest policy; launch with policy bit 19 clear")
 	noAgent := bytes.Equal(r.ReportIDMA[:], bytes.Repeat([]byte{0xFF}, len(r.ReportIDMA)))
-	res.Add("policy-migration", r.Policy&PolicyMigrationAgent == 0 && noAgent, "off", fmt.Sprintf("%#x", uint64(r.Policy)), "no migration agent", "a migration agent could move the guest's secrets")
+	res.Add("policy-migration", r.Policy&PolicyMigrationAgent == 0 && noAgent, "off", fmt.Sprintf("%#x", uint64(r.Policy)), "no migration agent", "a migration agent could move the guest's secrets; launch with policy bit 18 clear and without an agent")
 	var want []string
 	found := false
 	for _, m := range x.Measurements {
@@ -207,9 +207,9 @@ func (res *Result) guest(r *Report, x Expect) {
 		found = found || bytes.Equal(m, r.Measurement[:])
 	}
 	res.Add("launch-digest", found, strings.Join(want, " or "), hex.EncodeToString(r.Measurement[:]), "firmware, kernel, initrd, command line and vCPUs are the expected ones",
-		"something else was started: the launch digest is not an expected one")
+		"something else was started: the launch digest is not an expected one; compare firmware, kernel, initrd, command line, vCPU count and CPU model with what was measured")
 	res.Add("host-data", x.HostData != nil && bytes.Equal(x.HostData, r.HostData[:]), hex.EncodeToString(x.HostData), hex.EncodeToString(r.HostData[:]),
-		"started with exactly this manifest", "started with another manifest: HOST_DATA differs")
+		"started with exactly this manifest", "started with another manifest: HOST_DATA differs; launch with the manifest you wrote, and give that one here")
 	res.Add("report-data", x.ReportData != nil && bytes.Equal(x.ReportData, r.ReportData[:]), hex.EncodeToString(x.ReportData), hex.EncodeToString(r.ReportData[:]),
-		"fresh, and bound to the guest's keys", "not made for this nonce and these keys: a replay, or a swap on the way")
+		"fresh, and bound to the guest's keys", "not made for this nonce and these keys: a replay, or a swap on the way; challenge the guest again with a fresh nonce")
 }

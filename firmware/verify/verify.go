@@ -9,6 +9,7 @@ package verify
 
 import (
 	"bytes"
+	"crypto/ed25519"
 	"crypto/x509"
 	"encoding/hex"
 	"fmt"
@@ -22,7 +23,9 @@ import (
 type Expectations struct {
 	// Image is the workload, REF@sha256:DIGEST. Empty fails.
 	Image string
-	// Digests are the acceptable launch digests, 48 bytes each.
+	// Digests are the acceptable launch digests, 48 bytes each. With
+	// TrustedImage, give only digests measured over that image's files: which
+	// files a bundle names is the host's word, the digest is the silicon's.
 	Digests [][]byte
 	// Nonce is the verifier's own.
 	Nonce []byte
@@ -54,9 +57,11 @@ func Bundle(data []byte, x Expectations) snp.Result {
 	}
 	res.Add("bundle", true, "", "", "an evidence bundle", "")
 	res.Add("nonce", len(x.Nonce) > 0 && bytes.Equal(x.Nonce, e.Nonce), hex.EncodeToString(x.Nonce), hex.EncodeToString(e.Nonce),
-		"answers your challenge", "answers another challenge than yours")
+		"answers your challenge", "answers another challenge than yours; challenge the guest yourself and give that nonce")
+	res.Add("result-key", len(e.ResultKey) == ed25519.PublicKeySize, fmt.Sprintf("%d bytes", ed25519.PublicKeySize), fmt.Sprintf("%d bytes", len(e.ResultKey)),
+		"names the key that signs the results", "names no Ed25519 key to sign results with; use a guest image that does")
 	if x.SPKI != nil {
-		res.Add("tls-key", bytes.Equal(x.SPKI, e.TLSSPKI), "", "", "the connection ends inside this guest", "the connection ends somewhere else than in this guest")
+		res.Add("tls-key", bytes.Equal(x.SPKI, e.TLSSPKI), "", "", "the connection ends inside this guest", "the connection ends somewhere else than in this guest; send nothing over it")
 	}
 	hostData := contract.HostData(e.Manifest)
 	reportData := contract.EvidenceReportData(x.Nonce, e.TLSSPKI, e.ResultKey, e.GPUEvidence)
@@ -75,13 +80,13 @@ func Bundle(data []byte, x Expectations) snp.Result {
 func manifest(res *snp.Result, e *contract.Evidence, x Expectations) {
 	m, err := contract.ParseManifest(e.Manifest)
 	if err != nil {
-		res.Add("manifest", false, "", "", "", err.Error())
+		res.Add("manifest", false, "", "", "", err.Error()+"; write the manifest with this version's tool")
 		return
 	}
 	res.Add("manifest", true, "", m.LaunchID, "a manifest in canonical form, launch "+m.LaunchID, "")
-	res.Add("workload-image", x.Image != "" && m.Image == x.Image, x.Image, m.Image, "runs the expected workload image", "runs another workload image")
+	res.Add("workload-image", x.Image != "" && m.Image == x.Image, x.Image, m.Image, "runs the expected workload image", "runs another workload image, or none was expected; state the reference with its digest")
 	if m.GPU == nil {
-		res.Add("gpu-evidence", len(e.GPUEvidence) == 0, "", "", "the manifest asks for no GPU and there is no GPU evidence", "there is GPU evidence although the manifest asks for no GPU")
+		res.Add("gpu-evidence", len(e.GPUEvidence) == 0, "", "", "the manifest asks for no GPU and there is no GPU evidence", "there is GPU evidence although the manifest asks for no GPU; ask for evidence of this launch")
 		return
 	}
 	res.Add("gpu-evidence", false, fmt.Sprintf("%d × %s", m.GPU.Count, m.GPU.Model), "", "", "this version cannot judge GPU evidence; use one that can")
@@ -101,7 +106,7 @@ func guestImage(res *snp.Result, e *contract.Evidence, x Expectations) {
 	case !t.AMLDefence:
 		res.Add(name, false, "true", "false", "", "the guest image has no defence against ACPI code from the host; use an image that has, or --allow-development-image")
 	default:
-		res.Add(name, false, t.Initrd.SHA256, e.Boot.InitrdSHA256, "", "the image.json you gave describes other files than the guest was started from")
+		res.Add(name, false, t.Initrd.SHA256, e.Boot.InitrdSHA256, "", "the image.json you gave describes other files than the guest was started from; give the one of the image that was launched")
 	}
 }
 

@@ -18,8 +18,8 @@ import (
 const image = "registry.example/app@sha256:bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
 
 // evidence makes a bundle as a guest would, and what its verifier expects.
-func evidence(t *testing.T) (*contract.Evidence, verify.Expectations) {
-	t.Helper()
+func evidence(tb testing.TB) (*contract.Evidence, verify.Expectations) {
+	tb.Helper()
 	now := time.Now()
 	m := contract.Manifest{
 		Version: 1, LaunchID: strings.Repeat("0a", 16), Image: image,
@@ -28,13 +28,13 @@ func evidence(t *testing.T) (*contract.Evidence, verify.Expectations) {
 	}
 	manifest, err := m.Encode()
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	tcb := contract.TCB{BootLoader: 10, SNP: 27, Microcode: 86}
 	chip := bytes.Repeat([]byte{1}, 64)
 	chain, err := snptest.NewChain(snptest.ProductEmulated, tcb, chip, now)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	e := &contract.Evidence{
 		Version: 1, Nonce: bytes.Repeat([]byte{9}, 32), TLSSPKI: []byte("spki"), ResultKey: bytes.Repeat([]byte{8}, 32),
@@ -48,7 +48,7 @@ func evidence(t *testing.T) (*contract.Evidence, verify.Expectations) {
 		ReportData: contract.EvidenceReportData(e.Nonce, e.TLSSPKI, e.ResultKey, nil), ReportIDMA: [32]byte(bytes.Repeat([]byte{0xFF}, 32)),
 	}
 	if e.Report, err = snptest.Sign(report.Marshal(), chain.Key); err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return e, verify.Expectations{
 		Image: image, Digests: [][]byte{report.Measurement[:]}, Nonce: e.Nonce, SPKI: e.TLSSPKI,
@@ -56,11 +56,11 @@ func evidence(t *testing.T) (*contract.Evidence, verify.Expectations) {
 	}
 }
 
-func bundle(t *testing.T, e *contract.Evidence) []byte {
-	t.Helper()
+func bundle(tb testing.TB, e *contract.Evidence) []byte {
+	tb.Helper()
 	data, err := json.Marshal(e)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return data
 }
@@ -84,6 +84,13 @@ func TestEachLieFailsItsOwnCheck(t *testing.T) {
 		"another TLS key":            {"tls-key", func(_ *contract.Evidence, x *verify.Expectations) { x.SPKI = []byte("host") }},
 		"TLS key swapped in bundle":  {"report-data", func(e *contract.Evidence, _ *verify.Expectations) { e.TLSSPKI = []byte("host") }},
 		"result key swapped":         {"report-data", func(e *contract.Evidence, _ *verify.Expectations) { e.ResultKey = bytes.Repeat([]byte{6}, 32) }},
+		"no result key":              {"result-key", func(e *contract.Evidence, _ *verify.Expectations) { e.ResultKey = nil }},
+		"result key of another kind": {"result-key", func(e *contract.Evidence, _ *verify.Expectations) { e.ResultKey = make([]byte, 31) }},
+		"TLS key dropped":            {"tls-key", func(e *contract.Evidence, _ *verify.Expectations) { e.TLSSPKI = nil }},
+		"no digest expected":         {"launch-digest", func(_ *contract.Evidence, x *verify.Expectations) { x.Digests = nil }},
+		"no report":                  {"report", func(e *contract.Evidence, _ *verify.Expectations) { e.Report = nil }},
+		"floor above the platform":   {"tcb-floor", func(_ *contract.Evidence, x *verify.Expectations) { x.MinTCB.SNP = 28 }},
+		"certificates expired":       {"chain", func(_ *contract.Evidence, x *verify.Expectations) { x.Now = x.Now.AddDate(3, 0, 0) }},
 		"manifest swapped": {"host-data", func(e *contract.Evidence, _ *verify.Expectations) {
 			e.Manifest = bytes.Replace(e.Manifest, []byte("0a0a"), []byte("0b0b"), 1)
 		}},
@@ -125,11 +132,107 @@ func TestATrustedImageWithDefenceNeedsNoPermission(t *testing.T) {
 	}
 }
 
+// Every component counts: a description that fits in all but one is of
+// another image.
+func TestADefenceCountsOnlyForTheImageThatWasLaunched(t *testing.T) {
+	t.Parallel()
+	for name, change := range map[string]func(*contract.BootComponents){
+		"firmware": func(b *contract.BootComponents) { b.FirmwareSHA256 = "x" },
+		"kernel":   func(b *contract.BootComponents) { b.KernelSHA256 = "x" },
+		"initrd":   func(b *contract.BootComponents) { b.InitrdSHA256 = "x" },
+		"cmdline":  func(b *contract.BootComponents) { b.Cmdline += " " },
+	} {
+		e, x := evidence(t)
+		x.AllowDevelopmentImage = false
+		x.TrustedImage = &contract.ImageDescription{
+			AMLDefence: true, Firmware: contract.ImageFile{SHA256: "f"}, Kernel: contract.ImageFile{SHA256: "k"}, Initrd: contract.ImageFile{SHA256: "i"}, Cmdline: "c",
+		}
+		change(&e.Boot)
+		if res := verify.Bundle(bundle(t, e), x); res.OK() || res.Failed().Name != "aml-defence" {
+			t.Errorf("%s differs: %+v", name, res.Failed())
+		}
+	}
+}
+
+// The bundle carries the host's copy of image.json; it never counts.
+func TestTheBundlesOwnImageDescriptionIsNoDefence(t *testing.T) {
+	t.Parallel()
+	e, x := evidence(t)
+	x.AllowDevelopmentImage = false
+	e.Boot.Image = json.RawMessage(`{"version":1,"aml_defence":true}`)
+	if res := verify.Bundle(bundle(t, e), x); res.OK() || res.Failed().Name != "aml-defence" {
+		t.Errorf("%+v", res.Failed())
+	}
+}
+
+func TestAJobThatNeedsAGPUDoesNotHoldWithoutAJudge(t *testing.T) {
+	t.Parallel()
+	e, x := evidence(t)
+	e.Manifest = bytes.Replace(e.Manifest, []byte(`"image"`), []byte(`"gpu":{"count":1,"model":"H100"},"image"`), 1)
+	res := verify.Bundle(bundle(t, e), x)
+	if !slices.ContainsFunc(res.Checks, func(c snp.Check) bool { return c.Name == "gpu-evidence" && c.Status == snp.Fail }) {
+		t.Errorf("%+v", res.Checks)
+	}
+}
+
+func TestAKeyOfNoConnectionIsNotCompared(t *testing.T) {
+	t.Parallel()
+	e, x := evidence(t)
+	x.SPKI = nil
+	res := verify.Bundle(bundle(t, e), x)
+	if !res.OK() || slices.ContainsFunc(res.Checks, func(c snp.Check) bool { return c.Name == "tls-key" }) {
+		t.Errorf("%+v", res.Checks)
+	}
+}
+
+func TestNamesOfChecksAreStable(t *testing.T) {
+	t.Parallel()
+	e, x := evidence(t)
+	var names []string
+	res := verify.Bundle(bundle(t, e), x)
+	for _, c := range res.Checks {
+		names = append(names, c.Name)
+		if c.Why == "" {
+			t.Errorf("check %s says nothing", c.Name)
+		}
+	}
+	want := strings.Fields("bundle nonce result-key tls-key report signing-key root chain signature product chip-id tcb-binding tcb-floor committed-is-current" +
+		" vmpl policy-debug policy-migration launch-digest host-data report-data manifest workload-image gpu-evidence aml-defence")
+	if !slices.Equal(names, want) {
+		t.Errorf("checks are %q, want %q", names, want)
+	}
+}
+
+// seed is what a fuzzer mutates: a bundle that holds under its expectations.
+func seed(f *testing.F) ([]byte, verify.Expectations) {
+	f.Helper()
+	e, x := evidence(f)
+	return bundle(f, e), x
+}
+
+// A change anywhere in what silicon or signatures cover must be refused, so
+// only a bundle that says the same may hold.
 func FuzzBundle(f *testing.F) {
+	data, x := seed(f)
+	f.Add(data)
 	f.Add([]byte(`{"version":1}`))
+	genuine, err := contract.ParseEvidence(data)
+	if err != nil {
+		f.Fatal(err)
+	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		if res := verify.Bundle(data, verify.Expectations{Now: time.Now()}); res.OK() {
+		strict := verify.Bundle(data, verify.Expectations{Now: x.Now})
+		if strict.OK() {
 			t.Error("evidence holds although nothing was expected")
+		}
+		res := verify.Bundle(data, x)
+		if !res.OK() {
+			return
+		}
+		e, err := contract.ParseEvidence(data)
+		if err != nil || !bytes.Equal(e.Manifest, genuine.Manifest) || !bytes.Equal(e.TLSSPKI, genuine.TLSSPKI) ||
+			!bytes.Equal(e.ResultKey, genuine.ResultKey) || !bytes.Equal(e.Report[:0x2A0], genuine.Report[:0x2A0]) {
+			t.Errorf("changed evidence holds: %q", data)
 		}
 	})
 }
