@@ -91,13 +91,17 @@ const (
 
 // Observed is one domain of ours as libvirt lists it.
 type Observed struct {
-	GuestID    string
+	GuestID string
+	// Generation is 0 when the domain has our name but no mark of ours that
+	// can be read: it is reported, and nothing ever ends it but an operator.
 	Generation uint64
 	State      State
 }
 
 // Event is a change of a domain of ours.
 type Event struct {
+	// GuestID is empty when events may have been missed, because the
+	// connection was new or the reader slow: list to know where things are.
 	GuestID string
 	// State after the change.
 	State State

@@ -6,7 +6,11 @@
 // or rules are touched, and cleaning up is the end of the namespaces.
 //
 // It re-executes the running binary to get into the namespaces, so Enter must
-// be the first thing main or TestMain does. Linux, root only.
+// be the first thing main or TestMain does. The program then runs as a child
+// of PID 1 of the run, which reaps and passes signals and the exit code on;
+// when it ends, or whoever started it dies, the kernel ends everything else.
+// A Host's methods are not safe for concurrent use, but for Command, Output
+// and Path. Linux, root only.
 package rig
 
 import (
@@ -16,6 +20,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -30,7 +35,8 @@ const (
 	stageHost   = "host"   // holds a provider host's namespaces
 )
 
-// ScratchDir is the private tmpfs that temporary files of the run live on.
+// ScratchDir is a folder on the run's own tmpfs. Temporary files live there;
+// outside and every host see it at this path.
 const ScratchDir = "/run/rig"
 
 // Capable reports whether this process may make namespaces.
@@ -60,25 +66,46 @@ func Enter() {
 }
 
 // reexec returns a command that runs this binary as a stage.
-func reexec(stage string, cloneFlags uintptr) *exec.Cmd {
+func reexec(stage string, attr syscall.SysProcAttr) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...) //nolint:forbidigo,noctx,gosec // a stage lives as long as this process
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), stageEnv+"="+stage)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: cloneFlags, Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = &attr
 	return cmd
 }
 
 // launch starts PID 1 of the namespaces and waits for it.
 func launch() (int, error) {
-	cmd := reexec(stageInit, unix.CLONE_NEWPID|unix.CLONE_NEWNS|unix.CLONE_NEWNET|unix.CLONE_NEWIPC|unix.CLONE_NEWUTS)
+	// The death signal is sent when the thread ends that made the child.
+	runtime.LockOSThread()
+	cmd := reexec(stageInit, syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,
+		Pdeathsig:  syscall.SIGKILL,
+	})
 	cmd.Stdin = os.Stdin
-	// Signals go to the whole foreground group; this stage only waits.
-	signal.Ignore(syscall.SIGINT, syscall.SIGTERM)
+	signals := catch()
 	if err := cmd.Start(); err != nil {
 		return 0, fmt.Errorf("making namespaces (are you root?): %w", err)
 	}
+	go forward(signals, cmd.Process)
 	return exitCode(cmd.Wait())
+}
+
+// catch takes over the signals that ask a program to end. A terminal's
+// interrupt reaches every process of the group anyhow; getting it twice harms
+// none that shuts down gracefully.
+func catch() <-chan os.Signal {
+	signals := make(chan os.Signal, 8)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	return signals
+}
+
+// forward passes signals on for as long as this process lives.
+func forward(signals <-chan os.Signal, to *os.Process) {
+	for s := range signals {
+		_ = to.Signal(s) // gone already is fine
+	}
 }
 
 func exitCode(err error) (int, error) {
@@ -91,24 +118,20 @@ func exitCode(err error) (int, error) {
 	return 0, err
 }
 
-// runInit prepares the outside's namespace, starts the program, and reaps
+// runInit prepares the outside's namespaces, starts the program, and reaps
 // whatever is orphaned until the program ends. Then the kernel kills the rest.
 func runInit() (int, error) {
-	if err := prepareMounts("/run"); err != nil {
+	signals := catch()
+	if err := prepareOutside(); err != nil {
 		return 0, err
 	}
-	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
-		return 0, fmt.Errorf("mounting /proc: %w", err)
-	}
-	if err := loopbackUp(); err != nil {
-		return 0, err
-	}
-	cmd := reexec(stageInside, 0)
+	cmd := reexec(stageInside, syscall.SysProcAttr{})
 	cmd.Stdin = os.Stdin
 	cmd.Env = append(cmd.Env, "TMPDIR="+ScratchDir)
 	if err := cmd.Start(); err != nil {
 		return 0, fmt.Errorf("starting the program: %w", err)
 	}
+	go forward(signals, cmd.Process)
 	for {
 		var ws syscall.WaitStatus
 		pid, err := syscall.Wait4(-1, &ws, 0, nil)
@@ -124,28 +147,31 @@ func runInit() (int, error) {
 	}
 }
 
-// prepareMounts cuts mount propagation and lays private tmpfs over folders.
-func prepareMounts(folders ...string) error {
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("making mounts private: %w", err)
-	}
-	for _, dir := range folders {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return fmt.Errorf("preparing %s: %w", dir, err)
-		}
-		if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=755"); err != nil {
-			return fmt.Errorf("mounting tmpfs on %s: %w", dir, err)
-		}
-	}
-	if err := os.MkdirAll(ScratchDir, 0o711); err != nil {
+func prepareOutside() error {
+	if err := privateMounts(); err != nil {
 		return err
+	}
+	if err := mountTmpfs("/run"); err != nil {
+		return err
+	}
+	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return fmt.Errorf("mounting /proc: %w", err)
+	}
+	if err := os.Mkdir(ScratchDir, 0o711); err != nil { //nolint:gosec // QEMU's user passes through
+		return fmt.Errorf("making scratch folder: %w", err)
 	}
 	hosts := filepath.Join(ScratchDir, "hosts")
 	if err := os.WriteFile(hosts, []byte(hostsFile()), 0o644); err != nil { //nolint:gosec // a hosts file is public
+		return fmt.Errorf("writing hosts file: %w", err)
+	}
+	if err := bind(hosts, "/etc/hosts"); err != nil {
 		return err
 	}
-	if err := unix.Mount(hosts, "/etc/hosts", "", unix.MS_BIND, ""); err != nil {
-		return fmt.Errorf("binding /etc/hosts: %w", err)
+	if err := unix.Sethostname([]byte(outsideName)); err != nil {
+		return fmt.Errorf("setting host name: %w", err)
 	}
-	return nil
+	if err := loopbackUp(); err != nil {
+		return err
+	}
+	return addBridge()
 }

@@ -12,134 +12,96 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
-
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 )
-
-const indexEnv = "NODEAGENT_RIG_HOST_INDEX"
-
-// privateFolders are a provider host's own.
-func privateFolders() []string {
-	return []string{
-		"/run", "/etc/libvirt", "/var/lib/libvirt", "/var/log/libvirt", "/var/cache/libvirt",
-		"/var/lib/nodeagent", "/var/cache/nodeagent", "/etc/nodeagent",
-	}
-}
-
-// qemuConf: no security driver and no cgroups exist in the namespaces;
-// everything else is as on a real host, above all the unprivileged user.
-const qemuConf = `security_driver = "none"
-stdio_handler = "file"
-cgroup_controllers = []
-user = "libvirt-qemu"
-group = "kvm"
-`
 
 // Host is one provider host.
 type Host struct {
 	// Addr is its address on the outside's network.
 	Addr     netip.Addr
+	index    int
 	holder   *exec.Cmd
 	stdin    io.Closer
+	virtlogd *exec.Cmd
 	libvirtd *exec.Cmd
 	log      io.Writer
 }
 
-// NewHost makes the n-th host's namespaces (n from 0) and starts its
-// libvirtd. Output of the daemons goes to log.
+const (
+	// startTimeout bounds the start of a daemon; libvirtd's first start asks
+	// QEMU for its capabilities, which takes seconds on a busy machine.
+	startTimeout = time.Minute
+	// pollInterval is how often a starting daemon is asked.
+	pollInterval = 20 * time.Millisecond
+)
+
+// NewHost makes the n-th host's namespaces (n from 0) and starts its virtlogd
+// and libvirtd. Output of the daemons goes to log.
 func NewHost(ctx context.Context, n int, log io.Writer) (*Host, error) {
-	cmd := reexec(stageHost, unix.CLONE_NEWNS|unix.CLONE_NEWNET)
+	if n < 0 || n >= maxHosts {
+		return nil, fmt.Errorf("making host %d: numbers go from 0 to %d", n, maxHosts-1)
+	}
+	cmd := reexec(stageHost, hostNamespaces())
 	cmd.Env = append(cmd.Env, indexEnv+"="+strconv.Itoa(n))
 	cmd.Stdout = nil
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("making a host's namespaces: %w", err)
 	}
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("making a host's namespaces: %w", err)
 	}
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("making a host's namespaces: %w", err)
 	}
-	h := &Host{Addr: hostAddr(n), holder: cmd, stdin: stdin, log: log}
-	if err := h.await(stdout, "ready", func() error { return plug(cmd.Process.Pid, n) }, func() error {
-		_, err := io.WriteString(stdin, "plugged\n")
-		return err
-	}); err != nil {
-		return nil, errors.Join(err, h.Close())
-	}
-	if err := h.StartLibvirtd(ctx); err != nil {
+	h := &Host{Addr: hostAddr(n), index: n, holder: cmd, stdin: stdin, log: log}
+	if err := h.setUp(ctx, stdin, stdout); err != nil {
 		return nil, errors.Join(err, h.Close())
 	}
 	return h, nil
 }
 
-// await reads the word, runs the steps, and reads the word again.
-func (h *Host) await(r io.Reader, word string, steps ...func() error) error {
-	lines := bufio.NewScanner(r)
+// setUp plugs the namespaces in between the holder's two words, and starts
+// the daemons.
+func (h *Host) setUp(ctx context.Context, in io.Writer, out io.Reader) error {
+	lines := bufio.NewScanner(out)
 	expect := func() error {
-		if !lines.Scan() || lines.Text() != word {
-			return fmt.Errorf("host's namespace says %q, want %q", lines.Text(), word)
+		if !lines.Scan() || lines.Text() != wordReady {
+			return fmt.Errorf("host's namespaces say %q, want %q", lines.Text(), wordReady)
 		}
 		return nil
 	}
 	if err := expect(); err != nil {
 		return err
 	}
-	for _, step := range steps {
-		if err := step(); err != nil {
-			return err
-		}
+	if err := plug(h.holder.Process.Pid, h.index); err != nil {
+		return err
 	}
-	return expect()
+	if _, err := io.WriteString(in, "plugged\n"); err != nil {
+		return fmt.Errorf("telling the host's namespaces: %w", err)
+	}
+	if err := expect(); err != nil {
+		return err
+	}
+	if err := h.recallCapabilities(); err != nil {
+		return err
+	}
+	if err := h.startVirtlogd(ctx); err != nil {
+		return err
+	}
+	return h.StartLibvirtd(ctx)
 }
 
-// holdHost is the stage inside a host's namespaces.
-func holdHost() error {
-	if err := prepareMounts(privateFolders()...); err != nil {
-		return err
-	}
-	// A fresh sysfs shows the links of this namespace, not the machine's.
-	if err := unix.Mount("sysfs", "/sys", "sysfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
-		return fmt.Errorf("mounting /sys: %w", err)
-	}
-	if err := os.WriteFile("/etc/libvirt/qemu.conf", []byte(qemuConf), 0o600); err != nil {
-		return err
-	}
-	if err := loopbackUp(); err != nil {
-		return err
-	}
-	os.Stdout.WriteString("ready\n") //nolint:errcheck // the other end notices
-	stdin := bufio.NewReader(os.Stdin)
-	if _, err := stdin.ReadString('\n'); err != nil {
-		return err
-	}
-	index, err := strconv.Atoi(os.Getenv(indexEnv))
-	if err != nil {
-		return err
-	}
-	uplink, err := netlink.LinkByName("uplink")
-	if err != nil {
-		return fmt.Errorf("finding uplink: %w", err)
-	}
-	if err := address(uplink, hostAddr(index).String()+"/24"); err != nil {
-		return err
-	}
-	os.Stdout.WriteString("ready\n") //nolint:errcheck // the other end notices
-	_, _ = io.Copy(io.Discard, stdin)
-	return nil
-}
-
-// Command returns a command that runs inside the host's namespaces.
+// Command returns a command that runs inside the host's namespaces, as root,
+// in the root folder: give it absolute paths. Its temporary files are the
+// host's own.
 func (h *Host) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
-	in := []string{"--target", strconv.Itoa(h.holder.Process.Pid), "--mount", "--net", "--", name}
+	in := []string{"--target", strconv.Itoa(h.holder.Process.Pid), "--mount", "--net", "--uts", "--", name}
 	cmd := exec.CommandContext(ctx, "nsenter", append(in, args...)...)
-	cmd.Env = append(os.Environ(), "LC_ALL=C", stageEnv+"=", "TMPDIR="+ScratchDir)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	cmd.Env = append(os.Environ(), "LC_ALL=C", stageEnv+"=", "TMPDIR="+hostTemp)
+	// A daemon's children may hold its output open after its end.
+	cmd.WaitDelay = time.Second
 	return cmd
 }
 
@@ -160,20 +122,56 @@ func (h *Host) Path(name string) string {
 	return filepath.Join("/proc", strconv.Itoa(h.holder.Process.Pid), "root", name)
 }
 
+// LibvirtURI reaches the host's libvirtd from inside its namespaces.
+const LibvirtURI = "qemu:///system"
+
+// LibvirtURI reaches the host's libvirtd from the outside.
+func (h *Host) LibvirtURI() string {
+	return "qemu+unix:///system?socket=" + h.Path("/run/libvirt/libvirt-sock")
+}
+
+func (h *Host) startVirtlogd(ctx context.Context) error {
+	cmd, err := h.startDaemon(ctx, "virtlogd", func() error {
+		_, err := os.Stat(h.Path("/run/libvirt/virtlogd-sock"))
+		return err
+	})
+	h.virtlogd = cmd
+	return err
+}
+
 // StartLibvirtd starts the host's libvirtd and waits until it answers.
 func (h *Host) StartLibvirtd(ctx context.Context) error {
-	h.libvirtd = h.Command(context.WithoutCancel(ctx), "libvirtd")
-	h.libvirtd.Stdout, h.libvirtd.Stderr = h.log, h.log
-	if err := h.libvirtd.Start(); err != nil {
-		return fmt.Errorf("starting libvirtd: %w", err)
+	cmd, err := h.startDaemon(ctx, "libvirtd", func() error {
+		if _, err := os.Stat(h.Path("/run/libvirt/libvirt-sock")); err != nil {
+			return err
+		}
+		_, err := h.Output(ctx, "virsh", "-q", "-c", LibvirtURI, "list")
+		return err
+	})
+	h.libvirtd = cmd
+	return err
+}
+
+// startDaemon starts a program of the host and waits until answers does.
+func (h *Host) startDaemon(ctx context.Context, name string, answers func() error) (*exec.Cmd, error) {
+	cmd := h.Command(context.WithoutCancel(ctx), name)
+	cmd.Stdout, cmd.Stderr = h.log, h.log
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("starting %s: %w", name, err)
 	}
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
+	tick := time.NewTicker(pollInterval)
+	defer tick.Stop()
 	for {
-		if _, err := h.Output(ctx, "virsh", "-q", "-c", "qemu:///system", "list"); err == nil {
-			return nil
-		} else if ctx.Err() != nil {
-			return fmt.Errorf("waiting for libvirtd: %w", err)
+		err := answers()
+		if err == nil {
+			return cmd, nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return cmd, fmt.Errorf("waiting for %s: %w", name, err)
 		}
 	}
 }
@@ -181,40 +179,34 @@ func (h *Host) StartLibvirtd(ctx context.Context) error {
 // KillLibvirtd ends the host's libvirtd at once; its guests live on.
 func (h *Host) KillLibvirtd() error {
 	if err := h.libvirtd.Process.Kill(); err != nil {
-		return err
+		return fmt.Errorf("killing libvirtd: %w", err)
 	}
-	_, err := exitCode(h.libvirtd.Wait())
-	return err
+	return reap(h.libvirtd)
 }
 
-// Close ends the host: every process in its namespaces, and the namespaces.
+// Close ends the host: every process in its namespaces, its link, and the
+// namespaces themselves.
 func (h *Host) Close() error {
-	inode, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", h.holder.Process.Pid))
-	if err == nil {
-		err = killNamespace(inode, h.holder.Process.Pid)
+	err := h.keepCapabilities()
+	inode, nsErr := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", h.holder.Process.Pid))
+	if nsErr == nil {
+		nsErr = killNamespace(inode, h.holder.Process.Pid)
+	}
+	for _, daemon := range []*exec.Cmd{h.libvirtd, h.virtlogd} {
+		if daemon != nil && daemon.ProcessState == nil {
+			err = errors.Join(err, reap(daemon))
+		}
 	}
 	_ = h.stdin.Close()
-	_, waitErr := exitCode(h.holder.Wait())
-	if h.libvirtd != nil && h.libvirtd.Process != nil {
-		_, _ = exitCode(h.libvirtd.Wait())
-	}
-	return errors.Join(err, waitErr)
+	return errors.Join(err, nsErr, unplug(h.index), reap(h.holder))
 }
 
-// killNamespace kills every process whose network namespace it is.
-func killNamespace(inode string, except int) error {
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		return err
+// reap waits for a process that was told to end; how it ended is no error.
+func reap(cmd *exec.Cmd) error {
+	err := cmd.Wait()
+	if errors.Is(err, exec.ErrWaitDelay) {
+		return nil
 	}
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil || pid == except {
-			continue
-		}
-		if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid)); err == nil && ns == inode {
-			_ = syscall.Kill(pid, syscall.SIGKILL)
-		}
-	}
-	return nil
+	_, err = exitCode(err)
+	return err
 }

@@ -1,6 +1,7 @@
 package rig
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -15,6 +16,11 @@ const (
 	// hostNet is the range; hosts count up from .2.
 	hostNet   = "198.51.100.0/24"
 	firstHost = 2
+	// maxHosts at a time.
+	maxHosts    = 16
+	outsideName = "outside"
+	// Uplink is a host's interface towards the outside.
+	Uplink = "uplink"
 )
 
 // Names of the outside's services. They resolve in every namespace of the run.
@@ -28,8 +34,14 @@ const (
 // Names lists them.
 func Names() []string { return []string{ControlName, BrokerName, StoreName, RegistryName} }
 
+// hostsFile resolves every name of the run. Host names are in it because
+// libvirtd looks its own up, and waits when nobody answers.
 func hostsFile() string {
-	return "127.0.0.1 localhost\n::1 localhost\n" + OutsideAddr + " " + strings.Join(Names(), " ") + "\n"
+	lines := []string{"127.0.0.1 localhost", "::1 localhost", OutsideAddr + " " + outsideName + " " + strings.Join(Names(), " ")}
+	for n := range maxHosts {
+		lines = append(lines, hostAddr(n).String()+" "+hostName(n))
+	}
+	return strings.Join(lines, "\n") + "\n"
 }
 
 func loopbackUp() error {
@@ -43,30 +55,49 @@ func loopbackUp() error {
 // outsideBridge joins the hosts' veths on the outside.
 const outsideBridge = "outside"
 
-// plug gives the namespace of pid an interface "uplink" whose other end is on
-// the outside's bridge.
+func addBridge() error {
+	attrs := netlink.NewLinkAttrs()
+	attrs.Name = outsideBridge
+	bridge := &netlink.Bridge{LinkAttrs: attrs}
+	if err := netlink.LinkAdd(bridge); err != nil {
+		return fmt.Errorf("adding bridge: %w", err)
+	}
+	return address(bridge, OutsideAddr+"/24")
+}
+
+// plug gives the namespace of pid an interface whose other end is on the
+// outside's bridge.
 func plug(pid, index int) error {
 	bridge, err := netlink.LinkByName(outsideBridge)
 	if err != nil {
-		attrs := netlink.NewLinkAttrs()
-		attrs.Name = outsideBridge
-		bridge = &netlink.Bridge{LinkAttrs: attrs}
-		if err := netlink.LinkAdd(bridge); err != nil {
-			return fmt.Errorf("adding bridge: %w", err)
-		}
-		if err := address(bridge, OutsideAddr+"/24"); err != nil {
-			return err
-		}
+		return fmt.Errorf("finding bridge: %w", err)
 	}
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name = fmt.Sprintf("host%d", index)
+	attrs.Name = hostLink(index)
 	attrs.MasterIndex = bridge.Attrs().Index
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: "uplink", PeerNamespace: netlink.NsPid(pid)}
+	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: Uplink, PeerNamespace: netlink.NsPid(pid)}
 	if err := netlink.LinkAdd(veth); err != nil {
 		return fmt.Errorf("adding veth: %w", err)
 	}
 	return netlink.LinkSetUp(veth)
 }
+
+// unplug removes the link now; the end of a network namespace would do so
+// some time later.
+func unplug(index int) error {
+	link, err := netlink.LinkByName(hostLink(index))
+	if _, gone := errors.AsType[netlink.LinkNotFoundError](err); gone {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("finding the host's link: %w", err)
+	}
+	return netlink.LinkDel(link)
+}
+
+func hostLink(index int) string { return fmt.Sprintf("host%d", index) }
+
+func hostName(index int) string { return fmt.Sprintf("provider%d.example", index) }
 
 func address(link netlink.Link, cidr string) error {
 	addr, err := netlink.ParseAddr(cidr)

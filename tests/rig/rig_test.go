@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -25,14 +26,20 @@ func TestMain(m *testing.M) {
 	if rig.Capable() {
 		rig.Enter()
 	}
+	if name := os.Getenv(scenarioEnv); name != "" {
+		os.Exit(runScenario(name))
+	}
 	os.Exit(m.Run())
 }
 
-const guestID = "01234567-89ab-cdef-0123-456789abcdef"
+const (
+	guestID  = "01234567-89ab-cdef-0123-456789abcdef"
+	guestDir = "/run/guest"
+	pspPath  = "/run/psp.sock"
+)
 
-// host starts a provider host with a tap, a socket that accepts like a PSP,
-// and firmware-only boot files.
-func host(t *testing.T) (*rig.Host, *libvirt.Driver, vm.Spec) {
+// newHost starts a provider host that ends with the test.
+func newHost(t *testing.T) *rig.Host {
 	t.Helper()
 	if !rig.Capable() {
 		skip.Missing(t, "root")
@@ -46,58 +53,7 @@ func host(t *testing.T) (*rig.Host, *libvirt.Driver, vm.Spec) {
 			t.Errorf("closing the host: %v", err)
 		}
 	})
-	socket := h.Path("/run/psp.sock")
-	listener, err := (&net.ListenConfig{}).Listen(t.Context(), "unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = listener.Close() })
-	if err := os.Chmod(socket, 0o666); err != nil {
-		t.Fatal(err)
-	}
-	dir := "/run/guest"
-	if err := os.Mkdir(h.Path(dir), 0o711); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"firmware", "kernel", "initrd", "table"} {
-		data := make([]byte, 1<<20)
-		if name == "kernel" { // enough of a boot header for QEMU to take it
-			copy(data[0x1f1:], []byte{1})
-			copy(data[0x202:], "HdrS\x0c\x02")
-			data[0x211] = 1
-			copy(data[0x22c:], "\xff\xff\xff\x7f") // highest address of the initrd
-		}
-		if err := os.WriteFile(h.Path(filepath.Join(dir, name)), data, 0o444); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if _, err := h.Output(t.Context(), "ip", "tuntap", "add", "na0", "mode", "tap", "user", "libvirt-qemu"); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := h.Output(t.Context(), "ip", "link", "set", "na0", "up"); err != nil {
-		t.Fatal(err)
-	}
-	d := libvirt.New("qemu+unix:///system?socket="+h.Path("/run/libvirt/libvirt-sock"), hclog.NewNullLogger())
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- d.Run(ctx) }()
-	t.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("driver: %v", err)
-		}
-	})
-	wait, stop := context.WithTimeout(t.Context(), 30*time.Second)
-	defer stop()
-	if err := d.WaitConnected(wait); err != nil {
-		t.Fatal(err)
-	}
-	return h, d, vm.Spec{
-		GuestID: guestID, Generation: 1, VCPUs: 1, MemoryMiB: 256, CPUModel: "EPYC-v4",
-		Firmware: dir + "/firmware", Kernel: dir + "/kernel", Initrd: dir + "/initrd", Cmdline: "x",
-		NIC: vm.NIC{Tap: "na0", MAC: "52:54:00:00:00:01"},
-		TEE: vm.TEE{Emulated: &vm.Emulated{Policy: 0x30000, HostData: make([]byte, 32), HashTable: dir + "/table", HashTableGPA: 0x810c00, PSPSocket: "/run/psp.sock"}},
-	}
+	return h
 }
 
 // hostLog keeps what the host's daemons say for a test that fails.
@@ -116,91 +72,102 @@ func hostLog(t *testing.T) io.Writer {
 	return file
 }
 
-func next(t *testing.T, events <-chan vm.Event, want vm.State) {
+// drive connects a driver to the host's libvirtd from the outside.
+func drive(t *testing.T, h *rig.Host) *libvirt.Driver {
 	t.Helper()
-	timeout := time.After(time.Minute)
-	for {
-		select {
-		case e := <-events:
-			if e.GuestID == guestID && e.State == want {
-				return
-			}
-		case <-timeout:
-			t.Fatalf("no event %q", want)
+	d := libvirt.New(h.LibvirtURI(), hclog.NewNullLogger())
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	done := make(chan error, 1)
+	go func() { done <- d.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("driver: %v", err)
 		}
-	}
+	})
+	waitConnected(t, d)
+	return d
 }
 
-func TestAGuestSurvivesItsLibvirtdAndIsFoundAgain(t *testing.T) {
-	h, d, spec := host(t)
-	events, cancel := d.Subscribe()
+func waitConnected(t *testing.T, d *libvirt.Driver) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	if err := d.Start(t.Context(), spec); err != nil {
+	if err := d.WaitConnected(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if err := d.Start(t.Context(), spec); err != nil {
-		t.Errorf("starting again is not idempotent: %v", err)
-	}
-	other := spec
-	other.Generation = 2
-	if err := d.Start(t.Context(), other); err == nil || !strings.Contains(err.Error(), "vm.generation-conflict") {
-		t.Errorf("another generation: %v", err)
-	}
-	next(t, events, vm.StateRunning)
-	if err := h.KillLibvirtd(); err != nil {
-		t.Fatal(err)
-	}
-	for { // until the driver has noticed
-		if _, err := d.List(t.Context()); err != nil {
-			break
-		}
-	}
-	if err := h.StartLibvirtd(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	wait, stop := context.WithTimeout(t.Context(), time.Minute)
-	defer stop()
-	if err := d.WaitConnected(wait); err != nil {
-		t.Fatal(err)
-	}
-	found, err := d.List(t.Context())
-	if err != nil || len(found) != 1 || found[0] != (vm.Observed{GuestID: guestID, Generation: 1, State: vm.StateRunning}) {
-		t.Fatalf("after the restart: %+v, %v", found, err)
-	}
-	for range 2 {
-		if err := d.Destroy(t.Context(), guestID); err != nil {
-			t.Errorf("destroying is not idempotent: %v", err)
-		}
-	}
-	next(t, events, vm.StateGone)
 }
 
-func TestAForeignDomainIsLeftAlone(t *testing.T) {
-	h, d, _ := host(t)
-	const xml = `<domain type='qemu'><name>theirs</name><uuid>` + guestID + `</uuid><memory unit='MiB'>64</memory><os><type arch='x86_64' machine='q35'>hvm</type></os></domain>`
-	file := filepath.Join(rig.ScratchDir, "theirs.xml")
-	if err := os.WriteFile(h.Path(file), []byte(xml), 0o600); err != nil {
+func output(t *testing.T, h *rig.Host, name string, args ...string) string {
+	t.Helper()
+	out, err := h.Output(t.Context(), name, args...)
+	if err != nil {
 		t.Fatal(err)
 	}
-	if out, err := h.Output(t.Context(), "virsh", "-c", "qemu:///system", "create", file); err != nil {
-		t.Fatal(out, err)
+	return out
+}
+
+// addTap makes a persistent tap that QEMU's user may open.
+func addTap(t *testing.T, h *rig.Host, name string) {
+	t.Helper()
+	output(t, h, "ip", "tuntap", "add", name, "mode", "tap", "user", "libvirt-qemu")
+	output(t, h, "ip", "link", "set", name, "up")
+}
+
+// write puts a file on the host as boot copies are put: for QEMU's user to
+// read, in a folder it can pass but not list.
+func write(t *testing.T, h *rig.Host, name string, data []byte) string {
+	t.Helper()
+	if err := os.MkdirAll(h.Path(guestDir), 0o711); err != nil {
+		t.Fatal(err)
 	}
-	if found, err := d.List(t.Context()); err != nil || len(found) != 0 {
-		t.Errorf("listed as ours: %+v, %v", found, err)
+	path := filepath.Join(guestDir, name)
+	if err := os.WriteFile(h.Path(path), data, 0o444); err != nil {
+		t.Fatal(err)
 	}
-	if err := d.Destroy(t.Context(), guestID); err == nil {
-		t.Error("a foreign domain may be destroyed")
+	return path
+}
+
+// pspSocket listens where the domain's channel connects to.
+func pspSocket(t *testing.T, h *rig.Host) *net.UnixListener {
+	t.Helper()
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: h.Path(pspPath), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
 	}
-	if out, err := h.Output(t.Context(), "virsh", "-c", "qemu:///system", "domstate", "theirs"); err != nil || !strings.Contains(out, "running") {
-		t.Errorf("the foreign domain is %q, %v", out, err)
+	t.Cleanup(func() { _ = listener.Close() })
+	if err := os.Chmod(h.Path(pspPath), 0o666); err != nil {
+		t.Fatal(err)
+	}
+	return listener
+}
+
+// blankSpec is a guest whose firmware is empty: QEMU starts it, and it hangs.
+func blankSpec(t *testing.T, h *rig.Host) vm.Spec {
+	t.Helper()
+	pspSocket(t, h)
+	addTap(t, h, "na0")
+	blank := make([]byte, 1<<20)
+	kernel := make([]byte, 1<<20) // enough of a boot header for QEMU to take it
+	copy(kernel[0x1f1:], []byte{1})
+	copy(kernel[0x202:], "HdrS\x0c\x02")
+	kernel[0x211] = 1
+	copy(kernel[0x22c:], "\xff\xff\xff\x7f") // highest address of the initrd
+	return vm.Spec{
+		GuestID: guestID, Generation: 1, VCPUs: 1, MemoryMiB: 256, CPUModel: "EPYC-v4",
+		Firmware: write(t, h, "firmware", blank), Kernel: write(t, h, "kernel", kernel), Initrd: write(t, h, "initrd", blank), Cmdline: "x",
+		NIC: vm.NIC{Tap: "na0", MAC: "52:54:00:00:00:01"},
+		TEE: vm.TEE{Emulated: &vm.Emulated{
+			Policy: 0x30000, HostData: make([]byte, 32), HashTable: write(t, h, "table", blank), HashTableGPA: 0x810c00, PSPSocket: pspPath,
+		}},
 	}
 }
 
 func TestNamespacesReachTheOutsideAndNothingElse(t *testing.T) {
-	h, _, _ := host(t)
-	routes, err := h.Output(t.Context(), "ip", "route")
-	if err != nil || strings.Contains(routes, "default") || !strings.Contains(routes, "198.51.100.0/24") {
-		t.Errorf("routes of the host are %q, %v", routes, err)
+	h := newHost(t)
+	routes := output(t, h, "ip", "route")
+	if strings.Contains(routes, "default") || strings.Count(routes, "\n") != 1 || !strings.Contains(routes, "198.51.100.0/24 dev "+rig.Uplink) {
+		t.Errorf("routes of the host are %q", routes)
 	}
 	ln, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", rig.OutsideAddr+":0")
 	if err != nil {
@@ -211,7 +178,64 @@ func TestNamespacesReachTheOutsideAndNothingElse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := h.Output(t.Context(), "bash", "-c", fmt.Sprintf("exec 3<>/dev/tcp/%s/%s", rig.BrokerName, port)); err != nil {
-		t.Errorf("the host does not reach the outside: %v", err)
+	output(t, h, "bash", "-c", fmt.Sprintf("exec 3<>/dev/tcp/%s/%s", rig.BrokerName, port))
+	// The outside sees one link per host, and none of the machine's.
+	links, err := net.Interfaces()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		if l.Name != "lo" && l.Name != "outside" && l.Name != "host0" {
+			t.Errorf("the outside sees link %s", l.Name)
+		}
+	}
+}
+
+func TestWhatAHostWritesIsItsOwn(t *testing.T) {
+	h := newHost(t)
+	mark := "rig-" + strconv.Itoa(os.Getpid())
+	for _, dir := range []string{"/run", "/etc", "/var/lib", "/var/cache", "/var/lib/libvirt", "/etc/libvirt"} {
+		path := filepath.Join(dir, mark)
+		output(t, h, "touch", path)
+		if _, err := os.Stat(path); !os.IsNotExist(err) {
+			t.Errorf("%s is seen outside the host: %v", path, err)
+		}
+		if _, err := os.Stat(h.Path(path)); err != nil {
+			t.Errorf("Path does not lead to %s: %v", path, err)
+		}
+	}
+	shared := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(shared, []byte("content"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if text := output(t, h, "cat", shared); text != "content" {
+		t.Errorf("the host reads %q from the scratch folder", text)
+	}
+	if dir := strings.TrimSpace(output(t, h, "mktemp", "-u")); !strings.HasPrefix(dir, "/run/tmp/") {
+		t.Errorf("the host's temporary files go to %s", dir)
+	}
+}
+
+func TestTheNextHostNeedNotAskQEMUAgain(t *testing.T) {
+	const dir = "/var/cache/libvirt/qemu/capabilities"
+	cached := func(h *rig.Host) string {
+		output(t, h, "virsh", "-q", "-c", rig.LibvirtURI, "domcapabilities", "--virttype", "qemu", "--arch", "x86_64")
+		return output(t, h, "bash", "-c", "cat "+dir+"/*.xml | sha256sum; stat -c %y "+dir+"/*.xml")
+	}
+	if !rig.Capable() {
+		skip.Missing(t, "root")
+	}
+	h, err := rig.NewHost(t.Context(), 0, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := cached(h)
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	h = newHost(t)
+	before := output(t, h, "bash", "-c", "cat "+dir+"/*.xml | sha256sum; stat -c %y "+dir+"/*.xml")
+	if !strings.HasPrefix(before, strings.Fields(first)[0]) || cached(h) != before {
+		t.Errorf("the second host's libvirtd asked QEMU again: %q, then %q", before, cached(h))
 	}
 }

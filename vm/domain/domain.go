@@ -10,6 +10,7 @@ import (
 	"encoding/base64"
 	"encoding/xml"
 	"fmt"
+	"net"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -27,9 +28,8 @@ const MetadataNamespace = "https://github.com/confidential-node/agent/ns/domain/
 const (
 	maxVCPUs    = 512
 	minMemory   = 256
+	maxMemory   = 16 << 20 // 16 TiB; far above any host, below what overflows
 	maxDisks    = 16
-	maxSerial   = 20
-	maxTapName  = 15
 	hostDataLen = 32
 	idBlockLen  = 96
 	idAuthLen   = 4096
@@ -66,9 +66,6 @@ func Render(s vm.Spec) (string, error) {
 
 // Check refuses what cannot work, with a remedy.
 func Check(s vm.Spec) error {
-	refuse := func(format string, args ...any) error {
-		return contract.Refuse("vm.spec-refused", "correct the launch command or the host's policy", "the guest cannot be started: "+format, args...)
-	}
 	switch {
 	case !regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`).MatchString(s.GuestID):
 		return refuse("guest id %q is not a lower-case UUID", s.GuestID)
@@ -76,51 +73,97 @@ func Check(s vm.Spec) error {
 		return refuse("generation is 0")
 	case s.VCPUs < 1 || s.VCPUs > maxVCPUs:
 		return refuse("%d vCPUs are not within 1..%d", s.VCPUs, maxVCPUs)
-	case s.MemoryMiB < minMemory:
-		return refuse("%d MiB of memory are below %d", s.MemoryMiB, minMemory)
+	case s.MemoryMiB < minMemory || s.MemoryMiB > maxMemory:
+		return refuse("%d MiB of memory are not within %d..%d", s.MemoryMiB, minMemory, maxMemory)
 	case s.CPUModel == "" || strings.HasPrefix(s.CPUModel, "host") || s.CPUModel == "max":
 		return refuse("CPU model %q makes the launch digest depend on the host; use a named one (EPYC-v4)", s.CPUModel)
 	case s.Kernel == "":
 		return refuse("kernel hashes without a kernel make QEMU abort")
-	case len(s.Disks) > maxDisks:
-		return refuse("%d disks are more than %d", len(s.Disks), maxDisks)
 	case (s.TEE.SNP == nil) == (s.TEE.Emulated == nil):
 		return refuse("exactly one TEE is needed")
-	case len(s.NIC.Tap) == 0 || len(s.NIC.Tap) > maxTapName:
-		return refuse("tap name %q is not 1 to %d characters", s.NIC.Tap, maxTapName)
 	}
 	for _, path := range []string{s.Firmware, s.Kernel, s.Initrd} {
 		if !filepath.IsAbs(path) {
 			return refuse("path %q is not absolute", path)
 		}
 	}
-	for _, d := range s.Disks {
-		if !filepath.IsAbs(d.Path) || len(d.Serial) == 0 || len(d.Serial) > maxSerial {
-			return refuse("disk %q with serial %q (virtio-blk cuts serials at %d)", d.Path, d.Serial, maxSerial)
-		}
+	// XML and shells of tools change other bytes silently, and every byte of
+	// the command line is measured.
+	if strings.ContainsFunc(s.Cmdline, func(r rune) bool { return r < ' ' || r > '~' }) || strings.TrimSpace(s.Cmdline) != s.Cmdline {
+		return refuse("kernel command line %q is not printable ASCII without blanks around it", s.Cmdline)
 	}
-	if s.TEE.SNP != nil {
-		return checkSNP(s.TEE.SNP, refuse)
+	if err := checkDevices(s); err != nil {
+		return err
+	}
+	if s.TEE.Emulated != nil {
+		return checkEmulated(s.TEE.Emulated)
+	}
+	return checkSNP(s.TEE.SNP)
+}
+
+func refuse(format string, args ...any) error {
+	return contract.Refuse("vm.spec-refused", "correct the launch command or the host's policy", "the guest cannot be started: "+format, args...)
+}
+
+func checkDevices(s vm.Spec) error {
+	if !regexp.MustCompile(`^[A-Za-z0-9_-]{1,15}$`).MatchString(s.NIC.Tap) {
+		return refuse("tap name %q is not 1 to 15 letters, digits, - or _", s.NIC.Tap)
+	}
+	if mac, err := net.ParseMAC(s.NIC.MAC); err != nil || len(mac) != 6 || mac[0]&1 != 0 {
+		return refuse("%q is not the MAC address of one interface", s.NIC.MAC)
+	}
+	if len(s.Disks) > maxDisks {
+		return refuse("%d disks are more than %d", len(s.Disks), maxDisks)
+	}
+	serials := map[string]bool{}
+	for _, d := range s.Disks {
+		if !filepath.IsAbs(d.Path) || !regexp.MustCompile(`^[0-9A-Za-z]{1,20}$`).MatchString(d.Serial) {
+			return refuse("disk %q with serial %q (virtio-blk cuts serials at 20 characters)", d.Path, d.Serial)
+		}
+		if serials[d.Serial] {
+			return refuse("two disks have the serial %s", d.Serial)
+		}
+		serials[d.Serial] = true
 	}
 	return nil
 }
 
-func checkSNP(t *vm.SNP, refuse func(string, ...any) error) error {
+func checkLaunch(policy uint64, hostData []byte) error {
 	switch {
-	case t.Policy&policyOne == 0:
-		return refuse("policy %#x lacks bit 17, which must be 1", t.Policy)
-	case t.Policy&policyBad != 0:
-		return refuse("policy %#x allows debugging or a migration agent", t.Policy)
-	case t.Policy&^uint64(policyKnown) != 0:
-		return refuse("policy %#x has bits this build does not know", t.Policy)
-	case len(t.HostData) != hostDataLen:
-		return refuse("HOST_DATA has %d bytes, want %d", len(t.HostData), hostDataLen)
-	case (t.IDBlock == nil) != (t.IDAuth == nil):
-		return refuse("an ID block needs its ID auth, and the other way round")
-	case t.IDBlock != nil && (len(t.IDBlock) != idBlockLen || len(t.IDAuth) != idAuthLen):
-		return refuse("ID block has %d bytes and ID auth %d, want %d and %d", len(t.IDBlock), len(t.IDAuth), idBlockLen, idAuthLen)
+	case policy&policyOne == 0:
+		return refuse("policy %#x lacks bit 17, which must be 1", policy)
+	case policy&policyBad != 0:
+		return refuse("policy %#x allows debugging or a migration agent", policy)
+	case policy&^uint64(policyKnown) != 0:
+		return refuse("policy %#x has bits this build does not know", policy)
+	case len(hostData) != hostDataLen:
+		return refuse("HOST_DATA has %d bytes, want %d", len(hostData), hostDataLen)
 	}
 	return nil
+}
+
+func checkSNP(t *vm.SNP) error {
+	if (t.IDBlock == nil) != (t.IDAuth == nil) {
+		return refuse("an ID block needs its ID auth, and the other way round")
+	}
+	if t.IDBlock != nil && (len(t.IDBlock) != idBlockLen || len(t.IDAuth) != idAuthLen) {
+		return refuse("ID block has %d bytes and ID auth %d, want %d and %d", len(t.IDBlock), len(t.IDAuth), idBlockLen, idAuthLen)
+	}
+	return checkLaunch(t.Policy, t.HostData)
+}
+
+// checkEmulated: the paths become part of QEMU's own arguments, where a comma
+// starts another option.
+func checkEmulated(t *vm.Emulated) error {
+	for _, path := range []string{t.HashTable, t.PSPSocket} {
+		if !filepath.IsAbs(path) || strings.ContainsFunc(path, func(r rune) bool { return r <= ' ' || r > '~' || r == ',' }) {
+			return refuse("path %q is not absolute, or has a comma or blank", path)
+		}
+	}
+	if t.HashTableGPA == 0 || t.HashTableGPA >= 1<<32 {
+		return refuse("hash table at %#x, want an address below 4 GiB", t.HashTableGPA)
+	}
+	return checkLaunch(t.Policy, t.HostData)
 }
 
 // mark is our metadata element.
@@ -184,9 +227,14 @@ func boot(s vm.Spec, d *libvirtxml.Domain) error {
 func disks(s vm.Spec, d *libvirtxml.Domain) error {
 	for i, disk := range s.Disks {
 		d.Devices.Disks = append(d.Devices.Disks, libvirtxml.DomainDisk{
-			Device:   "disk",
-			Driver:   &libvirtxml.DomainDiskDriver{Name: "qemu", Type: "raw"},
-			Source:   &libvirtxml.DomainDiskSource{File: &libvirtxml.DomainDiskSourceFile{File: disk.Path}},
+			Device: "disk",
+			Driver: &libvirtxml.DomainDiskDriver{Name: "qemu", Type: "raw"},
+			Source: &libvirtxml.DomainDiskSource{File: &libvirtxml.DomainDiskSourceFile{
+				File: disk.Path,
+				// The blob is shared, readable by all, and stays root's: QEMU's
+				// user must not own what the next guest may be given.
+				SecLabel: []libvirtxml.DomainDeviceSecLabel{{Model: "dac", Relabel: "no"}},
+			}},
 			Target:   &libvirtxml.DomainDiskTarget{Dev: "vd" + string(rune('a'+i)), Bus: "virtio"},
 			Serial:   disk.Serial,
 			ReadOnly: &libvirtxml.DomainDiskReadOnly{},

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"flag"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/tests/skip"
 	"github.com/confidential-node/agent/vm"
 )
 
@@ -63,6 +65,23 @@ func TestSNPDomainIsTheGoldenOne(t *testing.T) {
 	}
 }
 
+// libvirt ignores elements it does not know; its schema does not.
+func TestGoldenDomainsFitLibvirtsSchema(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("virt-xml-validate"); err != nil {
+		skip.Missing(t, "virt-xml-validate (libvirt-clients)")
+	}
+	files, err := filepath.Glob(filepath.Join("testdata", "*.xml"))
+	if err != nil || len(files) < 2 {
+		t.Fatalf("golden files: %v, %v", files, err)
+	}
+	for _, file := range files {
+		if out, err := exec.CommandContext(t.Context(), "virt-xml-validate", file, "domain").CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", file, err, out)
+		}
+	}
+}
+
 func TestConsoleIsForDebugImagesOnly(t *testing.T) {
 	t.Parallel()
 	s := spec()
@@ -87,6 +106,18 @@ func TestWhatLibvirtLetsThroughAndCannotWorkIsRefused(t *testing.T) {
 		"too many disks":           func(s *vm.Spec) { s.Disks = make([]vm.Disk, 17) },
 		"no TEE":                   func(s *vm.Spec) { s.TEE = vm.TEE{} },
 		"two TEEs":                 func(s *vm.Spec) { s.TEE.Emulated = &vm.Emulated{} },
+		"memory beyond reason":     func(s *vm.Spec) { s.MemoryMiB = 1 << 60 },
+		"two disks of one serial":  func(s *vm.Spec) { s.Disks[1].Serial = s.Disks[0].Serial },
+		"serial with a quote":      func(s *vm.Spec) { s.Disks[0].Serial = "a'b" },
+		"relative disk":            func(s *vm.Spec) { s.Disks[0].Path = "blob" },
+		"no MAC":                   func(s *vm.Spec) { s.NIC.MAC = "" },
+		"multicast MAC":            func(s *vm.Spec) { s.NIC.MAC = "53:54:00:00:00:01" },
+		"tap that is a path":       func(s *vm.Spec) { s.NIC.Tap = "../tap" },
+		"no tap":                   func(s *vm.Spec) { s.NIC.Tap = "" },
+		"line break in cmdline":    func(s *vm.Spec) { s.Cmdline = "quiet\ninit=/bin/sh" },
+		"NUL in cmdline":           func(s *vm.Spec) { s.Cmdline = "quiet\x00" },
+		"blank around cmdline":     func(s *vm.Spec) { s.Cmdline = "quiet " },
+		"letters XML would change": func(s *vm.Spec) { s.Cmdline = "quiet\xff" },
 		"tap name too long":        func(s *vm.Spec) { s.NIC.Tap = strings.Repeat("n", 16) },
 		"policy without bit 17":    func(s *vm.Spec) { s.TEE.SNP.Policy = 0x10000 },
 		"debug policy":             func(s *vm.Spec) { s.TEE.SNP.Policy |= 1 << 19 },

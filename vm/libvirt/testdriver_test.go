@@ -1,0 +1,117 @@
+package libvirt_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/confidential-node/agent/tests/skip"
+	"github.com/confidential-node/agent/vm"
+	"github.com/confidential-node/agent/vm/domain"
+	"github.com/confidential-node/agent/vm/libvirt"
+	"github.com/confidential-node/agent/vm/libvirt/libvirttest"
+)
+
+// run starts a driver and ends it with the test.
+func run(t *testing.T, uri string) *libvirt.Driver {
+	t.Helper()
+	d := libvirt.New(uri, hclog.NewNullLogger())
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- d.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("driver: %v", err)
+		}
+	})
+	return d
+}
+
+func connected(t *testing.T, uri string) *libvirt.Driver {
+	t.Helper()
+	d := run(t, uri)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if err := d.WaitConnected(ctx); err != nil {
+		if strings.Contains(err.Error(), "libvirt.so") {
+			skip.Missing(t, "libvirt's client library")
+		}
+		t.Fatal(err)
+	}
+	return d
+}
+
+func testDomain(name, id, metadata string) string {
+	return fmt.Sprintf(`<domain type='test'><name>%s</name><uuid>%s</uuid><metadata>%s</metadata><memory>1024</memory><os><type>hvm</type></os></domain>`, name, id, metadata)
+}
+
+func mark(id string, generation uint64) string {
+	return fmt.Sprintf(`<guest xmlns='%s' id='%s' generation='%d'/>`, domain.MetadataNamespace, id, generation)
+}
+
+func TestConformanceOnLibvirtsTestDriver(t *testing.T) {
+	d := connected(t, "test:///default")
+	libvirttest.Conformance(t, libvirttest.World{
+		Driver: d,
+		Start: func(ctx context.Context, id string, generation uint64) error {
+			return d.StartXML(ctx, id, generation, testDomain(vm.NamePrefix+id, id, mark(id, generation)))
+		},
+		Foreign: func(ctx context.Context, name, id string) (func() bool, error) {
+			return func() bool { return d.Runs(t.Context(), id) }, d.CreateForeign(ctx, testDomain(name, id, ""))
+		},
+	})
+}
+
+func TestAMarkOfAnotherGuestIsNoMark(t *testing.T) {
+	d := connected(t, "test:///default")
+	const id, other = "11111111-2222-4333-8444-555555555511", "11111111-2222-4333-8444-555555555512"
+	for name, metadata := range map[string]string{
+		"another guest's": mark(other, 1), "no number": strings.Replace(mark(id, 1), "'1'", "'x'", 1), "empty": "",
+	} {
+		if err := d.CreateForeign(t.Context(), testDomain(vm.NamePrefix+id, id, metadata)); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if err := d.Destroy(t.Context(), id); err == nil {
+			t.Errorf("a domain whose mark is %s was destroyed", name)
+		}
+		d.DestroyForeign(t, id)
+	}
+}
+
+func TestWhatLibvirtRefusesIsARefusalWithARemedy(t *testing.T) {
+	d := connected(t, "test:///default")
+	const id = "11111111-2222-4333-8444-555555555521"
+	for name, text := range map[string]string{
+		"no domain": "<domain/>",
+		"an element that would be silently ignored": strings.Replace(testDomain(vm.NamePrefix+id, id, ""), "<os>", "<launchSecret/><os>", 1),
+	} {
+		err := d.StartXML(t.Context(), id, 1, text)
+		if err == nil || !strings.Contains(err.Error(), "vm.start-failed") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestWithoutADaemonEveryCallSaysSo(t *testing.T) {
+	t.Parallel()
+	d := run(t, "qemu+unix:///system?socket="+filepath.Join(t.TempDir(), "none"))
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if err := d.WaitConnected(ctx); !errors.Is(err, libvirt.ErrNoConnection) {
+		t.Errorf("waiting: %v", err)
+	}
+	found, err := d.List(t.Context())
+	if !errors.Is(err, libvirt.ErrNoConnection) || found != nil {
+		t.Errorf("listing: %+v, %v", found, err)
+	}
+	if err := d.Destroy(t.Context(), "11111111-2222-4333-8444-555555555531"); !errors.Is(err, libvirt.ErrNoConnection) {
+		t.Errorf("silence is taken for a guest's end: %v", err)
+	}
+}
