@@ -1,0 +1,349 @@
+package network
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/time/rate"
+
+	"github.com/confidential-node/agent/firmware/contract"
+)
+
+// undoTimeout is what cleaning up may take when the caller has given up.
+const undoTimeout = 30 * time.Second
+
+// links is what Host needs of the host's links; kernelLinks is the real one.
+type links interface {
+	list() ([]Tap, error)
+	ensure(g Guest, l Link) (made bool, err error)
+	up(tap string) error
+	down(tap string) error
+	remove(tap string) error
+	forget(addr netip.Addr) error
+	forwarding() (bool, error)
+	setForwarding(on bool) error
+	changes() (notifier, error)
+}
+
+// notifier tells when nftables changed. Close ends a wait.
+type notifier interface {
+	wait() error
+	Close() error
+}
+
+// filter is what Host needs of nftables; nft is the real one.
+type filter interface {
+	write(ctx context.Context, t table) error
+	read(ctx context.Context) (string, error)
+	erase(ctx context.Context) error
+	ruleset(ctx context.Context) ([]byte, error)
+}
+
+// Host is the guests' network on this host.
+type Host struct {
+	cfg      Config
+	log      hclog.Logger
+	links    links
+	filter   filter
+	portFree func(ctx context.Context, port uint16) error
+	// restores bounds how often the table is put back before somebody else
+	// is taken to insist.
+	restores *rate.Limiter
+
+	mu     sync.Mutex
+	guests map[string]member
+	// written is the table's text as it was right after the last write; ""
+	// when nothing was written by this process.
+	written string
+	// lost is why the table is not in force; nil when it is.
+	lost error
+}
+
+// New checks the configuration. It changes nothing on the host.
+func New(cfg Config, logger hclog.Logger) (*Host, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	if cfg.Root == "" {
+		cfg.Root = "/"
+	}
+	return &Host{
+		cfg: cfg, log: logger.Named("network"), links: kernelLinks{cfg.Root}, filter: &nft{table: cfg.table()}, portFree: portFree,
+		restores: rate.NewLimiter(rate.Every(3*time.Second), 20), guests: map[string]member{},
+	}, nil
+}
+
+// portFree fails when a process of the host listens on the port: publishing
+// it would take its connections away.
+func portFree(ctx context.Context, port uint16) error {
+	var cfg net.ListenConfig
+	l, err := cfg.Listen(ctx, "tcp4", ":"+strconv.Itoa(int(port)))
+	if err != nil {
+		return err
+	}
+	return l.Close()
+}
+
+// Add gives a guest its network and returns when it is in force. Adding a
+// guest that has it changes nothing and repairs what is missing; it also takes
+// over the tap of a guest that an earlier run of the agent started. On error
+// nothing new is left behind.
+func (h *Host) Add(ctx context.Context, g Guest) error { return h.Adopt(ctx, []Guest{g}) }
+
+// Adopt adds several guests at once. After a restart it should get all running
+// guests in one call: taps of guests it does not know are cut off whenever the
+// table is written.
+func (h *Host) Adopt(ctx context.Context, guests []Guest) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	next := maps.Clone(h.guests)
+	for _, g := range guests {
+		l, err := Describe(h.cfg, g)
+		if err != nil {
+			return err
+		}
+		if old, ok := next[g.ID]; ok && old.guest.Index != g.Index {
+			return contract.Refuse("network.slot-changed", "stop the guest before it gets another slot",
+				"guest %s has slot %d, not %d", g.ID, old.guest.Index, g.Index)
+		}
+		g.Ports, g.MAC = slices.Clone(g.Ports), slices.Clone(g.MAC)
+		if err := conflict(g, next); err != nil {
+			return err
+		}
+		next[g.ID] = member{g, l}
+	}
+	return h.adoptLocked(ctx, guests, next)
+}
+
+func (h *Host) adoptLocked(ctx context.Context, guests []Guest, next map[string]member) (err error) {
+	before := h.guests
+	var made []string
+	defer func() {
+		if err == nil {
+			return
+		}
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+		defer cancel()
+		for _, tap := range slices.Backward(made) {
+			err = errors.Join(err, h.links.remove(tap))
+		}
+		h.guests = before
+		if len(before) > 0 || h.written != "" {
+			err = errors.Join(err, h.writeLocked(ctx))
+		}
+	}()
+	for _, g := range guests {
+		m := next[g.ID]
+		fresh, err := h.links.ensure(m.guest, m.link)
+		if err != nil {
+			return err
+		}
+		if !fresh {
+			continue
+		}
+		made = append(made, m.link.Tap)
+		for _, p := range m.guest.Ports {
+			if err := h.portFree(ctx, p.Host); err != nil {
+				return fmt.Errorf("probing port: %w: %w", refusePort(p.Host, "a process of the host"), err)
+			}
+		}
+		if err := h.links.forget(m.link.GuestAddr.Addr()); err != nil {
+			return err
+		}
+	}
+	h.guests = next
+	if err := h.writeLocked(ctx); err != nil {
+		return err
+	}
+	for _, g := range guests {
+		if err := h.links.up(next[g.ID].link.Tap); err != nil {
+			return err
+		}
+		h.log.Info("guest network in force", "guest_id", g.ID, "tap", next[g.ID].link.Tap, "published", len(g.Ports))
+	}
+	return h.regainLocked()
+}
+
+// writeLocked puts the planned table into the kernel and remembers its text.
+func (h *Host) writeLocked(ctx context.Context) error {
+	taps, err := h.links.list()
+	if err != nil {
+		return err
+	}
+	present := map[string]bool{}
+	var strays []string
+	for _, t := range taps {
+		present[t.Name] = true
+		if m, known := h.guests[t.GuestID]; !known || m.link.Tap != t.Name {
+			strays = append(strays, t.Name)
+		}
+	}
+	// A chain on a missing device would make nft refuse the whole table.
+	members := make(map[string]member, len(h.guests))
+	for id, m := range h.guests {
+		if present[m.link.Tap] {
+			members[id] = m
+		}
+	}
+	t := plan(h.cfg, members, strays)
+	if err := h.filter.write(ctx, t); err != nil {
+		return err
+	}
+	text, err := h.filter.read(ctx)
+	if err != nil {
+		return fmt.Errorf("reading back nft table: %w", err)
+	}
+	if n := strings.Count(text, ` comment "`); n != t.rules() {
+		return fmt.Errorf("reading back nft table: %d rules in force, %d written", n, t.rules())
+	}
+	h.written = text
+	return nil
+}
+
+// Remove takes a guest's network away. A guest that has none is removed.
+func (h *Host) Remove(ctx context.Context, id string) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.removeLocked(ctx, id)
+}
+
+func (h *Host) removeLocked(ctx context.Context, id string) error {
+	taps, err := h.links.list()
+	if err != nil {
+		return err
+	}
+	m, known := h.guests[id]
+	for _, t := range taps {
+		if t.GuestID != id {
+			continue
+		}
+		// Frames stop before rules go.
+		if err := errors.Join(h.links.down(t.Name), h.links.remove(t.Name)); err != nil {
+			return err
+		}
+		h.log.Info("guest network removed", "guest_id", id, "tap", t.Name)
+	}
+	if !known {
+		return nil
+	}
+	delete(h.guests, id)
+	if err := h.writeLocked(ctx); err != nil {
+		h.guests[id] = m
+		return err
+	}
+	return h.links.forget(m.link.GuestAddr.Addr())
+}
+
+// Observe lists the taps that are ours, known guests' or not.
+func (h *Host) Observe(ctx context.Context) ([]Tap, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	return h.links.list()
+}
+
+// Sweep removes every tap of ours whose guest's id is not in keep, and half-made
+// ones.
+func (h *Host) Sweep(ctx context.Context, keep map[string]bool) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	taps, err := h.links.list()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	gone := map[string]bool{}
+	for id := range h.guests {
+		gone[id] = !keep[id]
+	}
+	for _, t := range taps {
+		switch {
+		case t.GuestID == "":
+			errs = append(errs, h.links.remove(t.Name))
+		case !keep[t.GuestID]:
+			gone[t.GuestID] = true
+		}
+	}
+	for id, out := range gone {
+		if out {
+			errs = append(errs, h.removeLocked(ctx, id))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Close removes the table if no tap of ours is left. With guests running it
+// does nothing: they outlive the agent, and so do their rules.
+func (h *Host) Close(ctx context.Context) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	taps, err := h.links.list()
+	if err != nil || len(taps) > 0 {
+		return err
+	}
+	if h.written == "" {
+		if _, err := h.filter.read(ctx); errors.Is(err, errTableMissing) {
+			return nil
+		}
+	}
+	h.written = ""
+	return h.filter.erase(ctx)
+}
+
+// Forwarding reports whether the host forwards IPv4 (net.ipv4.ip_forward).
+func (h *Host) Forwarding() (bool, error) { return h.links.forwarding() }
+
+// EnableForwarding makes the host forward IPv4 and returns what it did before.
+// The caller keeps the value of Forwarding on disk first, and gives it to
+// RestoreForwarding when the last guest's network is gone for good.
+func (h *Host) EnableForwarding() (previous bool, err error) {
+	previous, err = h.links.forwarding()
+	if err != nil || previous {
+		return previous, err
+	}
+	h.log.Info("enabling IPv4 forwarding")
+	return false, h.links.setForwarding(true)
+}
+
+// RestoreForwarding undoes EnableForwarding.
+func (h *Host) RestoreForwarding(previous bool) error {
+	if previous {
+		return nil
+	}
+	return h.links.setForwarding(false)
+}
+
+// ChoosePort returns a host port that no guest publishes, no process listens
+// on and taken does not claim: the caller's ports of launches under way. It
+// reserves nothing; Add refuses if the port is used meanwhile.
+func (h *Host) ChoosePort(ctx context.Context, taken func(port uint16) bool) (uint16, error) {
+	h.mu.Lock()
+	used := map[uint16]bool{}
+	for _, m := range h.guests {
+		for _, p := range m.guest.Ports {
+			used[p.Host] = true
+		}
+	}
+	h.mu.Unlock()
+	for n := int(h.cfg.PublishedPorts.First); n <= int(h.cfg.PublishedPorts.Last); n++ {
+		port := uint16(n)
+		if port != 0 && !used[port] && !taken(port) && h.portFree(ctx, port) == nil {
+			return port, nil
+		}
+		if err := ctx.Err(); err != nil {
+			return 0, fmt.Errorf("choosing a port: %w", err)
+		}
+	}
+	return 0, contract.Refuse("network.ports-exhausted", "widen network.published_ports, or stop a guest",
+		"no port in %d-%d is free", h.cfg.PublishedPorts.First, h.cfg.PublishedPorts.Last)
+}

@@ -1,0 +1,326 @@
+package network
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/time/rate"
+)
+
+func newTestHost(k *kernel) *Host {
+	return &Host{
+		cfg: testConfig(), log: hclog.NewNullLogger(), links: k, filter: k, guests: map[string]member{},
+		portFree: func(context.Context, uint16) error { return nil }, restores: rate.NewLimiter(rate.Every(time.Hour), 5),
+	}
+}
+
+func expectEffects(t *testing.T, k *kernel, want ...string) {
+	t.Helper()
+	if got := k.take(); !slices.Equal(got, want) {
+		t.Errorf("effects are\n  %q\nwant\n  %q", got, want)
+	}
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.NewTimer(20 * time.Second)
+	defer deadline.Stop()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		select {
+		case <-deadline.C:
+			t.Fatalf("waiting until %s", what)
+		case <-tick.C:
+		}
+	}
+}
+
+func TestRulesComeBeforeTheTapIsUpAndGoAfterIt(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	h := newTestHost(k)
+	if err := h.Add(t.Context(), testGuest(1)); err != nil {
+		t.Fatal(err)
+	}
+	expectEffects(t, k, "make na00000001", "forget 10.213.0.6", "write na00000001", "up na00000001")
+	if err := h.Remove(t.Context(), "guest-b"); err != nil {
+		t.Fatal(err)
+	}
+	expectEffects(t, k, "down na00000001", "remove na00000001", "write ", "forget 10.213.0.6")
+	if err := h.Remove(t.Context(), "guest-b"); err != nil {
+		t.Fatal(err)
+	}
+	expectEffects(t, k)
+}
+
+func TestAddingTwiceChangesNothing(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	h := newTestHost(k)
+	for range 2 {
+		if err := h.Add(t.Context(), testGuest(1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	expectEffects(t, k, "make na00000001", "forget 10.213.0.6", "write na00000001", "up na00000001", "write na00000001")
+}
+
+func TestFailedAddLeavesNothingAndSparesOthers(t *testing.T) {
+	t.Parallel()
+	for _, verb := range []string{"make", "forget", "up"} {
+		k := newKernel()
+		h := newTestHost(k)
+		if err := h.Add(t.Context(), testGuest(1)); err != nil {
+			t.Fatal(err)
+		}
+		before := k.table()
+		k.setFail(verb, errors.New("injected"))
+		if err := h.Add(t.Context(), testGuest(2)); err == nil {
+			t.Errorf("%s failed and Add did not", verb)
+		}
+		if _, left := k.taps["na00000002"]; left || !k.isUp() || k.table() != before {
+			t.Errorf("after failing to %s: taps %v, table unchanged: %v", verb, k.taps, k.table() == before)
+		}
+		k.setFail(verb, nil)
+		if err := h.Add(t.Context(), testGuest(2)); err != nil {
+			t.Errorf("adding again after failing to %s: %v", verb, err)
+		}
+	}
+}
+
+func TestPortOfAHostProcessIsRefused(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	h := newTestHost(k)
+	h.portFree = func(_ context.Context, port uint16) error {
+		if port == 20000 {
+			return errors.New("address already in use")
+		}
+		return nil
+	}
+	g := testGuest(1)
+	g.Ports = []Publish{{20000, 80}}
+	if code := refusalCode(h.Add(t.Context(), g)); code != "network.port-in-use" || len(k.taps) != 0 {
+		t.Errorf("refused as %q, taps %v", code, k.taps)
+	}
+	port, err := h.ChoosePort(t.Context(), func(p uint16) bool { return p == 20001 })
+	if err != nil || port != 20002 {
+		t.Errorf("chose %d, %v", port, err)
+	}
+}
+
+func TestSlotOfAGuestDoesNotChange(t *testing.T) {
+	t.Parallel()
+	h := newTestHost(newKernel())
+	g := testGuest(1)
+	if err := h.Add(t.Context(), g); err != nil {
+		t.Fatal(err)
+	}
+	g.Index = 5
+	if code := refusalCode(h.Add(t.Context(), g)); code != "network.slot-changed" {
+		t.Errorf("refused as %q", code)
+	}
+}
+
+func TestUnknownTapsAreCutOffAndAdoptedTapsAreNot(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	k.taps["na00000001"] = Tap{Name: "na00000001", GuestID: "guest-b", Up: true}
+	k.taps["na00000002"] = Tap{Name: "na00000002", GuestID: "guest-c", Up: true}
+	h := newTestHost(k)
+	if err := h.Add(t.Context(), testGuest(1)); err != nil {
+		t.Fatal(err)
+	}
+	expectEffects(t, k, "write na00000001")
+	if !strings.Contains(k.table(), `strays { "na00000002" }`) {
+		t.Errorf("stray is not cut off:\n%s", k.table())
+	}
+	if err := h.Adopt(t.Context(), []Guest{testGuest(1), testGuest(2)}); err != nil {
+		t.Fatal(err)
+	}
+	expectEffects(t, k, "write na00000001,na00000002")
+	if strings.Contains(k.table(), `strays {`+` "`) {
+		t.Errorf("adopted guest is cut off:\n%s", k.table())
+	}
+}
+
+func TestSweepKeepsWhatItIsTold(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	k.taps["na00000007"] = Tap{Name: "na00000007"}                   // half-made
+	k.taps["na00000008"] = Tap{Name: "na00000008", GuestID: "old"}   // of an earlier run
+	k.taps["na00000009"] = Tap{Name: "na00000009", GuestID: "alive"} // of an earlier run, running
+	h := newTestHost(k)
+	if err := h.Adopt(t.Context(), []Guest{testGuest(1), testGuest(2)}); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Sweep(t.Context(), map[string]bool{"alive": true, "guest-b": true}); err != nil {
+		t.Fatal(err)
+	}
+	taps, err := h.Observe(t.Context())
+	slices.SortFunc(taps, func(a, b Tap) int { return strings.Compare(a.Name, b.Name) })
+	if want := []Tap{{"na00000001", "guest-b", true}, {"na00000009", "alive", false}}; err != nil || !slices.Equal(taps, want) {
+		t.Errorf("left %v, %v; want %v", taps, err, want)
+	}
+}
+
+func TestCloseLeavesTheRulesOfRunningGuests(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	h := newTestHost(k)
+	if err := h.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	expectEffects(t, k)
+	if err := errors.Join(h.Add(t.Context(), testGuest(1)), h.Close(t.Context())); err != nil || k.table() == "" {
+		t.Errorf("closing with a guest: %v, table %q", err, k.table())
+	}
+	if err := errors.Join(h.Remove(t.Context(), "guest-b"), h.Close(t.Context())); err != nil || k.table() != "" {
+		t.Errorf("closing without guests: %v, table %q", err, k.table())
+	}
+}
+
+func runHost(t *testing.T, h *Host) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- h.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("Run ended with %v", err)
+		}
+	})
+}
+
+func TestFlushedTableIsRestored(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	h := newTestHost(k)
+	if err := h.Add(t.Context(), testGuest(1)); err != nil {
+		t.Fatal(err)
+	}
+	before := k.table()
+	runHost(t, h)
+	k.flush()
+	eventually(t, "the table is back", func() bool { return k.table() == before })
+	if !k.isUp() {
+		t.Error("tap is down although the table could be restored")
+	}
+}
+
+func TestTapsAreDownWhileTheTableCannotBeRestored(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	h := newTestHost(k)
+	if err := h.Add(t.Context(), testGuest(1)); err != nil {
+		t.Fatal(err)
+	}
+	k.setFail("write", errors.New("injected"))
+	runHost(t, h)
+	k.flush()
+	eventually(t, "the tap is down", func() bool { return !k.isUp() })
+	if codes := findingCodes(t, h); !slices.Contains(codes, FindingRulesLost) {
+		t.Errorf("findings are %q", codes)
+	}
+	k.setFail("write", nil)
+	eventually(t, "the tap is up again", func() bool { return k.isUp() })
+	if codes := findingCodes(t, h); slices.Contains(codes, FindingRulesLost) {
+		t.Errorf("findings are %q", codes)
+	}
+}
+
+func TestContestedTableTakesTapsDown(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	h := newTestHost(k)
+	if err := h.Add(t.Context(), testGuest(1)); err != nil {
+		t.Fatal(err)
+	}
+	for range 6 {
+		k.mu.Lock()
+		k.text = ""
+		k.mu.Unlock()
+		if err := h.check(t.Context()); err != nil {
+			break
+		}
+	}
+	if k.isUp() {
+		t.Error("tap is up although the table keeps being removed")
+	}
+}
+
+func findingCodes(t *testing.T, h *Host) []string {
+	t.Helper()
+	found, err := h.Findings(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	codes := make([]string, 0, len(found))
+	for _, f := range found {
+		codes = append(codes, f.Code)
+		if f.Object == "" || f.Message == "" || f.Remedy == "" {
+			t.Errorf("finding %+v lacks words", f)
+		}
+	}
+	return codes
+}
+
+func TestFindingsNameWhatStandsInTheWay(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	h := newTestHost(k)
+	if codes := findingCodes(t, h); len(codes) != 0 {
+		t.Errorf("idle host has findings %q", codes)
+	}
+	if err := h.Add(t.Context(), testGuest(1)); err != nil {
+		t.Fatal(err)
+	}
+	k.rules = foreignRuleset
+	delete(k.taps, "na00000001")
+	want := []string{FindingForwardDrop, FindingInputDrop, FindingForwardingOff, FindingTapMissing}
+	if codes := findingCodes(t, h); !slices.Equal(codes, want) {
+		t.Errorf("findings are %q, want %q", codes, want)
+	}
+}
+
+func TestForwardingIsGivenBackAsItWas(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	file := filepath.Join(root, "proc/sys/net/ipv4/ip_forward")
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cfg := testConfig()
+	cfg.Root = root
+	h, err := New(cfg, hclog.NewNullLogger())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, was := range []string{"0", "1"} {
+		if err := os.WriteFile(file, []byte(was+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		previous, err := h.EnableForwarding()
+		if err != nil || previous != (was == "1") {
+			t.Fatalf("enabling: previous %v, %v", previous, err)
+		}
+		if on, err := h.Forwarding(); err != nil || !on {
+			t.Fatalf("forwarding is %v, %v", on, err)
+		}
+		if err := h.RestoreForwarding(previous); err != nil {
+			t.Fatal(err)
+		}
+		if raw, err := os.ReadFile(file); err != nil || strings.TrimSpace(string(raw)) != was {
+			t.Errorf("forwarding was %s and is %q, %v", was, raw, err)
+		}
+	}
+}

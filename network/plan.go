@@ -1,0 +1,314 @@
+package network
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+
+	"sigs.k8s.io/knftables"
+)
+
+const (
+	// metadataAddr is the host's end of every tap; contract.MetadataAddr.
+	metadataAddr = "fe80::1"
+	metadataPort = 80
+	// maxConnections is how many connections one guest may have open through
+	// the host. The host's table of connections is shared by all: its default
+	// size is 65536 to 262144 entries (nf_conntrack_max), and a guest that
+	// fills it would cut everybody off.
+	maxConnections = 8192
+	// neighbourRate and neighbourBurst bound what one guest can make the
+	// host's neighbour discovery do.
+	neighbourRate, neighbourBurst = 50, 50
+	// spoofPriority runs before connection tracking (-200) and after
+	// reassembly (-400); linux/netfilter_ipv4.h, enum nf_ip_hook_priorities.
+	spoofPriority = -310
+	// ownPriority runs before chains at the usual filter priority, 0.
+	ownPriority = -10
+	// ingressPriority has no neighbours of note.
+	ingressPriority = -500
+)
+
+// member is a guest that has a link.
+type member struct {
+	guest Guest
+	link  Link
+}
+
+// denied4 is what guests do not reach by IPv4 unless the operator allows it:
+// this network, private (RFC 1918), CGNAT (RFC 6598), loopback, link-local
+// (cloud metadata services live there), multicast, reserved.
+func denied4() []netip.Prefix {
+	return prefixes("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16",
+		"172.16.0.0/12", "192.168.0.0/16", "224.0.0.0/4", "240.0.0.0/4")
+}
+
+// table is everything of ours in nftables: the table of that name in the inet
+// family and, for the chains that have a device, the one in the netdev family.
+type table struct {
+	name   string
+	sets   []set
+	chains []chain
+}
+
+type set struct {
+	name, typ string
+	// value is the type of a map's values; "" makes it a set.
+	value    string
+	interval bool
+	elements [][2][]string // key, value
+}
+
+type chain struct {
+	name string
+	// typ "" is a regular chain.
+	typ, hook, device string
+	priority          int
+	drop              bool
+	rules             []rule
+}
+
+type rule struct{ text, why string }
+
+// plan decides the whole table. Taps that are ours by name and alias but
+// belong to no known guest are strays: nothing passes them.
+func plan(cfg Config, guests map[string]member, strays []string) table {
+	members := make([]member, 0, len(guests))
+	for _, m := range guests {
+		members = append(members, m)
+	}
+	slices.SortFunc(members, func(a, b member) int { return cmp.Compare(a.guest.Index, b.guest.Index) })
+	t := table{name: cfg.table(), sets: planSets(cfg, members, strays)}
+	for _, m := range members {
+		t.chains = append(t.chains, ingressChain(m))
+	}
+	t.chains = append(t.chains, spoofChains()...)
+	t.chains = append(t.chains, toHostChain(), transitChain(), toGuestChain(), fromGuestChain(cfg, members),
+		chain{
+			name: "publish", typ: "nat", hook: "prerouting", priority: -100,
+			rules: []rule{{"iifname != @taps fib daddr type local dnat ip to tcp dport map @published", "published ports"}},
+		},
+		chain{
+			name: "egress", typ: "nat", hook: "postrouting", priority: 100,
+			rules: []rule{{"ip saddr " + cfg.GuestCIDR.String() + " oifname != @taps masquerade", "guests leave with the host's address"}},
+		})
+	return t
+}
+
+func planSets(cfg Config, members []member, strays []string) []set {
+	taps := set{name: "taps", typ: "ifname"}
+	stray := set{name: "strays", typ: "ifname"}
+	v4 := set{name: "guests4", typ: "ifname . ether_addr . ipv4_addr"}
+	v6 := set{name: "guests6", typ: "ifname . ether_addr . ipv6_addr"}
+	published := set{name: "published", typ: "inet_service", value: "ipv4_addr . inet_service"}
+	for _, m := range members {
+		tap, mac := strconv.Quote(m.link.Tap), m.guest.MAC.String()
+		taps.add(tap)
+		v4.add(tap, mac, m.link.GuestAddr.Addr().String())
+		v6.add(tap, mac, m.link.GuestLinkLocal.String())
+		for _, p := range m.guest.Ports {
+			published.elements = append(published.elements, [2][]string{
+				{strconv.Itoa(int(p.Host))},
+				{m.link.GuestAddr.Addr().String(), strconv.Itoa(int(p.Guest))},
+			})
+		}
+	}
+	slices.Sort(strays)
+	for _, tap := range strays {
+		taps.add(strconv.Quote(tap))
+		stray.add(strconv.Quote(tap))
+	}
+	denied := set{name: "denied", typ: "ipv4_addr", interval: true}
+	for _, p := range denied4() {
+		denied.add(p.String())
+	}
+	allowed := set{name: "allowed", typ: "ipv4_addr", interval: true}
+	for _, p := range outermost(cfg.AllowPrivateEgress) {
+		allowed.add(p.String())
+	}
+	return []set{taps, stray, v4, v6, published, denied, allowed}
+}
+
+func (s *set) add(key ...string) { s.elements = append(s.elements, [2][]string{key, nil}) }
+
+// ingressChain looks at frames as they leave the tap, before anything else on
+// the host does. It is in the netdev table: the inet family's ingress hook
+// passes everything that is not IP unseen (linux
+// net/netfilter/nft_chain_filter.c, nft_do_chain_inet_ingress).
+func ingressChain(m member) chain {
+	mac := m.guest.MAC.String()
+	return chain{
+		name: "in_" + m.link.Tap, typ: "filter", hook: "ingress", device: m.link.Tap, priority: ingressPriority, drop: true,
+		rules: []rule{
+			{"ether saddr != " + mac + " drop", "only the guest's NIC"},
+			{"arp saddr ether " + mac + " arp saddr ip " + m.link.GuestAddr.Addr().String() + " accept", "only the guest's own ARP"},
+			{fmt.Sprintf("icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } limit rate over %d/second burst %d packets drop",
+				neighbourRate, neighbourBurst), "neighbour discovery is for all"},
+			{"meta protocol { ip, ip6 } accept", "nothing but IP"},
+		},
+	}
+}
+
+func spoofChains() []chain {
+	meta := fmt.Sprintf("ip6 daddr %s tcp dport %d accept", metadataAddr, metadataPort)
+	return []chain{
+		{name: "sender", rules: []rule{
+			{"iifname . ether saddr . ip saddr @guests4 accept", "the guest's IPv4 address"},
+			{"iifname . ether saddr . ip6 saddr @guests6 " + meta, "metadata"},
+			{"iifname . ether saddr . ip6 saddr @guests6 icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept", "neighbour discovery"},
+			{"ip6 saddr :: icmpv6 type nd-neighbor-solicit accept", "duplicate address detection"},
+			{"drop", "any other sender, IPv6 to anywhere else"},
+		}},
+		{name: "spoof", typ: "filter", hook: "prerouting", priority: spoofPriority, rules: []rule{
+			{"iifname @strays drop", "tap without a known guest"},
+			{"iifname @taps jump sender", "guests send as themselves"},
+		}},
+	}
+}
+
+func toHostChain() chain {
+	return chain{name: "to_host", typ: "filter", hook: "input", priority: ownPriority, rules: []rule{
+		{"iifname != @taps accept", "not a guest"},
+		{"ct state established,related accept", "answers to the host"},
+		{fmt.Sprintf("ip6 daddr %s tcp dport %d accept", metadataAddr, metadataPort), "metadata"},
+		{"icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept", "neighbour discovery"},
+		{"drop", "the host's addresses are not for guests"},
+	}}
+}
+
+func transitChain() chain {
+	return chain{name: "transit", typ: "filter", hook: "forward", priority: ownPriority, rules: []rule{
+		{"iifname @taps oifname @taps drop", "guest to guest"},
+		{"oifname @taps goto to_guest", "to a guest"},
+		{"iifname @taps goto from_guest", "from a guest"},
+	}}
+}
+
+func toGuestChain() chain {
+	return chain{name: "to_guest", rules: []rule{
+		{"ct state established,related accept", "answers to the guest"},
+		{"ct state new ct status dnat accept", "published ports"},
+		{"drop", "nothing else reaches a guest"},
+	}}
+}
+
+func fromGuestChain(cfg Config, members []member) chain {
+	c := chain{name: "from_guest", rules: []rule{
+		{"meta nfproto ipv6 drop", "guests have no IPv6 egress"},
+		{"ct state established,related accept", "answers of the guest"},
+		{"ct state != new drop", "neither new nor known"},
+		{"ip daddr " + cfg.GuestCIDR.String() + " drop", "other guests' range"},
+	}}
+	for _, m := range members {
+		c.rules = append(c.rules, rule{
+			fmt.Sprintf("iifname %q ct count over %d drop", m.link.Tap, maxConnections), "connections of one guest",
+		})
+	}
+	c.rules = append(c.rules,
+		rule{"ip daddr @allowed accept", "allowed by the operator"},
+		rule{"ip daddr @denied drop", "private and special ranges"},
+		rule{"accept", "the outside"})
+	return c
+}
+
+// outermost drops prefixes that lie within another: an interval set refuses
+// overlaps.
+func outermost(in []netip.Prefix) []netip.Prefix {
+	sorted := slices.Clone(in)
+	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
+		return cmp.Or(cmp.Compare(a.Bits(), b.Bits()), a.Addr().Compare(b.Addr()))
+	})
+	var out []netip.Prefix
+	for _, p := range sorted {
+		if !slices.ContainsFunc(out, p.Overlaps) {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// rules counts the rules of the table.
+func (t table) rules() (n int) {
+	for _, c := range t.chains {
+		n += len(c.rules)
+	}
+	return n
+}
+
+// fill writes the whole table into one transaction: what was there goes and
+// what is planned comes, with no moment in between.
+func (t table) fill(tx *knftables.Transaction) {
+	t.clear(tx)
+	for _, family := range families() {
+		tx.Add(&knftables.Table{Family: family, Name: t.name})
+	}
+	const inet = knftables.InetFamily
+	for _, s := range t.sets {
+		var flags []knftables.SetFlag
+		if s.interval {
+			flags = []knftables.SetFlag{knftables.IntervalFlag}
+		}
+		if s.value != "" {
+			tx.Add(&knftables.Map{Family: inet, Table: t.name, Name: s.name, Type: s.typ + " : " + s.value, Flags: flags})
+		} else {
+			tx.Add(&knftables.Set{Family: inet, Table: t.name, Name: s.name, Type: s.typ, Flags: flags})
+		}
+	}
+	for _, c := range t.chains {
+		tx.Add(c.object(t.name))
+	}
+	for _, s := range t.sets {
+		for _, e := range s.elements {
+			element := &knftables.Element{Family: inet, Table: t.name, Set: s.name, Key: e[0]}
+			if s.value != "" {
+				element.Set, element.Map, element.Value = "", s.name, e[1]
+			}
+			tx.Add(element)
+		}
+	}
+	for _, c := range t.chains {
+		for _, r := range c.rules {
+			tx.Add(&knftables.Rule{Family: c.family(), Table: t.name, Chain: c.name, Rule: r.text, Comment: &r.why})
+		}
+	}
+}
+
+// clear removes the table, whether it is there or not.
+func (t table) clear(tx *knftables.Transaction) {
+	for _, family := range families() {
+		tx.Add(&knftables.Table{Family: family, Name: t.name})
+		tx.Delete(&knftables.Table{Family: family, Name: t.name})
+	}
+}
+
+func families() []knftables.Family {
+	return []knftables.Family{knftables.InetFamily, knftables.NetDevFamily}
+}
+
+func (c chain) family() knftables.Family {
+	if c.device != "" {
+		return knftables.NetDevFamily
+	}
+	return knftables.InetFamily
+}
+
+func (c chain) object(table string) *knftables.Chain {
+	out := &knftables.Chain{Family: c.family(), Table: table, Name: c.name}
+	if c.typ == "" {
+		return out
+	}
+	policy := knftables.AcceptPolicy
+	if c.drop {
+		policy = knftables.DropPolicy
+	}
+	out.Type = new(knftables.BaseChainType(c.typ))
+	out.Hook = new(knftables.BaseChainHook(c.hook))
+	out.Priority = new(knftables.BaseChainPriority(strconv.Itoa(c.priority)))
+	out.Policy = &policy
+	if c.device != "" {
+		out.Device = &c.device
+	}
+	return out
+}
