@@ -27,6 +27,9 @@ const MaxWindow = 24 * time.Hour
 // maxDepth bounds the nesting of a payload; a command has four levels.
 const maxDepth = 16
 
+// CommandVerb is the verb of a command: one of the Command_… wrappers.
+type CommandVerb = isCommand_Verb
+
 // SealCommand signs a command that obeys Check.
 func SealCommand(cmd *Command, key ed25519.PrivateKey) ([]byte, error) {
 	if err := cmd.Check(); err != nil {

@@ -33,6 +33,7 @@ const (
 	// A pull request ends by itself, so that one lost by a server that was
 	// restarted does not count for ever.
 	pullExpires = 30 * time.Second
+	minPull     = 100 * time.Millisecond
 )
 
 // NATSConfig says where the control plane is and who we are.
@@ -100,16 +101,20 @@ func (n *NATS) Dial(ctx context.Context) (Conn, error) {
 
 func (n *NATS) connect(ctx context.Context, server string, roots *x509.CertPool, creds *credentials) (*natsConn, error) {
 	c := &natsConn{host: n.cfg.HostID, expires: creds.expires, failed: make(chan struct{})}
+	d := &dialer{ctx: ctx}
 	nc, err := nats.Connect(server,
 		nats.Name("nodeagent "+n.cfg.HostID),
 		nats.Secure(&tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS13}), nats.TLSHandshakeFirst(),
 		nats.UserJWT(func() (string, error) { return creds.jwt, nil }, creds.seed.Sign),
 		nats.CustomInboxPrefix("_INBOX."+n.cfg.HostID),
-		nats.NoReconnect(), nats.Timeout(connectTimeout), nats.SetCustomDialer(dialer{ctx}),
+		nats.NoReconnect(), nats.Timeout(connectTimeout), nats.SetCustomDialer(d),
 		nats.PingInterval(pingInterval), nats.MaxPingsOutstanding(2),
 		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) { c.asyncError(err) }),
 		nats.ClosedHandler(func(nc *nats.Conn) { c.fail(c.explain(nc.LastError())) }),
 	)
+	if errors.Is(err, nats.ErrNoServers) && d.err != nil {
+		err = d.err
+	}
 	if err != nil {
 		return nil, c.explain(fmt.Errorf("connecting to %s: %w", server, err))
 	}
@@ -121,12 +126,18 @@ func (n *NATS) connect(ctx context.Context, server string, roots *x509.CertPool,
 	return c, nil
 }
 
-// dialer ends with the context of Dial.
-type dialer struct{ ctx context.Context }
+// dialer ends with the context of Dial, and keeps the error that the library
+// replaces by a general one. The library uses it from one goroutine.
+type dialer struct {
+	ctx context.Context
+	err error
+}
 
-func (d dialer) Dial(network, address string) (net.Conn, error) {
+func (d *dialer) Dial(network, address string) (net.Conn, error) {
 	nd := net.Dialer{Timeout: connectTimeout}
-	return nd.DialContext(d.ctx, network, address)
+	conn, err := nd.DialContext(d.ctx, network, address)
+	d.err = err
+	return conn, err
 }
 
 type natsConn struct {
@@ -212,15 +223,17 @@ func (c *natsConn) Next(ctx context.Context, idle time.Duration) (Message, error
 				return nil, err
 			}
 		}
-		wait, cancel := context.WithTimeout(ctx, 3*idle)
+		wait, cancel := context.WithTimeout(ctx, 2*idle)
 		msg, err := c.inbox.NextMsgWithContext(wait)
 		cancel()
 		switch {
 		case ctx.Err() != nil:
 			return nil, ctx.Err()
 		case errors.Is(err, context.DeadlineExceeded):
-			c.pending = 0 // the request got lost, or nobody listens; ask again
-			continue
+			// A queue that exists confirms every idle time. For one that does
+			// not, a server in operator mode says nothing at all.
+			c.pending = 0
+			return nil, c.consumerMissing(fmt.Sprintf("the host's queue did not answer for %s", 2*idle))
 		case err != nil:
 			if failed := c.Err(); failed != nil {
 				err = failed
@@ -262,6 +275,9 @@ func (c *natsConn) status(status, description string) error {
 		return ErrIdle
 	case "404", "408": // none; the request is over
 		c.pending = 0
+		if time.Since(c.asked) < minPull {
+			break // a server that ends every request at once must not make us spin
+		}
 		return ErrIdle
 	case "503":
 		c.pending = 0
@@ -272,7 +288,7 @@ func (c *natsConn) status(status, description string) error {
 			return c.consumerMissing("the host's queue was deleted")
 		}
 	}
-	return fmt.Errorf("asking for commands: server says %s %s", status, description)
+	return fmt.Errorf("asking for commands: server says %.20q %.200q", status, description)
 }
 
 func (c *natsConn) consumerMissing(text string) error {
@@ -296,21 +312,25 @@ func (c *natsConn) Publish(ctx context.Context, subject, id string, data []byte)
 	case err != nil:
 		return fmt.Errorf("publishing event: %w", err)
 	}
+	return parseStored(answer.Data)
+}
+
+// parseStored judges a stream's answer to a publish.
+func parseStored(data []byte) error {
 	var ack struct {
 		Stream string `json:"stream"`
 		Error  *struct {
 			Description string `json:"description"`
 		} `json:"error"`
 	}
-	if err := json.Unmarshal(answer.Data, &ack); err != nil {
+	if err := json.Unmarshal(data, &ack); err != nil {
 		return fmt.Errorf("publishing event: reading the answer: %w", err)
 	}
-	if ack.Error != nil || ack.Stream == "" {
-		text := "no stream named"
-		if ack.Error != nil {
-			text = ack.Error.Description
-		}
-		return fmt.Errorf("publishing event: not stored: %s", text)
+	if ack.Error != nil {
+		return fmt.Errorf("publishing event: not stored: %.200q", ack.Error.Description)
+	}
+	if ack.Stream == "" {
+		return errors.New("publishing event: not stored: no stream answered")
 	}
 	return nil
 }

@@ -1,19 +1,25 @@
 // Package store is the agent's memory on disk: the issuer epoch, the commands
-// it has accepted, and the outbox of events the control plane has not
-// confirmed yet. A nil error from a change means that it survives a power
+// it has accepted, the guests with the intents of their launches, the cordon,
+// and the outbox of events the control plane has not confirmed yet. It decides
+// nothing about them. A nil error from a change means that it survives a power
 // failure. One process at a time may hold a store; a Store is safe for
 // concurrent use.
 //
-// # Layout, version 1
+// # Layout, version 2
 //
-//	meta      schema -> u32, epoch -> Epoch record
+//	meta      schema -> u32, epoch -> Epoch record, cordon, forwarding
 //	commands  id -> Command record
+//	guests    id -> Guest record
 //	outbox    u64 big-endian sequence -> Event (protobuf) record
+//
+// Version 1 had no guests. An older layout is migrated when it is opened, step
+// by step in one transaction; a newer one is refused.
 //
 // Every value is a record: a type byte, a version byte, the CRC-32C of the
 // payload (big endian), the payload. bbolt itself does not notice flipped
-// bits, so a record that does not check is an error, never a value; and a
-// page that cannot even be walked becomes an error instead of a crash.
+// bits, so a record that does not check is an error, never a value; the file's
+// structure is checked before bbolt maps it, and a page that cannot be walked
+// later becomes an error instead of a crash.
 package store
 
 import (
@@ -40,9 +46,11 @@ import (
 
 const (
 	// schemaVersion of the layout above.
-	schemaVersion = 1
+	schemaVersion = 2
 	// lockTimeout is how long another holder is waited for.
 	lockTimeout = 2 * time.Second
+	// lockRetry is how often it is asked for.
+	lockRetry = 50 * time.Millisecond
 	// maxOutbox closes admission before the disk fills with events.
 	maxOutbox = 100_000
 	// headerSize of a record.
@@ -55,6 +63,9 @@ const (
 	recordEpoch
 	recordCommand
 	recordEvent
+	recordGuest
+	recordCordon
+	recordForwarding
 )
 
 // ErrDamaged means that a record or page does not check.
@@ -70,9 +81,22 @@ var _ inbox.Journal = (*Store)(nil)
 type Store struct {
 	db      *bbolt.DB
 	changed chan struct{}
+	// limit of events in the outbox, and reserve above it for the outcomes of
+	// what was admitted before.
+	limit, reserve int
 }
 
-func buckets() [][]byte { return [][]byte{[]byte("meta"), []byte("commands"), []byte("outbox")} }
+// buckets and the kind of their records; meta holds one of each kind.
+func buckets() map[string]byte {
+	return map[string]byte{"meta": 0, "commands": recordCommand, "guests": recordGuest, "outbox": recordEvent}
+}
+
+// migrations in order: the first brings version 1 to 2, and so on.
+func migrations() []func(*bbolt.Tx) error {
+	return []func(*bbolt.Tx) error{
+		func(tx *bbolt.Tx) error { _, err := tx.CreateBucket([]byte("guests")); return err },
+	}
+}
 
 // Open opens the store at path, in a folder made 0700, and checks it whole. A
 // damaged one is set aside as path.corrupt-TIME and a new one begun: its epoch
@@ -83,7 +107,7 @@ func Open(path string, now func() time.Time, logger hclog.Logger) (*Store, error
 		return nil, fmt.Errorf("creating state directory: %w", err)
 	}
 	s, err := open(path)
-	if errors.Is(err, berrors.ErrTimeout) {
+	if errors.Is(err, errLocked) || errors.Is(err, berrors.ErrTimeout) {
 		return nil, contract.Refuse("store.in-use", "stop the other agent, or give this one another state_dir",
 			"another agent holds the store in %s", filepath.Dir(path)).Because(err)
 	}
@@ -105,68 +129,120 @@ func damaged(err error) bool {
 
 func open(path string) (s *Store, err error) {
 	err = guard(func() error {
-		db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockTimeout})
+		db, err := bbolt.Open(path, 0o600, &bbolt.Options{Timeout: lockTimeout, OpenFile: openChecked})
 		if err != nil {
 			return fmt.Errorf("opening store %s: %w", path, err)
 		}
-		s = &Store{db: db, changed: make(chan struct{}, 1)}
+		s = &Store{db: db, changed: make(chan struct{}, 1), limit: maxOutbox, reserve: maxOutbox / 10}
 		return nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(s.prepare(), s.check()); err != nil {
+	if err := s.prepare(); err != nil {
 		return nil, errors.Join(err, guard(s.db.Close))
 	}
 	return s, nil
 }
 
-// prepare makes what a new store needs and refuses a layout it does not know.
+// prepare makes what a new store needs, migrates an older layout and refuses
+// one it does not know. Nothing is written before the whole file was checked.
 func (s *Store) prepare() error {
+	version, err := s.version()
+	switch {
+	case err != nil:
+		return err
+	case version > schemaVersion:
+		return contract.Refuse("store.newer", "install the newer version of the agent again", "the store has layout %d, this build knows %d", version, schemaVersion)
+	}
+	if err := s.check(version); err != nil || version == schemaVersion {
+		return err
+	}
 	return s.update(func(tx *bbolt.Tx) error {
-		for _, name := range buckets() {
-			if _, err := tx.CreateBucketIfNotExists(name); err != nil {
-				return err
+		if version == 0 {
+			return create(tx)
+		}
+		for _, migrate := range migrations()[version-1:] {
+			if err := migrate(tx); err != nil {
+				return fmt.Errorf("migrating store from layout %d: %w", version, err)
 			}
 		}
-		meta := tx.Bucket([]byte("meta"))
-		if raw := meta.Get([]byte("schema")); raw != nil {
-			payload, err := unseal(recordSchema, raw)
-			if err != nil {
-				return err
-			}
-			if v := binary.BigEndian.Uint32(payload); v != schemaVersion {
-				return contract.Refuse("store.newer", "install the newer version of the agent again", "the store has layout %d, this build knows %d", v, schemaVersion)
-			}
-			return nil
-		}
-		epoch := inbox.Epoch{}
-		if _, err := rand.Read(epoch.StoreID[:]); err != nil {
-			return err
-		}
-		if err := putJSON(meta, []byte("epoch"), recordEpoch, epoch); err != nil {
-			return err
-		}
-		return meta.Put([]byte("schema"), seal(recordSchema, binary.BigEndian.AppendUint32(nil, schemaVersion)))
+		return putSchema(tx)
 	})
 }
 
-// check walks every page and record once.
-func (s *Store) check() error {
-	return s.view(func(tx *bbolt.Tx) error {
-		for err := range tx.Check() {
-			return fmt.Errorf("%w: %w", ErrDamaged, err)
+// version of the layout, 0 when the file holds nothing at all yet.
+func (s *Store) version() (version uint32, err error) {
+	err = s.view(func(tx *bbolt.Tx) error {
+		if first, _ := tx.Cursor().First(); first == nil {
+			return nil
 		}
-		for name, kind := range map[string]byte{"commands": recordCommand, "outbox": recordEvent} {
-			err := tx.Bucket([]byte(name)).ForEach(func(_, raw []byte) error {
+		meta := tx.Bucket([]byte("meta"))
+		if meta == nil {
+			return fmt.Errorf("%w: no bucket %q", ErrDamaged, "meta")
+		}
+		payload, err := unseal(recordSchema, meta.Get([]byte("schema")))
+		if err != nil {
+			return err
+		}
+		if len(payload) == 4 {
+			version = binary.BigEndian.Uint32(payload)
+		}
+		if version == 0 {
+			return fmt.Errorf("%w: no layout version", ErrDamaged)
+		}
+		return nil
+	})
+	return version, err
+}
+
+// create makes an empty store of the current layout.
+func create(tx *bbolt.Tx) error {
+	for name := range buckets() {
+		if _, err := tx.CreateBucketIfNotExists([]byte(name)); err != nil {
+			return err
+		}
+	}
+	epoch := inbox.Epoch{}
+	if _, err := rand.Read(epoch.StoreID[:]); err != nil {
+		return err
+	}
+	if err := putJSON(tx.Bucket([]byte("meta")), []byte("epoch"), recordEpoch, epoch); err != nil {
+		return err
+	}
+	return putSchema(tx)
+}
+
+func putSchema(tx *bbolt.Tx) error {
+	return tx.Bucket([]byte("meta")).Put([]byte("schema"), seal(recordSchema, binary.BigEndian.AppendUint32(nil, schemaVersion)))
+}
+
+// check walks every record once.
+func (s *Store) check(version uint32) error {
+	return s.view(func(tx *bbolt.Tx) error {
+		seen := 0
+		err := tx.ForEach(func(name []byte, b *bbolt.Bucket) error {
+			kind, known := buckets()[string(name)]
+			if !known {
+				return fmt.Errorf("%w: unknown bucket", ErrDamaged)
+			}
+			seen++
+			return b.ForEach(func(_, raw []byte) error {
+				if kind == 0 && len(raw) > 0 {
+					_, err := unseal(raw[0], raw)
+					return err
+				}
 				_, err := unseal(kind, raw)
 				return err
 			})
-			if err != nil {
-				return err
-			}
+		})
+		if err != nil || version == 0 {
+			return err
 		}
-		_, err := epochOf(tx)
+		if version == schemaVersion && seen != len(buckets()) {
+			return fmt.Errorf("%w: %d buckets of %d", ErrDamaged, seen, len(buckets()))
+		}
+		_, err = epochOf(tx)
 		return err
 	})
 }
@@ -232,7 +308,11 @@ func getJSON(raw []byte, kind byte, v any) error {
 }
 
 func epochOf(tx *bbolt.Tx) (e inbox.Epoch, err error) {
-	err = getJSON(tx.Bucket([]byte("meta")).Get([]byte("epoch")), recordEpoch, &e)
+	meta := tx.Bucket([]byte("meta"))
+	if meta == nil {
+		return e, fmt.Errorf("%w: no bucket %q", ErrDamaged, "meta")
+	}
+	err = getJSON(meta.Get([]byte("epoch")), recordEpoch, &e)
 	return e, err
 }
 
@@ -265,12 +345,25 @@ func (s *Store) KnownCommand(id string) (known bool, err error) {
 	return known, err
 }
 
-// AddCommand remembers a command; fresh is false when the id is known.
+// AddCommand remembers a command; fresh is false when the id is known. A
+// sequence that may have been forgotten is refused as a replay, and nothing is
+// taken on while the outbox is full.
 func (s *Store) AddCommand(c inbox.Command) (fresh bool, err error) {
 	err = s.update(func(tx *bbolt.Tx) error {
 		b := tx.Bucket([]byte("commands"))
 		if fresh = b.Get([]byte(c.ID)) == nil; !fresh {
 			return nil
+		}
+		e, err := epochOf(tx)
+		if err != nil {
+			return err
+		}
+		if c.Epoch == e.Number && c.Sequence <= e.Floor {
+			return contract.Refuse(api.CodeReplayed, "issue it again with a new id and a higher sequence",
+				"sequence %d is not above %d, up to which commands are over", c.Sequence, e.Floor)
+		}
+		if err := room(tx, s.limit-1); err != nil {
+			return err
 		}
 		return putJSON(b, []byte(c.ID), recordCommand, c)
 	})
@@ -297,7 +390,7 @@ func (s *Store) PendingCommands() (pending []inbox.Command, err error) {
 // FinishCommand marks a command done and appends its outcome to the outbox,
 // both or neither.
 func (s *Store) FinishCommand(id string, events ...*api.Event) error {
-	return s.append(events, func(tx *bbolt.Tx) error {
+	return s.append(events, s.limit+s.reserve, func(tx *bbolt.Tx) error {
 		b := tx.Bucket([]byte("commands"))
 		var c inbox.Command
 		if err := getJSON(b.Get([]byte(id)), recordCommand, &c); err != nil {
@@ -347,18 +440,30 @@ func (s *Store) PruneCommands(before time.Time) (forgotten int, err error) {
 
 // AppendEvents appends events of no command to the outbox.
 func (s *Store) AppendEvents(events ...*api.Event) error {
-	return s.append(events, func(*bbolt.Tx) error { return nil })
+	return s.append(events, s.limit, func(*bbolt.Tx) error { return nil })
 }
 
-// append runs with and appends events in one transaction.
-func (s *Store) append(events []*api.Event, with func(*bbolt.Tx) error) error {
+// room refuses when more than limit events wait.
+func room(tx *bbolt.Tx, limit int) error {
+	if n := length(tx.Bucket([]byte("outbox"))); n > limit {
+		return fmt.Errorf("%w: %d events wait", ErrOutboxFull, n)
+	}
+	return nil
+}
+
+// append runs with and appends events in one transaction, to at most limit
+// events.
+func (s *Store) append(events []*api.Event, limit int, with func(*bbolt.Tx) error) error {
 	err := s.update(func(tx *bbolt.Tx) error {
 		if err := with(tx); err != nil {
 			return err
 		}
+		if len(events) == 0 {
+			return nil
+		}
 		b := tx.Bucket([]byte("outbox"))
-		if length(b)+len(events) > maxOutbox {
-			return fmt.Errorf("%w: %d events wait", ErrOutboxFull, maxOutbox)
+		if err := room(tx, limit-len(events)); err != nil {
+			return err
 		}
 		for _, event := range events {
 			sequence, err := b.NextSequence()

@@ -2,15 +2,11 @@ package tenant
 
 import (
 	"context"
-	"errors"
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
 )
-
-// ErrUnreachable means that the control plane gave no answer.
-var ErrUnreachable = errors.New("control plane is not reachable")
 
 // ControlPlane is what the tenant asks of the platform. Nothing it answers is
 // believed where it matters.
@@ -25,7 +21,7 @@ type ControlPlane interface {
 	// Evidence returns the answer to a challenge, nil while there is none.
 	Evidence(ctx context.Context, guestID string, nonce []byte) ([]byte, error)
 	// Stop ends a guest; grace is the time it gets to end by itself.
-	Stop(ctx context.Context, guestID string, generation uint64, grace time.Duration) error
+	Stop(ctx context.Context, guestID string, grace time.Duration) error
 }
 
 // Launched is a command that was sent.

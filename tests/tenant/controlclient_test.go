@@ -2,6 +2,7 @@ package tenant
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -15,12 +16,15 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/tests/controlplane/client"
 )
 
 // controlServer answers like a control plane that knows one guest.
 func controlServer(t *testing.T, handler http.Handler) ControlPlane {
 	t.Helper()
-	server := httptest.NewTLSServer(handler)
+	server := httptest.NewUnstartedServer(handler)
+	server.TLS = &tls.Config{MinVersion: tls.VersionTLS13}
+	server.StartTLS()
 	t.Cleanup(server.Close)
 	dir := t.TempDir()
 	ca, token := filepath.Join(dir, "ca.pem"), filepath.Join(dir, "token")
@@ -64,8 +68,17 @@ func TestControlClientLaunchesAndReadsStates(t *testing.T) {
 		_, _ = w.Write([]byte(`{"node":"n","state":` + string(state) + `}`))
 	})
 	mux.HandleFunc("GET /v1/guests/refused", func(w http.ResponseWriter, _ *http.Request) {
-		_, _ = w.Write([]byte(`{"node":"n","refusal":{"code":"launch.digest-mismatch","message":"m","remedy":"r"}}`))
+		_, _ = w.Write([]byte(`{"node":"n","outcome":"refused","refusal":{"code":"launch.digest-mismatch","message":"m","remedy":"r"}}`))
 	})
+	refuse := func(code string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusNotFound)
+			_, _ = w.Write([]byte(`{"code":"` + code + `","message":"m","remedy":"r"}`))
+		}
+	}
+	mux.HandleFunc("GET /v1/guests/nobody", refuse("control.guest-unknown"))
+	mux.HandleFunc("GET /v1/guests/g/evidence", refuse(client.CodeNoEvidence))
+	mux.HandleFunc("GET /v1/guests/ready/evidence", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write([]byte("bundle")) })
 	c := controlServer(t, mux)
 	launched, err := c.Launch(t.Context(), "", &api.LaunchGuest{Generation: 1}, []string{"audit.log"})
 	if err != nil || launched != (Launched{"c", "g", "n"}) {
@@ -78,11 +91,14 @@ func TestControlClientLaunchesAndReadsStates(t *testing.T) {
 	if g, err := c.Guest(t.Context(), "refused"); err != nil || !g.Refused || g.Refusal.Code != "launch.digest-mismatch" {
 		t.Errorf("%+v %v", g, err)
 	}
-	if _, err := c.Guest(t.Context(), "nobody"); contract.AsRefusal(err).Code != "control.guest-unknown" {
+	if _, err := c.Guest(t.Context(), "nobody"); ExitCode(err) != ExitNotFound || contract.AsRefusal(err).Code != "control.guest-unknown" {
 		t.Errorf("unknown guest: %v", err)
 	}
 	if e, err := c.Evidence(t.Context(), "g", []byte{1}); e != nil || err != nil {
 		t.Errorf("evidence that is not there yet: %q %v", e, err)
+	}
+	if e, err := c.Evidence(t.Context(), "ready", []byte{1}); string(e) != "bundle" || err != nil {
+		t.Errorf("evidence: %q %v", e, err)
 	}
 }
 
@@ -97,7 +113,7 @@ func TestControlClientPassesRefusalsOn(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := c.Stop(ctx, "g", 1, 0); !errors.Is(err, ErrUnreachable) {
+	if err := c.Stop(ctx, "g", 0); !errors.Is(err, ErrUnreachable) {
 		t.Errorf("no answer: %v", err)
 	}
 }

@@ -21,6 +21,9 @@ import (
 // pollInterval is how often the control plane is asked again.
 const pollInterval = 500 * time.Millisecond
 
+// challengeEvery is after how many polls a challenge is repeated: 5 s.
+const challengeEvery = 10
+
 // Verdict is the outcome of a verification.
 type Verdict struct {
 	snp.Result
@@ -82,9 +85,6 @@ func (t *Tenant) Attest(ctx context.Context, name string, o VerifyOptions) (*Ver
 		return nil, err
 	}
 	t.report.Step("challenging the guest")
-	if err := t.control.RequestEvidence(ctx, d.GuestID, nonce); err != nil {
-		return nil, fmt.Errorf("requesting evidence: %w", err)
-	}
 	raw, err := t.awaitEvidence(ctx, d.GuestID, nonce)
 	if err != nil {
 		return nil, err
@@ -93,8 +93,15 @@ func (t *Tenant) Attest(ctx context.Context, name string, o VerifyOptions) (*Ver
 	return t.judgeOwn(d, raw, o)
 }
 
+// awaitEvidence challenges the guest, again from time to time: a guest that is
+// still booting may have missed, or its node may have refused, the first.
 func (t *Tenant) awaitEvidence(ctx context.Context, guestID string, nonce []byte) ([]byte, error) {
-	for {
+	for poll := 0; ; poll++ {
+		if poll%challengeEvery == 0 {
+			if err := t.control.RequestEvidence(ctx, guestID, nonce); err != nil {
+				return nil, fmt.Errorf("requesting evidence: %w", err)
+			}
+		}
 		raw, err := t.control.Evidence(ctx, guestID, nonce)
 		if err != nil {
 			return nil, fmt.Errorf("fetching evidence: %w", err)

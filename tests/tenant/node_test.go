@@ -134,7 +134,7 @@ func (n *fakeNode) Evidence(_ context.Context, id string, nonce []byte) ([]byte,
 	return g.evidence[string(nonce)], nil
 }
 
-func (n *fakeNode) Stop(_ context.Context, id string, _ uint64, _ time.Duration) error {
+func (n *fakeNode) Stop(_ context.Context, id string, _ time.Duration) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	g, err := n.get(id)

@@ -64,7 +64,7 @@ func refusalExit(code string) int {
 	switch {
 	case code == codeUsage:
 		return ExitUsage
-	case strings.HasSuffix(code, "not-found") || code == "broker.launch-unknown" || code == "broker.resource-unknown":
+	case strings.HasSuffix(code, "not-found") || code == "control.guest-unknown" || code == "broker.launch-unknown" || code == "broker.resource-unknown":
 		return ExitNotFound
 	case code == codeNameInUse || strings.HasSuffix(code, "-conflict"):
 		return ExitConflict

@@ -180,7 +180,7 @@ func (t *Tenant) Stop(ctx context.Context, name string, grace time.Duration) err
 	if err != nil {
 		return err
 	}
-	if err := t.control.Stop(ctx, d.GuestID, 1, grace); err != nil {
+	if err := t.control.Stop(ctx, d.GuestID, grace); err != nil {
 		return fmt.Errorf("stopping guest: %w", err)
 	}
 	return nil

@@ -1,0 +1,281 @@
+package store
+
+import (
+	"bytes"
+	"compress/gzip"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"reflect"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"go.etcd.io/bbolt"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/inbox"
+)
+
+// oldStore is a store of layout 1: epoch 7, command "a", event "e1".
+func oldStore(t *testing.T) []byte {
+	t.Helper()
+	f, err := os.Open("testdata/state-v1.db.gz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close() //nolint:errcheck // read only
+	z, err := gzip.NewReader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := io.ReadAll(z)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+func write(t *testing.T, data []byte) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "state.db")
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func TestAnOlderLayoutIsMigrated(t *testing.T) {
+	t.Parallel()
+	path := write(t, oldStore(t))
+	for range 2 { // the second opening finds it migrated
+		s := reopen(t, path)
+		e, err := s.Epoch()
+		pending, pendingErr := s.PendingCommands()
+		guests, guestsErr := s.Guests()
+		if err := errors.Join(err, pendingErr, guestsErr); err != nil || e.Number != 7 || len(pending) != 1 || len(guests) != 0 {
+			t.Errorf("epoch %+v, %d commands, %d guests, %v", e, len(pending), len(guests), err)
+		}
+		done(t, s.PutGuest(Guest{ID: "g"}))
+		done(t, s.DeleteGuest("g"))
+		done(t, s.Close())
+	}
+}
+
+func TestANewerLayoutIsRefusedAndKept(t *testing.T) {
+	t.Parallel()
+	path := write(t, oldStore(t))
+	s := reopen(t, path)
+	done(t, s.update(func(tx *bbolt.Tx) error {
+		return tx.Bucket([]byte("meta")).Put([]byte("schema"), seal(recordSchema, []byte{0, 0, 0, schemaVersion + 1}))
+	}))
+	done(t, s.Close())
+	if _, err := Open(path, clock, hclog.NewNullLogger()); err == nil || contract.AsRefusal(err).Code != "store.newer" {
+		t.Errorf("not refused: %v", err)
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Error("the newer store is gone")
+	}
+}
+
+func TestAGuestSurvivesWithItsEvents(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "state.db")
+	s := reopen(t, path)
+	want := Guest{
+		ID: "b", Generation: 2, CommandID: "c", Launch: []byte("launch"), Slot: 3, Ports: []Port{{8000, 20000}},
+		Status: api.GuestStatus_GUEST_STATUS_STARTED, AcceptedAt: clock(),
+		Steps:   []Step{{Name: "tap", BegunAt: clock(), DoneAt: clock().Add(time.Second)}},
+		Phases:  map[contract.GuestPhase]time.Time{contract.PhaseBooted: clock()},
+		Outcome: contract.Refuse("a.b", "do", "why"), Stop: &Stop{CommandID: "s", Deadline: clock()},
+		Results: []Result{{Name: "r", Uploaded: true}},
+	}
+	done(t, s.PutGuest(want, &api.Event{EventId: "e1"}))
+	done(t, s.PutGuest(Guest{ID: "a", AcceptedAt: clock().Add(time.Hour)}))
+	done(t, s.Close())
+	s = reopen(t, path)
+	got, err := s.Guest("b")
+	if err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("read back %+v, %v", got, err)
+	}
+	guests, err := s.Guests()
+	if err != nil || len(guests) != 2 || guests[0].ID != "b" {
+		t.Errorf("not in the order of acceptance: %+v %v", guests, err)
+	}
+	if n, err := s.OutboxLen(); err != nil || n != 1 {
+		t.Errorf("%d events, %v", n, err)
+	}
+	done(t, s.DeleteGuest("b"))
+	done(t, s.DeleteGuest("b"))
+	if _, err := s.Guest("b"); !errors.Is(err, ErrNoGuest) {
+		t.Errorf("still there: %v", err)
+	}
+	done(t, s.Close())
+}
+
+func TestACloneCanBeChangedAlone(t *testing.T) {
+	t.Parallel()
+	a := Guest{Steps: []Step{{Name: "a"}}, Phases: map[contract.GuestPhase]time.Time{}, Results: []Result{{Name: "a"}}, Ports: []Port{{1, 2}}}
+	b := a.Clone()
+	b.Steps[0].Name, b.Results[0].Name, b.Ports[0].Guest = "b", "b", 9
+	b.Phases[contract.PhaseDone] = clock()
+	if a.Steps[0].Name != "a" || a.Results[0].Name != "a" || a.Ports[0].Guest != 1 || len(a.Phases) != 0 {
+		t.Errorf("changed with its clone: %+v", a)
+	}
+}
+
+func TestTheCordonSurvives(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "state.db")
+	s := reopen(t, path)
+	if _, on, err := s.Cordon(); err != nil || on {
+		t.Errorf("a new store is cordoned: %v", err)
+	}
+	done(t, s.SetCordon("disk change", true, &api.Event{EventId: "e"}))
+	done(t, s.Close())
+	s = reopen(t, path)
+	if reason, on, err := s.Cordon(); err != nil || !on || reason != "disk change" {
+		t.Errorf("cordon %v %q %v", on, reason, err)
+	}
+	done(t, s.SetCordon("", false))
+	if _, on, err := s.Cordon(); err != nil || on {
+		t.Errorf("still cordoned: %v", err)
+	}
+	done(t, s.Close())
+}
+
+// A full outbox takes on nothing new, but what was taken on can still end.
+func TestAFullOutboxClosesAdmissionOnly(t *testing.T) {
+	t.Parallel()
+	s := reopen(t, filepath.Join(t.TempDir(), "state.db"))
+	s.limit, s.reserve = 2, 2
+	done(t, s.PutGuest(Guest{ID: "old"}, &api.Event{}))
+	if _, err := s.AddCommand(inbox.Command{ID: "old", Sequence: 1}); err != nil {
+		t.Fatal(err)
+	}
+	done(t, s.AppendEvents(&api.Event{}))
+	_, addErr := s.AddCommand(inbox.Command{ID: "new", Sequence: 2})
+	for what, err := range map[string]error{
+		"command": addErr, "guest": s.PutGuest(Guest{ID: "new"}), "event": s.AppendEvents(&api.Event{}),
+	} {
+		if !errors.Is(err, ErrOutboxFull) {
+			t.Errorf("%s taken: %v", what, err)
+		}
+	}
+	done(t, s.PutGuest(Guest{ID: "old", Slot: 1}, &api.Event{}))
+	done(t, s.FinishCommand("old", &api.Event{}))
+	if err := s.PutGuest(Guest{ID: "old", Slot: 2}, &api.Event{}); !errors.Is(err, ErrOutboxFull) {
+		t.Errorf("no end to it: %v", err)
+	}
+	if g, err := s.Guest("old"); err != nil || g.Slot != 1 {
+		t.Errorf("half a change: %+v %v", g, err)
+	}
+	done(t, s.Close())
+}
+
+func TestAForgottenSequenceIsAReplay(t *testing.T) {
+	t.Parallel()
+	s := reopen(t, filepath.Join(t.TempDir(), "state.db"))
+	done(t, s.BeginEpoch(1))
+	if _, err := s.AddCommand(inbox.Command{ID: "a", Epoch: 1, Sequence: 5, Done: true}); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := s.PruneCommands(clock()); err != nil || n != 1 {
+		t.Fatalf("forgot %d, %v", n, err)
+	}
+	_, err := s.AddCommand(inbox.Command{ID: "a", Epoch: 1, Sequence: 5})
+	if err == nil || contract.AsRefusal(err).Code != api.CodeReplayed {
+		t.Errorf("taken again: %v", err)
+	}
+	done(t, s.Close())
+}
+
+// Whatever bits flip, opening gives a store, or a refusal or error, and the
+// process lives. Seeded, so that a failure can be looked at.
+func TestFlippedBitsNeverEndTheProcess(t *testing.T) {
+	t.Parallel()
+	old := oldStore(t)
+	random := rand.New(rand.NewPCG(1, 2))
+	aside := 0
+	for range 120 {
+		data := bytes.Clone(old)
+		for range 1 + random.IntN(8) {
+			at := random.IntN(len(data))
+			if random.IntN(2) == 0 {
+				at = at&^4095 + at%64 // the head of a page
+			}
+			data[at] ^= 1 << random.IntN(8)
+		}
+		path := write(t, data)
+		s, err := Open(path, clock, hclog.NewNullLogger())
+		if err != nil {
+			continue
+		}
+		found, err := filepath.Glob(path + ".corrupt-*")
+		if err != nil {
+			t.Fatal(err)
+		}
+		aside += len(found)
+		if _, err := s.Epoch(); err != nil {
+			t.Errorf("served although damaged: %v", err)
+		}
+		done(t, s.Close())
+		done(t, os.RemoveAll(filepath.Dir(path)))
+	}
+	if aside < 15 {
+		t.Error("little damage was found: the test flips the wrong bits")
+	}
+}
+
+// Branch pages, overflow pages and free ones are what an intact store is made
+// of: they must not be taken for damage.
+func TestALargeStoreIsIntact(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "state.db")
+	s := reopen(t, path)
+	s.db.NoSync = true
+	for i := range 400 {
+		id := api.NewID()
+		done(t, s.PutGuest(Guest{ID: id, Launch: bytes.Repeat([]byte{byte(i)}, i*50)}, &api.Event{EventId: id}))
+		if i%3 == 0 {
+			done(t, s.DeleteGuest(id))
+		}
+	}
+	done(t, s.DropEvents(250))
+	done(t, s.db.Sync())
+	done(t, s.Close())
+	s = reopen(t, path)
+	guests, err := s.Guests()
+	n, lenErr := s.OutboxLen()
+	if err := errors.Join(err, lenErr); err != nil || len(guests) != 266 || n != 150 {
+		t.Errorf("%d guests, %d events, %v", len(guests), n, err)
+	}
+	done(t, s.Close())
+}
+
+func FuzzCheckFile(f *testing.F) {
+	z, err := os.Open("testdata/state-v1.db.gz")
+	if err != nil {
+		f.Fatal(err)
+	}
+	r, err := gzip.NewReader(z)
+	if err != nil {
+		f.Fatal(err)
+	}
+	data, err := io.ReadAll(r)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(data, uint16(0), byte(0))
+	f.Add(data[:9000], uint16(16), byte(1))
+	f.Fuzz(func(_ *testing.T, data []byte, at uint16, with byte) {
+		if int(at) < len(data) {
+			data = bytes.Clone(data)
+			data[at] ^= with
+		}
+		_ = checkFile(bytes.NewReader(data), int64(len(data)))
+	})
+}
