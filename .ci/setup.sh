@@ -19,6 +19,41 @@ for package in "${packages[@]}"; do
 		missing+=("$package")
 	fi
 done
+
+# The guest's kernel and firmware are fetched and unpacked, never installed.
+cd "$(dirname "$0")/.."
+debs=.cache/debs
+mirror=$(grep -rhoE 'https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d 2>/dev/null | head -n 1 | tr -d ' ' || true)
+mirror=${mirror:-http://deb.debian.org/debian}
+
+# fetch NAME SUITE PACKAGE-PATTERN: the newest package that matches, through an
+# apt of its own that knows one suite and leaves the machine's lists alone.
+fetch() {
+	local name=$1 suite=$2 pattern=$3 apt
+	if [[ -s $debs/$name.deb ]]; then
+		echo "ok       $name $(cat "$debs/$name.version" 2>/dev/null || true)"
+		return
+	fi
+	echo "fetch    $name from $suite"
+	mkdir -p "$debs"
+	apt=$(mktemp -d)
+	mkdir -p "$apt"/{lists/partial,archives/partial}
+	echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main" >"$apt/sources.list"
+	local options=(-o "Dir::State=$apt" -o "Dir::State::lists=$apt/lists" -o "Dir::Cache=$apt" -o "Dir::Etc::sourcelist=$apt/sources.list"
+		-o Dir::Etc::sourceparts=- -o Dir::State::status=/dev/null -o APT::Sandbox::User=root)
+	apt-get -qq "${options[@]}" update
+	local package
+	package=$(apt-cache "${options[@]}" pkgnames | grep -E "$pattern" | sort -V | tail -n 1)
+	(cd "$apt" && apt-get -qq "${options[@]}" download "$package")
+	dpkg-deb -f "$apt"/*.deb Version | sed "s/^/$package /" >"$debs/$name.version"
+	mv "$apt"/*.deb "$debs/$name.deb"
+	rm -rf "$apt"
+}
+kernel_suite=trixie
+[[ $release == bookworm ]] && kernel_suite=bookworm-backports
+fetch kernel "$kernel_suite" '^linux-image-6\.12\.[0-9.]+\+deb1[23](\.[0-9]+)?-cloud-amd64$'
+fetch ovmf-amdsev forky '^ovmf-amdsev$'
+
 [[ ${#missing[@]} -eq 0 ]] && exit 0
 if [[ $EUID -ne 0 ]]; then
 	echo "missing: ${missing[*]}; run as root: make setup" >&2
@@ -30,9 +65,8 @@ if [[ $release == bookworm ]]; then
 	# A sources file of our own, so that the machine's are left as they are.
 	list=/etc/apt/sources.list.d/nodeagent-backports.sources
 	if [[ ! -f $list ]]; then
-		mirror=$(grep -rhoE 'https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d 2>/dev/null | head -n 1 | tr -d ' ' || true)
 		printf 'Types: deb\nURIs: %s\nSuites: bookworm-backports\nComponents: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n' \
-			"${mirror:-http://deb.debian.org/debian}" >"$list"
+			"$mirror" >"$list"
 	fi
 	options=(-t bookworm-backports)
 fi
