@@ -19,7 +19,9 @@ build: setup ## build the agent into bin/
 test: setup ## run all tests; ends with the skipped ones and what each misses
 	go vet -tags $(TAGS) ./...
 	go test -tags $(TAGS) ./nodeagent/... ./vm/... ./tests/arch
-	go test -race -tags $(EMULATED_TAGS) -json ./... | go run ./tests/summary
+	go build -race -tags $(EMULATED_TAGS) ./...
+	@# One package at a time: real guests on two cores starve each other.
+	go test -race -p 1 -tags $(EMULATED_TAGS) -json ./... | go run ./tests/summary
 
 $(LINTER): .ci/tools/go.mod .ci/tools/go.sum
 	cd .ci/tools && go build -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint

@@ -225,9 +225,15 @@ func (d *Driver) Shutdown(ctx context.Context, guestID string) error {
 	return d.end(ctx, guestID, (*libvirt.Domain).Shutdown)
 }
 
-// Destroy ends the guest at once. Gone already is success.
+// Destroy ends the guest at once. Gone already is success. Subscribers learn
+// of it from here as well: a libvirtd that was restarted a moment ago was seen
+// to answer and never send the event. They may hear of one end twice.
 func (d *Driver) Destroy(ctx context.Context, guestID string) error {
-	return d.end(ctx, guestID, (*libvirt.Domain).Destroy)
+	if err := d.end(ctx, guestID, (*libvirt.Domain).Destroy); err != nil {
+		return err
+	}
+	d.publish(vm.Event{GuestID: guestID, State: vm.StateGone, Reason: "destroyed by the agent", At: time.Now()})
+	return nil
 }
 
 // end runs f on our domain of that id. No such domain, or one that ends
