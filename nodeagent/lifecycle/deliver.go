@@ -1,0 +1,126 @@
+package lifecycle
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/store"
+)
+
+// deliver uploads every complete file of the spool, each until it is there,
+// refused, or its URL has expired. The signed list goes last: where it is, the
+// results are.
+func (g *guest) deliver(ctx context.Context) error {
+	if find(g.record().Steps, stepDomain) == nil {
+		return nil // never started
+	}
+	cmd, manifest, err := g.command()
+	if err != nil {
+		return err
+	}
+	spool, err := g.m.d.Spools.Open(g.id, spoolNames(manifest), g.record().Limits.ResultBytes)
+	if err != nil {
+		return fmt.Errorf("opening spool: %w", err)
+	}
+	entries, err := spool.Entries()
+	if err != nil {
+		return fmt.Errorf("reading spool: %w", err)
+	}
+	last := func(e Entry) int {
+		if e.Name == contract.ResultsManifestName {
+			return 1
+		}
+		return 0
+	}
+	slices.SortFunc(entries, func(a, b Entry) int { return cmp.Or(cmp.Compare(last(a), last(b)), cmp.Compare(a.Name, b.Name)) })
+	for _, e := range entries {
+		settled := slices.ContainsFunc(g.record().Results, func(r store.Result) bool { return r.Name == e.Name })
+		i := slices.IndexFunc(cmd.GetResults().GetUploads(), func(u *api.ResultUpload) bool { return u.GetName() == e.Name })
+		if settled || i < 0 {
+			continue
+		}
+		failure, err := g.upload(ctx, e, cmd.GetResults().GetUploads()[i].GetPutUrl())
+		if err != nil {
+			return err
+		}
+		if err := g.settle(e, failure); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// upload returns why a file could not be delivered, or an error when the
+// agent ends meanwhile.
+func (g *guest) upload(ctx context.Context, e Entry, putURL string) (*contract.Refusal, error) {
+	deadline := expiry(putURL)
+	if deadline.IsZero() {
+		deadline = g.m.now().Add(g.m.c.UploadWindow)
+	}
+	for wait := g.m.c.Retry; ; wait = min(2*wait, 30*g.m.c.Retry) {
+		left := deadline.Sub(g.m.now())
+		if left <= 0 {
+			return contract.Refuse("results.upload-expired", "launch again with URLs that are valid for longer",
+				"result %s could not be uploaded before its URL expired", e.Name), nil
+		}
+		try, cancel := context.WithTimeout(ctx, left)
+		err := g.m.d.Spools.Upload(try, g.id, e, putURL)
+		cancel()
+		if err == nil {
+			return nil, nil //nolint:nilnil // delivered: there is neither reason nor error
+		}
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		if r, refused := errors.AsType[*contract.Refusal](err); refused {
+			return r, nil
+		}
+		g.m.log.Warn("upload failed, tried again", keyGuest, g.id, "name", e.Name, "pause", wait.String(), "err", err)
+		if err := g.m.pause(ctx, nil, wait); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// settle records what became of a file. A guest whose results did not all
+// arrive has not finished.
+func (g *guest) settle(e Entry, failure *contract.Refusal) error {
+	var events []*api.Event
+	if failure == nil {
+		events = append(events, api.NewResultUploaded(g.m.c.HostID, g.record().CommandID, g.m.now(), &api.ResultUploaded{
+			GuestId: g.id, Name: e.Name, Size: uint64(e.Size), Sha256: e.SHA256[:],
+		}))
+	}
+	err := g.update(func(r *store.Guest) (announce, bool) {
+		r.Results = append(r.Results, store.Result{Name: e.Name, Uploaded: failure == nil, Failure: failure})
+		if failure != nil && r.Final == api.GuestStatus_GUEST_STATUS_FINISHED {
+			r.Final, r.Outcome = api.GuestStatus_GUEST_STATUS_FAILED, failure
+		}
+		return false, true
+	}, events...)
+	g.m.hook("settled:" + e.Name)
+	return err
+}
+
+// expiry reads when a presigned URL (AWS Signature Version 4, query string)
+// stops working; zero when it does not say.
+func expiry(putURL string) time.Time {
+	u, err := url.Parse(putURL)
+	if err != nil {
+		return time.Time{}
+	}
+	from, err := time.Parse("20060102T150405Z", u.Query().Get("X-Amz-Date"))
+	seconds, numberErr := strconv.ParseUint(u.Query().Get("X-Amz-Expires"), 10, 31)
+	if err != nil || numberErr != nil {
+		return time.Time{}
+	}
+	return from.Add(time.Duration(seconds) * time.Second)
+}

@@ -1,0 +1,194 @@
+package lifecycle
+
+import (
+	"context"
+	"io"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/network"
+	"github.com/confidential-node/agent/nodeagent/admit"
+	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/config"
+	"github.com/confidential-node/agent/nodeagent/metadata"
+	"github.com/confidential-node/agent/nodeagent/platform"
+	"github.com/confidential-node/agent/nodeagent/store"
+	"github.com/confidential-node/agent/vm"
+)
+
+// Records is the store. A nil error means that it survives a power failure.
+type Records interface {
+	PutGuest(g store.Guest, events ...*api.Event) error
+	Guest(id string) (store.Guest, error)
+	Guests() ([]store.Guest, error)
+	DeleteGuest(id string) error
+
+	SetCordon(reason string, on bool, events ...*api.Event) error
+	Cordon() (reason string, on bool, err error)
+
+	Forwarding() (previous, changed bool, err error)
+	SetForwarding(previous bool) error
+	ClearForwarding() error
+}
+
+// Hypervisor starts and finds domains; *libvirt.Driver is one. An error from
+// List means that nothing is known.
+type Hypervisor interface {
+	Start(ctx context.Context, spec vm.Spec) error
+	Shutdown(ctx context.Context, guestID string) error
+	Destroy(ctx context.Context, guestID string) error
+	List(ctx context.Context) ([]vm.Observed, error)
+	Subscribe() (events <-chan vm.Event, cancel func())
+}
+
+// Network gives guests their taps and rules; *network.Host is one.
+type Network interface {
+	Adopt(ctx context.Context, guests []network.Guest) error
+	Remove(ctx context.Context, guestID string) error
+	Observe(ctx context.Context) ([]network.Tap, error)
+	Sweep(ctx context.Context, keep map[string]bool) error
+
+	Forwarding() (bool, error)
+	EnableForwarding() (previous bool, err error)
+	RestoreForwarding(previous bool) error
+}
+
+// Metadata serves guests; *metadata.Server is one.
+type Metadata interface {
+	Open(ctx context.Context, s metadata.Session) error
+	Close(guestID string) error
+	Challenge(ctx context.Context, guestID string, nonce []byte) ([]byte, error)
+}
+
+// Blob is one sealed input and where it can be fetched.
+type Blob struct {
+	SHA256 [32]byte
+	Size   int64
+	// URL is a credential.
+	URL string
+}
+
+// Blobs is the cache of ciphertext. What an owner fetched stays until it is
+// released.
+type Blobs interface {
+	// Fetch returns the path of the blob, which QEMU's user can read.
+	Fetch(ctx context.Context, b Blob, owner string) (path string, err error)
+	Release(owner string) error
+	// Owners that hold something.
+	Owners() ([]string, error)
+}
+
+// Entry is one complete file of a spool.
+type Entry struct {
+	Name   string
+	SHA256 [32]byte
+	Size   int64
+}
+
+// Spools hold what guests deliver until it is uploaded.
+type Spools interface {
+	// Open makes a guest's spool for files of these names, quota bytes
+	// together, or opens the one that is there.
+	Open(guestID string, names []string, quota int64) (Spool, error)
+	// Upload puts one complete file of a guest's spool to a presigned URL. A
+	// *contract.Refusal is final, any other error may pass.
+	Upload(ctx context.Context, guestID string, e Entry, putURL string) error
+	// Remove removes a guest's spool. None is no error.
+	Remove(guestID string) error
+	// List returns the ids of the guests that have one.
+	List() ([]string, error)
+}
+
+// Spool is one guest's.
+type Spool interface {
+	// Receive takes one file whole or not at all. The same name again
+	// replaces the file.
+	Receive(ctx context.Context, name string, r io.Reader) (Entry, error)
+	// Entries are the complete files.
+	Entries() ([]Entry, error)
+}
+
+// Deps are what a Manager is made of. All are required unless said otherwise.
+type Deps struct {
+	Records    Records
+	Hypervisor Hypervisor
+	Network    Network
+	Metadata   Metadata
+	Blobs      Blobs
+	Spools     Spools
+	// Images is the host's catalogue at the moment.
+	Images func() ([]admit.Image, error)
+	// Measure predicts launch digests: Predict.
+	Measure func(Boot) (Measured, error)
+	// TEE is how guests are started.
+	TEE platform.TEE
+	// GPURule says which GPUs one guest may have at all: gpu.Rule.
+	GPURule func(model string, count int) *contract.Refusal
+	// Endorsements are handed to guests as hints.
+	Endorsements func() contract.Endorsements
+	Logger       hclog.Logger
+	// Clock is time.Now when nil.
+	Clock func() time.Time
+	// Hook, if set, is called at every boundary between an intent, its effect
+	// and its record. Tests end the agent there.
+	Hook func(point string)
+}
+
+// Config is how a Manager works. The zero value of a duration is its default.
+type Config struct {
+	HostID string
+	// BootID is the kernel's (/proc/sys/kernel/random/boot_id).
+	BootID string
+	// GuestsDir holds one folder of boot copies per guest.
+	GuestsDir string
+	Policy    config.Policy
+	// Capacity is what guests may use together, the host's reserve taken off.
+	Capacity admit.Capacity
+	// Network decides addresses, tap names and published ports; TapUser and
+	// TapGroup open taps.
+	Network           network.Config
+	TapUser, TapGroup uint32
+	// DNS servers and MTU handed to guests as hints.
+	DNS []string
+	MTU int
+	// Emulated says that guests run under the emulated TEE.
+	Emulated bool
+
+	// PowerOffGrace is how long a guest may take to power off after its last
+	// word. Default 1 minute.
+	PowerOffGrace time.Duration
+	// CollectTimeout bounds the delivery of results. Default 6 hours.
+	CollectTimeout time.Duration
+	// UploadWindow bounds uploading to a URL that does not say when it
+	// expires. Default 24 hours.
+	UploadWindow time.Duration
+	// Poll is how often domains are listed although no event came. Default
+	// 15 seconds.
+	Poll time.Duration
+	// Retry is the first pause after something that may pass failed; it
+	// doubles up to 30 times itself. Default 1 second.
+	Retry time.Duration
+	// EvidenceTimeout bounds one challenge. Default 1 minute.
+	EvidenceTimeout time.Duration
+	// Keep is how long the id of a guest that has ended is remembered, at
+	// least. Default 30 days.
+	Keep time.Duration
+}
+
+func (c Config) withDefaults() Config {
+	set := func(d *time.Duration, to time.Duration) {
+		if *d == 0 {
+			*d = to
+		}
+	}
+	set(&c.PowerOffGrace, time.Minute)
+	set(&c.CollectTimeout, 6*time.Hour)
+	set(&c.UploadWindow, 24*time.Hour)
+	set(&c.Poll, 15*time.Second)
+	set(&c.Retry, time.Second)
+	set(&c.EvidenceTimeout, time.Minute)
+	set(&c.Keep, 30*24*time.Hour)
+	return c
+}

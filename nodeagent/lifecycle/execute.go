@@ -1,0 +1,291 @@
+package lifecycle
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/admit"
+	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/config"
+	"github.com/confidential-node/agent/nodeagent/inbox"
+	"github.com/confidential-node/agent/nodeagent/store"
+)
+
+// keepAfterExpiry is how long after its command's expiry a guest's id is kept
+// at least; clocks may differ.
+const keepAfterExpiry = 24 * time.Hour
+
+var _ inbox.Executor = (*Manager)(nil)
+
+// Execute carries out a command; BeginEpoch is the inbox's. The events it
+// returns report the outcome, besides those it has put into the outbox
+// together with the records they speak of. A launch or stop that returns is
+// recorded and goes on by itself; executing it again changes nothing. Every
+// refusal is a *contract.Refusal.
+func (m *Manager) Execute(ctx context.Context, cmd *api.Command) ([]*api.Event, error) {
+	select {
+	case <-m.ready:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	switch v := cmd.GetVerb().(type) {
+	case *api.Command_LaunchGuest:
+		return nil, m.launch(ctx, cmd, v.LaunchGuest)
+	case *api.Command_StopGuest:
+		return nil, m.stop(cmd.GetCommandId(), v.StopGuest)
+	case *api.Command_RequestEvidence:
+		return m.evidence(ctx, cmd.GetCommandId(), v.RequestEvidence)
+	case *api.Command_Cordon:
+		return nil, m.cordon(v.Cordon.GetReason(), true)
+	case *api.Command_Uncordon:
+		return nil, m.cordon("", false)
+	case *api.Command_BeginEpoch, nil:
+	}
+	return nil, contract.Refuse(api.CodeMalformed, "send another command", "the command has no verb that guests know")
+}
+
+func (m *Manager) cordon(reason string, on bool) error {
+	if err := m.d.Records.SetCordon(reason, on); err != nil {
+		return fmt.Errorf("recording cordon: %w", err)
+	}
+	m.log.Info("cordon", "on", on, "reason", reason)
+	return nil
+}
+
+// launch judges and records a guest; the record is the reservation.
+func (m *Manager) launch(ctx context.Context, cmd *api.Command, l *api.LaunchGuest) error {
+	m.admission.Lock()
+	defer m.admission.Unlock()
+	manifest, err := contract.ParseManifest(l.GetManifest())
+	if err != nil {
+		return contract.Refuse("admit.manifest-malformed", "write the manifest with the tenant's tool, and send its bytes unchanged",
+			"the manifest is not a valid one in canonical form").Because(err)
+	}
+	known, err := m.known(cmd.GetCommandId(), l, manifest)
+	if known || err != nil {
+		return err
+	}
+	host, err := m.host(ctx)
+	if err != nil {
+		return err
+	}
+	plan, err := admit.Decide(l, manifest, host)
+	if err != nil {
+		return err
+	}
+	rec, err := m.newRecord(cmd, l, manifest, plan)
+	if err != nil {
+		return err
+	}
+	if err := m.d.Records.PutGuest(rec, m.stateEvent(rec)); err != nil {
+		if errors.Is(err, store.ErrOutboxFull) {
+			return contract.Refuse("admit.outbox-full", "let the node reach its control plane, then launch again",
+				"too many events of this node wait to be confirmed").Because(err)
+		}
+		return fmt.Errorf("recording guest: %w", err)
+	}
+	m.log.Info("guest accepted", keyGuest, rec.ID, keyCommand, rec.CommandID, "slot", rec.Slot)
+	m.hook("accepted")
+	m.begin(newGuest(m, rec, true))
+	return nil
+}
+
+// known reports whether this very command was carried out before, and refuses
+// ids that were used by another.
+func (m *Manager) known(commandID string, l *api.LaunchGuest, manifest *contract.Manifest) (bool, error) {
+	records, err := m.d.Records.Guests()
+	if err != nil {
+		return false, fmt.Errorf("reading guests: %w", err)
+	}
+	for _, r := range records {
+		switch {
+		case r.ID == l.GetGuestId() && r.CommandID == commandID:
+			return true, nil
+		case r.ID == l.GetGuestId() && l.GetGeneration() < r.Generation:
+			return false, stale(r, l.GetGeneration())
+		case r.ID == l.GetGuestId():
+			return false, contract.Refuse("launch.guest-id-used", "launch with a new guest_id", "guest %s was launched on this node before", r.ID)
+		case r.LaunchID == manifest.LaunchID:
+			return false, contract.Refuse("launch.launch-id-used", "write a manifest with a new launch_id",
+				"a guest with launch_id %s was launched on this node before", r.LaunchID)
+		}
+	}
+	return false, nil
+}
+
+func stale(r store.Guest, generation uint64) *contract.Refusal {
+	return contract.Refuse("guest.stale-generation", "ask the control plane for the guest's generation",
+		"the command is for generation %d, guest %s has %d", generation, r.ID, r.Generation)
+}
+
+func (m *Manager) newRecord(cmd *api.Command, l *api.LaunchGuest, manifest *contract.Manifest, plan admit.Plan) (store.Guest, error) {
+	raw, err := proto.Marshal(l)
+	if err != nil {
+		return store.Guest{}, fmt.Errorf("encoding launch: %w", err)
+	}
+	rec := store.Guest{
+		ID: l.GetGuestId(), Generation: l.GetGeneration(), CommandID: cmd.GetCommandId(), LaunchID: manifest.LaunchID, Launch: raw,
+		BootID: m.c.BootID, Slot: plan.Slot, VCPUs: int(l.GetMachine().GetVcpus()), MemoryMiB: l.GetMachine().GetMemoryMib(),
+		Limits: store.Limits{Start: plan.StartTimeout, Run: plan.RunTimeout, ResultBytes: plan.ResultBytes},
+		Status: api.GuestStatus_GUEST_STATUS_ACCEPTED, AcceptedAt: m.now(),
+		KeepUntil: cmd.GetExpiresAt().AsTime().Add(keepAfterExpiry),
+	}
+	for _, p := range plan.Ports {
+		rec.Ports = append(rec.Ports, store.Port{Guest: p.Guest, Host: p.Host})
+	}
+	return rec, nil
+}
+
+// host is what the decision depends on, as it is now.
+func (m *Manager) host(ctx context.Context) (admit.Host, error) {
+	reason, on, err := m.d.Records.Cordon()
+	if err != nil {
+		return admit.Host{}, fmt.Errorf("reading cordon: %w", err)
+	}
+	images, err := m.d.Images()
+	if err != nil {
+		return admit.Host{}, fmt.Errorf("listing guest images: %w", err)
+	}
+	taps, err := m.d.Network.Observe(ctx)
+	if err != nil {
+		return admit.Host{}, fmt.Errorf("listing taps: %w", err)
+	}
+	const slotBits = 30 // each guest has a /30
+	h := admit.Host{
+		Cordoned: on, CordonReason: reason, Policy: m.c.Policy, Emulated: m.c.Emulated, Capacity: m.c.Capacity,
+		PublishedPorts: config.PortRange(m.c.Network.PublishedPorts), Slots: 1 << max(0, slotBits-m.c.Network.GuestCIDR.Bits()), Images: images, GPURule: m.d.GPURule,
+		Used: admit.Used{Slots: map[uint32]bool{}, Ports: map[uint16]bool{}},
+	}
+	for _, g := range m.live() {
+		r := g.record()
+		h.Used.Slots[r.Slot] = true
+		for _, p := range r.Ports {
+			h.Used.Ports[p.Host] = true
+		}
+		h.Used.Guests++
+		if domain := find(r.Steps, stepDomain); r.Undoing && (domain == nil || !domain.GoneAt.IsZero()) {
+			continue // its machine is gone, its results may still be on their way
+		}
+		h.Used.VCPUs += r.VCPUs
+		h.Used.MemoryMiB += r.MemoryMiB
+	}
+	// Taps of guests nobody remembers keep their addresses.
+	for _, t := range taps {
+		if slot, err := strconv.ParseUint(t.Name[min(len(t.Name), len("na")):], 16, 32); err == nil {
+			h.Used.Slots[uint32(slot)] = true
+		}
+	}
+	return h, nil
+}
+
+// stop records the intent; the guest's goroutine carries it out.
+func (m *Manager) stop(commandID string, s *api.StopGuest) error {
+	rec, err := m.d.Records.Guest(s.GetGuestId())
+	switch {
+	case errors.Is(err, store.ErrNoGuest):
+		return notFound(s.GetGuestId())
+	case err != nil:
+		return fmt.Errorf("reading guest: %w", err)
+	case s.GetGeneration() < rec.Generation:
+		return stale(rec, s.GetGeneration())
+	}
+	g := m.guest(rec.ID)
+	if g == nil {
+		return nil // ended already
+	}
+	deadline := m.now().Add(s.GetGrace().AsDuration())
+	err = g.update(func(r *store.Guest) (announce, bool) {
+		if r.Undoing || !r.EndedAt.IsZero() || (r.Stop != nil && !deadline.Before(r.Stop.Deadline)) {
+			return false, false
+		}
+		r.Stop = &store.Stop{CommandID: commandID, Deadline: deadline}
+		return false, true
+	})
+	if err != nil {
+		return err
+	}
+	m.log.Info("guest is to stop", keyGuest, rec.ID, keyCommand, commandID)
+	m.hook("stopping")
+	g.mu.Lock()
+	cancel := g.cancel
+	g.mu.Unlock()
+	if cancel != nil {
+		cancel()
+	}
+	g.poke()
+	return nil
+}
+
+func notFound(id string) *contract.Refusal {
+	return contract.Refuse("guest.not-found", "ask the control plane which node has the guest", "this node has no guest %s", id)
+}
+
+// evidence relays a challenge and returns the answer unopened.
+func (m *Manager) evidence(ctx context.Context, commandID string, v *api.RequestEvidence) ([]*api.Event, error) {
+	g := m.guest(v.GetGuestId())
+	if g == nil {
+		_, err := m.d.Records.Guest(v.GetGuestId())
+		switch {
+		case errors.Is(err, store.ErrNoGuest):
+			return nil, notFound(v.GetGuestId())
+		case err != nil:
+			return nil, fmt.Errorf("reading guest: %w", err)
+		}
+		return nil, contract.Refuse("guest.not-running", "ask while the guest runs", "guest %s has ended", v.GetGuestId())
+	}
+	try, cancel := context.WithTimeout(ctx, m.c.EvidenceTimeout)
+	defer cancel()
+	bundle, err := m.d.Metadata.Challenge(try, g.id, v.GetNonce())
+	if err != nil {
+		if _, refused := errors.AsType[*contract.Refusal](err); !refused && ctx.Err() == nil && try.Err() != nil {
+			return nil, contract.Refuse(inbox.CodeTimeout, "ask again; if it repeats, look at the guest's state",
+				"the guest did not answer within %s", m.c.EvidenceTimeout).Because(err)
+		}
+		return nil, fmt.Errorf("challenging guest: %w", err)
+	}
+	return []*api.Event{api.NewEvidence(m.c.HostID, commandID, m.now(), g.id, bundle)}, nil
+}
+
+// stateEvent says how a guest is.
+func (m *Manager) stateEvent(r store.Guest) *api.Event {
+	s := &api.GuestState{
+		GuestId: r.ID, Generation: r.Generation, Status: r.Status, GuestPhase: string(r.Phase), ExitCode: int32(r.ExitCode),
+		StepMs: stepMS(r),
+	}
+	if r.Status == api.GuestStatus_GUEST_STATUS_FAILED {
+		s.Refusal = api.RefusalToWire(r.Outcome)
+	}
+	if domain := find(r.Steps, stepDomain); domain != nil {
+		for _, p := range r.Ports {
+			s.Ports = append(s.Ports, &api.PublishedPort{GuestPort: uint32(p.Guest), HostPort: uint32(p.Host)})
+		}
+	}
+	return api.NewGuestState(m.c.HostID, r.CommandID, m.now(), s)
+}
+
+// stepMS is how long each step took, "undo-" its undo, and "guest-" how long
+// after the start of the domain a guest reported a phase.
+func stepMS(r store.Guest) map[string]uint64 {
+	ms := map[string]uint64{}
+	put := func(name string, from, to time.Time) {
+		if !from.IsZero() && !to.IsZero() {
+			ms[name] = uint64(max(0, to.Sub(from).Milliseconds()))
+		}
+	}
+	for _, s := range r.Steps {
+		put(s.Name, s.BegunAt, s.DoneAt)
+		put("undo-"+s.Name, s.UndoAt, s.GoneAt)
+	}
+	if domain := find(r.Steps, stepDomain); domain != nil {
+		for phase, at := range r.Phases {
+			put("guest-"+string(phase), domain.BegunAt, at)
+		}
+	}
+	return ms
+}

@@ -1,0 +1,269 @@
+package lifecycle
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"net"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/network"
+	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/metadata"
+	"github.com/confidential-node/agent/nodeagent/store"
+)
+
+// guest is one guest that has not ended.
+type guest struct {
+	m  *Manager
+	id string
+	// wake has a value when the record changed behind the goroutine's back.
+	wake chan struct{}
+
+	// Only the guest's goroutine uses these.
+	fresh    bool    // accepted by this very run of the agent, not begun
+	attached bool    // spool, network and metadata are this process's
+	asked    bool    // to power off
+	pending  *ending // decided, but not on disk yet
+	paths    []string
+	measured Measured
+
+	mu     sync.Mutex
+	rec    store.Guest
+	spool  Spool
+	cancel context.CancelFunc // of the launch under way
+	find   string             // what an operator should know
+}
+
+func newGuest(m *Manager, rec store.Guest, fresh bool) *guest {
+	return &guest{m: m, id: rec.ID, wake: make(chan struct{}, 1), rec: rec, fresh: fresh}
+}
+
+// record returns the record as it is on disk.
+func (g *guest) record() store.Guest {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.rec.Clone()
+}
+
+// poke wakes the guest's goroutine.
+func (g *guest) poke() {
+	select {
+	case g.wake <- struct{}{}:
+	default:
+	}
+}
+
+// announce says that a change is the control plane's to know.
+type announce bool
+
+// update changes the record: on disk first, together with the events that say
+// so, then in memory. change returns false when there is nothing to change.
+func (g *guest) update(change func(*store.Guest) (announce, bool), events ...*api.Event) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	next := g.rec.Clone()
+	tell, changed := change(&next)
+	if !changed {
+		return nil
+	}
+	if tell {
+		events = append(events, g.m.stateEvent(next))
+	}
+	if err := g.m.d.Records.PutGuest(next, events...); err != nil {
+		return fmt.Errorf("recording guest %s: %w", g.id, err)
+	}
+	g.rec = next
+	return nil
+}
+
+// finding notes what an operator should know; "" clears it.
+func (g *guest) finding(text string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if text != "" && text != g.find {
+		g.m.log.Warn("guest needs attention", keyGuest, g.id, "finding", text)
+	}
+	g.find = text
+}
+
+// decideEnd records that everything is to be taken down, and why.
+func (g *guest) decideEnd(e ending) error {
+	err := g.update(func(r *store.Guest) (announce, bool) {
+		if r.Undoing {
+			return false, false
+		}
+		r.Undoing, r.Final, r.Outcome = true, e.final, e.why
+		return false, true
+	})
+	if err != nil {
+		g.pending = &e
+		return err
+	}
+	g.pending = nil
+	g.m.hook("undoing")
+	return nil
+}
+
+// command decodes what the guest was launched with.
+func (g *guest) command() (*api.LaunchGuest, *contract.Manifest, error) {
+	cmd := &api.LaunchGuest{}
+	if err := proto.Unmarshal(g.record().Launch, cmd); err != nil {
+		return nil, nil, fmt.Errorf("decoding launch of guest %s: %w", g.id, err)
+	}
+	manifest, err := contract.ParseManifest(cmd.GetManifest())
+	if err != nil {
+		return nil, nil, fmt.Errorf("decoding launch of guest %s: %w", g.id, err)
+	}
+	return cmd, manifest, nil
+}
+
+func (g *guest) dir() string { return filepath.Join(g.m.c.GuestsDir, g.id) }
+
+// nic is the guest's wish to the network: the same after every restart.
+func (c Config) nic(r store.Guest) network.Guest {
+	sum := sha256.Sum256([]byte(r.ID))
+	n := network.Guest{
+		ID: r.ID, Index: r.Slot, TapUser: c.TapUser, TapGroup: c.TapGroup,
+		// Locally administered, unicast.
+		MAC: append(net.HardwareAddr{0x02}, sum[:5]...),
+	}
+	for _, p := range r.Ports {
+		n.Ports = append(n.Ports, network.Publish{Host: p.Host, Guest: p.Guest})
+	}
+	return n
+}
+
+// session is what metadata serves the guest.
+func (g *guest) session(cmd *api.LaunchGuest, manifest *contract.Manifest) (metadata.Session, error) {
+	c := g.m.c
+	link, err := network.Describe(c.Network, c.nic(g.record()))
+	if err != nil {
+		return metadata.Session{}, err
+	}
+	boot, err := g.bootComponents(cmd)
+	if err != nil {
+		return metadata.Session{}, err
+	}
+	s := metadata.Session{
+		ID: g.id, Device: link.Tap, Manifest: cmd.GetManifest(), Endorsements: g.m.d.Endorsements, Boot: boot, Sink: g,
+		Network: func() contract.NetworkFacts {
+			return contract.NetworkFacts{
+				Address: link.GuestAddr.String(), Gateway: link.HostAddr.Addr().String(), DNS: c.DNS, Hosts: cmd.GetHosts(),
+				MTU: c.MTU, UnixTime: g.m.now().Unix(),
+			}
+		},
+	}
+	for _, r := range manifest.Results {
+		s.Results = append(s.Results, r.Name)
+	}
+	return s, nil
+}
+
+// spoolNames are the files the guest may deliver.
+func spoolNames(manifest *contract.Manifest) []string {
+	names := []string{contract.ResultsManifestName}
+	for _, r := range manifest.Results {
+		names = append(names, r.Name)
+	}
+	return names
+}
+
+// rank orders phases; a guest only moves on.
+func rank(p contract.GuestPhase) int {
+	return slices.Index([]contract.GuestPhase{
+		"", contract.PhaseBooted, contract.PhaseAttested, contract.PhaseInputs, contract.PhaseImage,
+		contract.PhaseRunning, contract.PhaseCollecting, contract.PhaseDone, contract.PhaseFailed,
+	}, p)
+}
+
+func statusOf(p contract.GuestPhase) api.GuestStatus {
+	switch p {
+	case contract.PhaseAttested, contract.PhaseInputs, contract.PhaseImage:
+		return api.GuestStatus_GUEST_STATUS_ATTESTED
+	case contract.PhaseRunning:
+		return api.GuestStatus_GUEST_STATUS_RUNNING
+	case contract.PhaseCollecting, contract.PhaseDone:
+		return api.GuestStatus_GUEST_STATUS_COLLECTING
+	case contract.PhaseBooted, contract.PhaseFailed:
+	}
+	return api.GuestStatus_GUEST_STATUS_STARTED
+}
+
+// Status takes the guest's word about itself. A phase is taken once and only
+// forwards, so that a guest cannot fill the outbox.
+func (g *guest) Status(_ context.Context, s contract.GuestStatus) error {
+	now, news := g.m.now(), false
+	err := g.update(func(r *store.Guest) (announce, bool) {
+		if r.Undoing || rank(s.Phase) <= rank(r.Phase) || r.Phase == contract.PhaseDone {
+			return false, false
+		}
+		if r.Phases == nil {
+			r.Phases = map[contract.GuestPhase]time.Time{}
+		}
+		r.Phase, r.Phases[s.Phase] = s.Phase, now
+		r.Status = max(r.Status, statusOf(s.Phase))
+		switch s.Phase {
+		case contract.PhaseCollecting, contract.PhaseDone:
+			r.ExitCode = s.ExitCode
+		case contract.PhaseFailed:
+			r.GuestRefusal = guestsOwn(s.Refusal)
+		case contract.PhaseBooted, contract.PhaseAttested, contract.PhaseInputs, contract.PhaseImage, contract.PhaseRunning:
+		}
+		news = true
+		return true, true
+	})
+	if err != nil || !news {
+		return err
+	}
+	g.m.log.Info("guest reports", keyGuest, g.id, "phase", string(s.Phase))
+	g.poke()
+	return nil
+}
+
+// maxWord bounds each text of a guest's refusal.
+const maxWord = 1024
+
+// guestsOwn keeps a guest's refusal apart from the node's own: its code starts
+// with "guest." or "broker.".
+func guestsOwn(r *contract.Refusal) *contract.Refusal {
+	if r == nil {
+		return contract.Refuse("guest.failed", "launch again; a debug image in a trial without secrets shows its console", "the guest failed and did not say why")
+	}
+	cut := func(s string) string { return strings.ToValidUTF8(s[:min(len(s), maxWord)], "") }
+	code := r.Code
+	if !strings.HasPrefix(code, "guest.") && !strings.HasPrefix(code, "broker.") {
+		code = "guest." + code
+	}
+	return &contract.Refusal{Code: code, Message: cut(r.Message), Remedy: cut(r.Remedy)}
+}
+
+// Result takes one sealed result.
+func (g *guest) Result(ctx context.Context, name string, r io.Reader) error {
+	g.mu.Lock()
+	spool, undoing := g.spool, g.rec.Undoing
+	g.mu.Unlock()
+	if spool == nil || undoing {
+		return contract.Refuse("guest.results-closed", "launch again", "the node takes no results of this guest any more")
+	}
+	entry, err := spool.Receive(ctx, name, r)
+	if err != nil {
+		return fmt.Errorf("receiving result: %w", err)
+	}
+	g.m.log.Info("result received", keyGuest, g.id, "name", name, "size", entry.Size)
+	return nil
+}
+
+// ResultManifest takes the signed list of results, unopened.
+func (g *guest) ResultManifest(ctx context.Context, signed []byte) error {
+	return g.Result(ctx, contract.ResultsManifestName, bytes.NewReader(signed))
+}
