@@ -5,35 +5,39 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
-	"golang.org/x/sync/errgroup"
 
+	"github.com/confidential-node/agent/firmware/sealed"
+	"github.com/confidential-node/agent/gpu"
+	"github.com/confidential-node/agent/network"
 	"github.com/confidential-node/agent/nodeagent/admin"
+	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/blob"
 	"github.com/confidential-node/agent/nodeagent/config"
-	"github.com/confidential-node/agent/nodeagent/output"
+	"github.com/confidential-node/agent/nodeagent/control"
+	"github.com/confidential-node/agent/nodeagent/inbox"
+	"github.com/confidential-node/agent/nodeagent/lifecycle"
+	"github.com/confidential-node/agent/nodeagent/metadata"
 	"github.com/confidential-node/agent/nodeagent/platform"
+	"github.com/confidential-node/agent/nodeagent/store"
+	"github.com/confidential-node/agent/nodeagent/supervise"
 	"github.com/confidential-node/agent/vm/libvirt"
 )
 
-// noControlLink is what status says until the link is wired in.
-const noControlLink = "this build has no control link: no command can reach it, and it starts no guest"
+// pruneEvery is how often commands that expired are forgotten.
+const pruneEvery = 10 * time.Minute
 
 func newRunCommand() *cobra.Command {
 	var configFile, level, logFormat string
 	cmd := &cobra.Command{
 		Use: "run", Short: "Run the agent", Args: exactArgs(),
 		Long: `Run the agent in the foreground. It stops gracefully on SIGTERM or SIGINT; running
-guests are never touched by its end.
-
-In this version the agent watches libvirt and answers "nodeagent status"; the control
-link and the guests' life cycle are not part of it yet.`,
+guests are never touched by its end, and are found again by the next start.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			logger, err := newLogger(cmd.ErrOrStderr(), level, logFormat)
 			if err != nil {
@@ -64,54 +68,139 @@ func newLogger(w io.Writer, level, format string) (hclog.Logger, error) {
 	}), nil
 }
 
-// runAgent is the one wiring list: everything the daemon is made of is built
-// and started here, and ends when ctx does.
-func runAgent(ctx context.Context, cfg config.Config, logger hclog.Logger) error {
-	if _, err := platform.Select(cfg); err != nil {
+// agent is everything the daemon is made of.
+type agent struct {
+	cfg     config.Config
+	log     hclog.Logger
+	host    hostFacts
+	started time.Time
+
+	store    *store.Store
+	driver   *libvirt.Driver
+	network  *network.Host
+	metadata *metadata.Server
+	guests   *lifecycle.Manager
+	inbox    *inbox.Inbox
+	link     *control.Link
+	socket   *admin.Server
+}
+
+// runAgent builds the agent, runs it until ctx ends, and leaves every guest
+// running.
+func runAgent(ctx context.Context, cfg config.Config, logger hclog.Logger) (err error) {
+	a, err := build(cfg, logger)
+	if err != nil {
 		return err
 	}
-	// QEMU runs as another user and must pass through to the boot copies.
-	if err := os.MkdirAll(cfg.RunDir, 0o711); err != nil { //nolint:gosec // see above
-		return fmt.Errorf("creating run directory: %w", err)
-	}
-	started := time.Now()
-	driver := libvirt.New(cfg.Libvirt.URI, logger)
-	socket := admin.New(filepath.Join(cfg.RunDir, admin.SocketName), func(ctx context.Context) (admin.Status, error) {
-		return status(ctx, cfg, driver, started), nil
-	})
-	tasks, ctx := errgroup.WithContext(ctx)
-	tasks.Go(func() error { return driver.Run(ctx) })
-	tasks.Go(func() error { return socket.Run(ctx) })
+	defer func() { err = errors.Join(err, a.metadata.Shutdown(), a.store.Close()) }()
+	tasks := supervise.New(ctx, logger)
+	tasks.Go("hypervisor", a.driver.Run)
+	tasks.Go("network", a.network.Run)
+	tasks.Go("guests", a.guests.Run)
+	tasks.Go("inbox", a.inbox.Run)
+	tasks.Go("link", a.link.Run)
+	tasks.Go("admin", a.socket.Run)
+	tasks.Go("prune", a.prune)
 	logger.Info("started", "host_id", cfg.HostID, "tee", cfg.TEE, "emulated_build", platform.EmulatedBuild)
-	logger.Warn(noControlLink)
 	_, readyErr := daemon.SdNotify(false, daemon.SdNotifyReady)
-	err := tasks.Wait()
+	err = tasks.Wait()
 	_, stopErr := daemon.SdNotify(false, daemon.SdNotifyStopping)
 	logger.Info("stopped")
 	return errors.Join(err, readyErr, stopErr)
 }
 
-// status is a snapshot. A hypervisor that does not answer is a finding, not
-// an error: the rest is still worth seeing.
-func status(ctx context.Context, cfg config.Config, driver *libvirt.Driver, started time.Time) admin.Status {
-	version := buildVersion()
-	s := admin.Status{
-		Header: output.NewHeader("Status"), HostID: cfg.HostID, Version: version.Version, Emulated: version.Emulated, TEE: cfg.TEE,
-		StartedAt: started, Guests: []admin.Guest{}, Warnings: []string{noControlLink},
-	}
-	lib, qemu, err := driver.Versions(ctx)
+// build is the one wiring list.
+func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
+	a = &agent{cfg: cfg, log: logger, started: time.Now()}
+	tee, err := platform.Select(cfg)
 	if err != nil {
-		s.Hypervisor = "not reachable"
-		s.Warnings = append(s.Warnings, fmt.Sprintf("libvirt at %s: %v; check that libvirtd (or virtqemud) runs", cfg.Libvirt.URI, err))
-		return s
+		return nil, err
 	}
-	s.Hypervisor = fmt.Sprintf("libvirt %s, hypervisor %s", lib, qemu)
-	found, err := driver.List(ctx)
+	issuers, err := cfg.Issuers()
 	if err != nil {
-		s.Warnings = append(s.Warnings, err.Error())
+		return nil, err
 	}
-	for _, g := range found {
-		s.Guests = append(s.Guests, admin.Guest{ID: g.GuestID, Generation: g.Generation, Status: string(g.State)})
+	if a.host, err = readHost("/", cfg); err != nil {
+		return nil, err
 	}
-	return s
+	if err := makeDirs(cfg); err != nil {
+		return nil, err
+	}
+	transport, err := control.NewNATS(control.NATSConfig{
+		Servers: cfg.Control.Servers, CAFile: cfg.Control.CAFile, CredsFile: cfg.Control.CredsFile, HostID: cfg.HostID,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := transport.Check(); err != nil {
+		return nil, err
+	}
+	client, err := objectStoreClient(cfg.Blob.CAFile)
+	if err != nil {
+		return nil, err
+	}
+	cache, err := blob.Open(cfg.CacheDir, blob.Config{MaxBytes: cfg.Blob.MaxBytes, Parts: cfg.Blob.Parts, CheckHeader: sealed.CheckHeader}, client, logger)
+	if err != nil {
+		return nil, err
+	}
+	spools, err := blob.OpenSpools(spoolDir(cfg), sealed.CheckHeader, client)
+	if err != nil {
+		return nil, err
+	}
+	networkConfig := network.Config{
+		GuestCIDR: cfg.Network.GuestCIDR, AllowPrivateEgress: cfg.Network.AllowPrivateEgress,
+		PublishedPorts: network.Range(cfg.Network.PublishedPorts),
+	}
+	if a.network, err = network.New(networkConfig, logger); err != nil {
+		return nil, err
+	}
+	if a.store, err = store.Open(storeFile(cfg), time.Now, logger); err != nil {
+		return nil, err
+	}
+	a.driver = libvirt.New(cfg.Libvirt.URI, logger)
+	a.metadata = metadata.New(logger, time.Now)
+	a.guests, err = lifecycle.New(lifecycle.Deps{
+		Records: a.store, Hypervisor: a.driver, Network: a.network, Metadata: a.metadata,
+		Blobs: blobs{cache}, Spools: spoolsOf{spools}, Images: a.images, Measure: lifecycle.Predict, TEE: tee, GPURule: gpu.Rule,
+		Endorsements: a.endorsements, Logger: logger,
+	}, lifecycle.Config{
+		HostID: cfg.HostID, BootID: a.host.bootID, GuestsDir: guestsDir(cfg), Policy: cfg.Policy, Capacity: a.host.capacity,
+		Network: networkConfig, TapUser: a.host.qemuUID, TapGroup: a.host.qemuGID, DNS: dnsOf(cfg), Emulated: cfg.TEE == config.TEEEmulated,
+	})
+	if err != nil {
+		return nil, errors.Join(err, a.store.Close())
+	}
+	a.inbox, err = inbox.New(inbox.Deps{
+		Journal: a.store, Executor: afterReady{a.guests}, Keys: issuers, HostID: cfg.HostID, Features: api.Features(), Logger: logger,
+	})
+	if err != nil {
+		return nil, errors.Join(err, a.store.Close())
+	}
+	a.link, err = control.New(control.Deps{
+		Transport: transport, Inbox: a.inbox, Outbox: a.store, HostID: cfg.HostID, Heartbeat: a.heartbeat, Capability: a.capability,
+		Interval: time.Duration(cfg.Control.Heartbeat), DeadMan: time.Duration(cfg.Control.DeadMan), Logger: logger,
+	})
+	if err != nil {
+		return nil, errors.Join(err, a.store.Close())
+	}
+	a.socket = admin.New(socketFile(cfg), a.status)
+	return a, nil
+}
+
+// prune forgets commands once nobody could replay them.
+func (a *agent) prune(ctx context.Context) error {
+	tick := time.NewTicker(pruneEvery)
+	defer tick.Stop()
+	for {
+		if n, err := a.store.PruneCommands(time.Now().Add(-2 * inbox.DefaultSkew)); err != nil {
+			return fmt.Errorf("forgetting expired commands: %w", err)
+		} else if n > 0 {
+			a.log.Debug("expired commands forgotten", "count", n)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
 }

@@ -1,64 +1,85 @@
 package main
 
 import (
-	"bytes"
-	"context"
-	"encoding/json"
 	"os"
+	"os/user"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/config"
 )
 
-// libvirt's own test driver stands in for the hypervisor.
-func TestRunAnswersStatusAndStopsGracefully(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	file := filepath.Join(dir, "agent.toml")
-	text := `host_id = "host-1"
-run_dir = "` + dir + `/run"
-[control]
-servers = ["tls://control.example:4222"]
-ca_file = "/none"
-creds_file = "/none"
-issuer_keys = ["AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="]
-[libvirt]
-uri = "test:///default"
-`
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+// fakeRoot is a /proc with 8 GiB of memory.
+func fakeRoot(t *testing.T) string {
+	t.Helper()
+	root := t.TempDir()
+	for name, text := range map[string]string{
+		"proc/sys/kernel/random/boot_id": "b\n", "proc/sys/kernel/osrelease": "6.17.0\n",
+		"proc/meminfo": "MemTotal:        8388608 kB\nMemFree: 1 kB\n", "proc/cpuinfo": "processor\t: 0\nmodel name\t: AMD EPYC 9554\n",
+	} {
+		path := filepath.Join(root, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return root
+}
+
+func localUser(t *testing.T) string {
+	t.Helper()
+	me, err := user.Current()
+	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(t.Context())
-	var stdout, stderr bytes.Buffer
-	done := make(chan int, 1)
-	go func() {
-		done <- execute(ctx, []string{"run", "--config", file, "--log-format", "json"}, &stdout, &stderr)
-	}()
-	socket := filepath.Join(dir, "run", "agent.sock")
-	deadline := time.Now().Add(30 * time.Second)
-	var doc string
-	for {
-		code, out, errOut := run(t, "status", "--socket", socket, "-o", "json")
-		if code == exitOK {
-			doc = out
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("no status: exit %d, %s", code, errOut)
-		}
+	return me.Username
+}
+
+func TestHostFactsAreReadAndTheReserveIsKept(t *testing.T) {
+	t.Parallel()
+	root, cfg := fakeRoot(t), config.Default()
+	cfg.Libvirt.QEMUUser = localUser(t)
+	h, err := readHost(root, cfg)
+	if err != nil || h.bootID != "b" || h.kernel != "6.17.0" || h.cpuBrand != "AMD EPYC 9554" || h.capacity.MemoryMiB != 8192-4096 {
+		t.Errorf("%+v %v", h, err)
 	}
-	matchesSchema(t, doc)
-	if !strings.Contains(doc, `"host-1"`) || !strings.Contains(doc, "no control link") {
-		t.Errorf("status is %s", doc)
+	cfg.Policy.ReserveMemoryMiB = 8192
+	if _, err := readHost(root, cfg); err == nil || contract.AsRefusal(err).Code != "config.reserve-too-large" {
+		t.Errorf("nothing left for guests: %v", err)
 	}
-	cancel()
-	if code := <-done; code != exitOK {
-		t.Errorf("exit %d after a graceful stop: %s", code, stderr.String())
+	cfg = config.Default()
+	cfg.Libvirt.QEMUUser = "nobody-of-that-name"
+	if _, err := readHost(root, cfg); err == nil || contract.AsRefusal(err).Code != "config.no-qemu-user" {
+		t.Errorf("no QEMU user: %v", err)
 	}
-	for line := range strings.Lines(stderr.String()) {
-		if !json.Valid([]byte(line)) {
-			t.Errorf("log line is no JSON: %s", line)
-		}
+	if err := os.Remove(filepath.Join(root, "proc/meminfo")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := readHost(root, config.Default()); err == nil {
+		t.Error("missing facts are made up")
+	}
+}
+
+// What cannot work is said at the start, naming the file and what to do.
+func TestAnAgentWithoutCredentialsDoesNotStart(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	cfg := config.Default()
+	cfg.HostID, cfg.Libvirt.QEMUUser, cfg.Policy.ReserveMemoryMiB = "host-1", localUser(t), 1
+	cfg.StateDir, cfg.RunDir, cfg.CacheDir = dir+"/state", dir+"/run", dir+"/cache"
+	cfg.Control.Servers, cfg.Control.CAFile, cfg.Control.CredsFile = []string{"tls://control.example:4222"}, dir+"/none.pem", dir+"/none.creds"
+	cfg.Control.IssuerKeys = []string{"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="}
+	err := runAgent(t.Context(), cfg, hclog.NewNullLogger())
+	if err == nil || !strings.Contains(err.Error(), "none.") {
+		t.Errorf("started, or failed without naming the file: %v", err)
+	}
+	if _, err := os.Stat(storeFile(cfg)); err == nil {
+		t.Error("the store was opened all the same")
 	}
 }

@@ -1,0 +1,306 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/user"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/image"
+	"github.com/confidential-node/agent/nodeagent/admin"
+	"github.com/confidential-node/agent/nodeagent/admit"
+	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/blob"
+	"github.com/confidential-node/agent/nodeagent/config"
+	"github.com/confidential-node/agent/nodeagent/lifecycle"
+	"github.com/confidential-node/agent/nodeagent/output"
+)
+
+func socketFile(cfg config.Config) string { return filepath.Join(cfg.RunDir, admin.SocketName) }
+func guestsDir(cfg config.Config) string  { return filepath.Join(cfg.RunDir, "guests") }
+func storeFile(cfg config.Config) string  { return filepath.Join(cfg.StateDir, "state.db") }
+func spoolDir(cfg config.Config) string   { return filepath.Join(cfg.StateDir, "spool") }
+
+// makeDirs makes the agent's folders. QEMU runs as another user and must pass
+// through to boot copies and ciphertext, but list neither.
+func makeDirs(cfg config.Config) error {
+	for dir, mode := range map[string]os.FileMode{cfg.RunDir: 0o711, guestsDir(cfg): 0o711, cfg.CacheDir: 0o711, cfg.StateDir: 0o700} {
+		if err := os.MkdirAll(dir, mode); err != nil {
+			return fmt.Errorf("making the agent's folders: %w", err)
+		}
+	}
+	return nil
+}
+
+// hostFacts are what the agent needs to know of its host once.
+type hostFacts struct {
+	bootID, cpuBrand, kernel string
+	capacity                 admit.Capacity
+	qemuUID, qemuGID         uint32
+}
+
+// readHost reads the facts below root.
+func readHost(root string, cfg config.Config) (hostFacts, error) {
+	read := func(name string) (string, error) {
+		text, err := os.ReadFile(filepath.Join(root, name))
+		return strings.TrimSpace(string(text)), err
+	}
+	var h hostFacts
+	var errs [4]error
+	var meminfo, cpuinfo string
+	h.bootID, errs[0] = read("proc/sys/kernel/random/boot_id")
+	h.kernel, errs[1] = read("proc/sys/kernel/osrelease")
+	meminfo, errs[2] = read("proc/meminfo")
+	cpuinfo, errs[3] = read("proc/cpuinfo")
+	if err := errors.Join(errs[:]...); err != nil {
+		return h, fmt.Errorf("reading host facts: %w", err)
+	}
+	total, err := strconv.ParseUint(field(meminfo, "MemTotal", " kB"), 10, 64)
+	if err != nil {
+		return h, fmt.Errorf("reading host facts: MemTotal: %w", err)
+	}
+	h.cpuBrand = field(cpuinfo, "model name", "")
+	mib := total / 1024
+	if mib <= cfg.Policy.ReserveMemoryMiB {
+		return h, contract.Refuse("config.reserve-too-large", "lower policy.reserve_memory_mib", "the host has %d MiB of memory and keeps %d", mib, cfg.Policy.ReserveMemoryMiB)
+	}
+	h.capacity = admit.Capacity{VCPUs: runtime.NumCPU(), MemoryMiB: mib - cfg.Policy.ReserveMemoryMiB}
+	account, err := user.Lookup(cfg.Libvirt.QEMUUser)
+	if err != nil {
+		return h, contract.Refuse("config.no-qemu-user", "install libvirt, or set libvirt.qemu_user", "there is no user %q", cfg.Libvirt.QEMUUser).Because(err)
+	}
+	uid, errUID := strconv.ParseUint(account.Uid, 10, 32)
+	gid, errGID := strconv.ParseUint(account.Gid, 10, 32)
+	h.qemuUID, h.qemuGID = uint32(uid), uint32(gid)
+	return h, errors.Join(errUID, errGID)
+}
+
+// field returns the first value of "name : value" lines, without a suffix.
+func field(text, name, suffix string) string {
+	lines := bufio.NewScanner(strings.NewReader(text))
+	for lines.Scan() {
+		if key, value, ok := strings.Cut(lines.Text(), ":"); ok && strings.TrimSpace(key) == name {
+			return strings.TrimSuffix(strings.TrimSpace(value), suffix)
+		}
+	}
+	return ""
+}
+
+func dnsOf(cfg config.Config) []string {
+	out := make([]string, 0, len(cfg.Network.DNS))
+	for _, addr := range cfg.Network.DNS {
+		out = append(out, addr.String())
+	}
+	return out
+}
+
+// objectStoreClient trusts the system's roots and one CA more.
+func objectStoreClient(caFile string) (*http.Client, error) {
+	pool, err := x509.SystemCertPool()
+	if err != nil {
+		return nil, fmt.Errorf("reading the system's roots: %w", err)
+	}
+	if caFile != "" {
+		text, err := readLimited(caFile, 1<<20)
+		if err != nil {
+			return nil, err
+		}
+		if !pool.AppendCertsFromPEM(text) {
+			return nil, fmt.Errorf("blob.ca_file %s holds no certificate", caFile)
+		}
+	}
+	return blob.Client(&http.Transport{
+		Proxy: http.ProxyFromEnvironment, TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12},
+		MaxIdleConnsPerHost: 64, IdleConnTimeout: time.Minute,
+	}), nil
+}
+
+// images is the catalogue at the moment.
+func (a *agent) images() ([]admit.Image, error) {
+	entries, err := image.LoadCatalogue(a.cfg.ImageDirs)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]admit.Image, 0, len(entries))
+	for _, e := range entries {
+		out = append(out, admit.Image{Dir: e.Dir, Description: *e.Description})
+	}
+	return out, nil
+}
+
+// endorsements are read anew each time: the operator may replace them. What
+// is missing stays empty; the verifier says so.
+func (a *agent) endorsements() contract.Endorsements {
+	read := func(name string) []byte {
+		data, err := readLimited(filepath.Join(a.cfg.EndorsementsDir, name), 256<<10)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			a.log.Warn("reading endorsements", "file", name, "err", err)
+		}
+		return data
+	}
+	return contract.Endorsements{VCEK: read("vcek.der"), ASK: read("ask.der"), ARK: read("ark.der"), CRL: read("crl.der")}
+}
+
+// afterReady makes commands wait until every guest of an earlier run was
+// decided on.
+type afterReady struct{ guests *lifecycle.Manager }
+
+func (e afterReady) Execute(ctx context.Context, cmd *api.Command) ([]*api.Event, error) {
+	select {
+	case <-e.guests.Ready():
+		return e.guests.Execute(ctx, cmd)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// blobs and spoolsOf give package blob the shapes that lifecycle wants.
+type blobs struct{ *blob.Cache }
+
+func (b blobs) Fetch(ctx context.Context, ref lifecycle.Blob, owner string) (string, error) {
+	return b.Cache.Fetch(ctx, blob.Ref(ref), owner, nil)
+}
+
+type spoolsOf struct{ *blob.Spools }
+
+func (s spoolsOf) Open(guestID string, names []string, quota int64) (lifecycle.Spool, error) {
+	spool, err := s.Spools.Open(guestID, names, quota)
+	return spoolOf{spool}, err
+}
+
+func (s spoolsOf) Upload(ctx context.Context, guestID string, e lifecycle.Entry, putURL string) error {
+	return s.Spools.Upload(ctx, guestID, blob.Entry(e), putURL)
+}
+
+type spoolOf struct{ *blob.Spool }
+
+func (s spoolOf) Entries() ([]lifecycle.Entry, error) {
+	found, err := s.Spool.Entries()
+	out := make([]lifecycle.Entry, 0, len(found))
+	for _, e := range found {
+		out = append(out, lifecycle.Entry(e))
+	}
+	return out, err
+}
+
+func (s spoolOf) Receive(ctx context.Context, name string, r io.Reader) (lifecycle.Entry, error) {
+	e, err := s.Spool.Receive(ctx, name, r)
+	return lifecycle.Entry(e), err
+}
+
+// heartbeat and capability are what the control plane is told of the host.
+func (a *agent) heartbeat() *api.Heartbeat {
+	h := &api.Heartbeat{UptimeSeconds: uint64(time.Since(a.started).Seconds()), Guests: uint32(len(a.guests.Snapshot()))}
+	epoch, epochErr := a.store.Epoch()
+	_, cordoned, cordonErr := a.store.Cordon()
+	waiting, outboxErr := a.store.OutboxLen()
+	if err := errors.Join(epochErr, cordonErr, outboxErr); err != nil {
+		a.log.Error("reading the store for a heartbeat", "err", err)
+		return h
+	}
+	h.IssuerEpoch, h.StoreId, h.Cordoned, h.Outbox = epoch.Number, epoch.StoreID[:], cordoned, uint64(waiting)
+	return h
+}
+
+func (a *agent) capability() *api.Capability {
+	version := buildVersion()
+	c := &api.Capability{
+		Protocol: api.CapabilityVersion, AgentVersion: version.Version, EmulatedBuild: version.Emulated, Tee: a.cfg.TEE, Features: api.Features(),
+		MaxVcpus: uint32(a.cfg.Policy.MaxVCPUs), MaxMemoryMib: min(a.cfg.Policy.MaxMemoryMiB, a.host.capacity.MemoryMiB),
+		CpuBrand: a.host.cpuBrand, Kernel: a.host.kernel,
+	}
+	epoch, err := a.store.Epoch()
+	if err != nil {
+		a.log.Error("reading the store for a capability report", "err", err)
+	}
+	c.IssuerEpoch, c.StoreId = epoch.Number, epoch.StoreID[:]
+	images, err := a.images()
+	if err != nil {
+		a.log.Error("reading the image catalogue", "err", err)
+	}
+	for _, i := range images {
+		c.Images = append(c.Images, &api.BootImage{
+			FirmwareSha256: unhex(i.Description.Firmware.SHA256), KernelSha256: unhex(i.Description.Kernel.SHA256),
+			InitrdSha256: unhex(i.Description.Initrd.SHA256), Cmdline: i.Description.Cmdline,
+		})
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if c.LibvirtVersion, c.QemuVersion, err = a.driver.Versions(ctx); err != nil {
+		a.log.Warn("asking libvirt for its version", "err", err)
+	}
+	return c
+}
+
+// status is a snapshot. What does not answer is a finding, not an error: the
+// rest is still worth seeing.
+func (a *agent) status(ctx context.Context) (admin.Status, error) {
+	version, link := buildVersion(), a.link.Status()
+	s := admin.Status{
+		Header: output.NewHeader("Status"), HostID: a.cfg.HostID, Version: version.Version, Emulated: version.Emulated, TEE: a.cfg.TEE,
+		StartedAt: a.started, Guests: []admin.Guest{}, Warnings: []string{},
+		Control: admin.Control{Connected: link.Connected, Server: link.Server, LastRoundTrip: link.LastRoundTrip, LastError: link.LastError},
+	}
+	warn := func(format string, args ...any) { s.Warnings = append(s.Warnings, fmt.Sprintf(format, args...)) }
+	epoch, epochErr := a.store.Epoch()
+	reason, cordoned, cordonErr := a.store.Cordon()
+	waiting, outboxErr := a.store.OutboxLen()
+	if err := errors.Join(epochErr, cordonErr, outboxErr); err != nil {
+		warn("store: %v; look at the agent's log", err)
+	}
+	s.IssuerEpoch, s.Cordoned, s.CordonReason, s.Outbox = epoch.Number, cordoned, reason, waiting
+	if lib, qemu, err := a.driver.Versions(ctx); err != nil {
+		s.Hypervisor = "not reachable"
+		warn("libvirt at %s: %v; check that libvirtd (or virtqemud) runs", a.cfg.Libvirt.URI, err)
+	} else {
+		s.Hypervisor = fmt.Sprintf("libvirt %s, hypervisor %s", lib, qemu)
+	}
+	findings, err := a.network.Findings(ctx)
+	if err != nil {
+		warn("network: %v", err)
+	}
+	for _, f := range findings {
+		warn("%s: %s; %s", f.Code, f.Message, f.Remedy)
+	}
+	for _, g := range a.guests.Snapshot() {
+		guest := admin.Guest{
+			ID: g.ID, Generation: g.Generation, Status: statusWord(g.Status), GuestPhase: string(g.Phase),
+			Since: g.Since, VCPUs: g.VCPUs, MemoryMiB: g.MemoryMiB,
+		}
+		if g.Refusal != nil {
+			guest.Reason = g.Refusal.Error()
+		}
+		if g.Finding != "" {
+			warn("guest %s: %s", g.ID, g.Finding)
+		}
+		s.Guests = append(s.Guests, guest)
+	}
+	return s, nil
+}
+
+// statusWord is the wire's name without its prefix, in lower case.
+func statusWord(s api.GuestStatus) string {
+	return strings.ToLower(strings.TrimPrefix(s.String(), "GUEST_STATUS_"))
+}
+
+// unhex decodes what the catalogue has already checked.
+func unhex(s string) []byte {
+	out, err := hex.DecodeString(s)
+	if err != nil {
+		return nil
+	}
+	return out
+}
