@@ -70,6 +70,13 @@ func newHost(t *testing.T) *host {
 // life starts an agent; hook may be nil.
 func (h *host) life(ctx context.Context, hook func(string)) *lifecycle.Manager {
 	h.t.Helper()
+	m, _ := h.lifeUntil(ctx, hook)
+	return m
+}
+
+// lifeUntil starts an agent and says when nothing of it goes on any more.
+func (h *host) lifeUntil(ctx context.Context, hook func(string)) (_ *lifecycle.Manager, ended <-chan struct{}) {
+	h.t.Helper()
 	w := h.world
 	tee, err := platform.Select(config.Default())
 	if err != nil {
@@ -85,12 +92,14 @@ func (h *host) life(ctx context.Context, hook func(string)) *lifecycle.Manager {
 	if err != nil {
 		h.t.Fatal(err)
 	}
+	done := make(chan struct{})
 	go func() {
+		defer close(done)
 		if err := m.Run(ctx); err != nil && ctx.Err() == nil {
 			h.t.Errorf("manager: %v", err)
 		}
 	}()
-	return m
+	return m, done
 }
 
 // command is a launch that this host can carry out.
@@ -327,7 +336,7 @@ func TestTheAgentsEndEndsNoGuest(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)
 	ctx, cancel := context.WithCancel(t.Context())
-	m := h.life(ctx, nil)
+	m, over := h.lifeUntil(ctx, nil)
 	if err := h.execute(ctx, m, h.command(nil)); err != nil {
 		t.Fatal(err)
 	}
@@ -335,6 +344,9 @@ func TestTheAgentsEndEndsNoGuest(t *testing.T) {
 		pause(t.Context())
 	}
 	cancel()
+	// Lives of one test share the process: the listener that the first closes
+	// on its way out must not be the second's.
+	<-over
 	h.world.ProcessDied()
 	ctx, cancel = context.WithCancel(t.Context())
 	defer cancel()
