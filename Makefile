@@ -5,13 +5,18 @@ EMULATED_TAGS := libvirt_dlopen,emulated
 LINTER        := .cache/bin/golangci-lint
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test lint fmt generate check-dirty bench clean
+.PHONY: help setup demo build test lint fmt generate check-dirty bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## install what building and testing need (root)
 	@.ci/setup.sh
+
+demo: setup ## run the main job on this machine, step by step with times; cleans up after itself
+	@go build -tags $(EMULATED_TAGS) -o .cache/trial/bin/demo ./tests/demo
+	@.cache/trial/bin/demo build
+	@.cache/trial/bin/demo
 
 build: setup ## build the agent into bin/
 	go build -trimpath -tags $(TAGS) -o bin/nodeagent ./nodeagent

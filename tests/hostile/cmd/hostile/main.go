@@ -1,0 +1,179 @@
+// Command hostile is the init of a guest that tries what a guest must not be
+// able to do, and posts what it found. Then it waits to be ended. For tests.
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/net/icmp"
+	"golang.org/x/net/ipv6"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/tests/hostile"
+	"github.com/confidential-node/agent/vm/guest/boot"
+	"github.com/confidential-node/agent/vm/guest/metadata"
+)
+
+// tryTimeout bounds one try.
+const tryTimeout = 2 * time.Second
+
+func main() {
+	if os.Getpid() != 1 {
+		fmt.Fprintln(os.Stderr, "hostile: this program is the first process of a test's guest and does nothing else")
+		os.Exit(2)
+	}
+	// Nobody can be told of an error; the test misses the report.
+	_ = attack(context.Background())
+	_ = boot.PowerOff()
+	os.Exit(1)
+}
+
+func attack(ctx context.Context) error {
+	if err := errors.Join(boot.Mounts(), boot.Modules()); err != nil {
+		return err
+	}
+	device, err := boot.LinkUp(ctx)
+	if err != nil {
+		return err
+	}
+	host := metadata.New(device)
+	raw, err := host.Manifest(ctx)
+	if err != nil {
+		return err
+	}
+	m, err := contract.ParseManifest(raw)
+	if err != nil {
+		return err
+	}
+	facts, err := host.Network(ctx)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(boot.Configure(device, facts), host.Status(ctx, contract.GuestStatus{Phase: contract.PhaseBooted})); err != nil {
+		return err
+	}
+	stop := make(chan struct{})
+	go func() { _ = boot.PowerButton(ctx, func() { close(stop) }) }()
+	for {
+		if err := post(ctx, m.Env[hostile.EnvCollector], report(ctx, m, facts, device)); err != nil {
+			return err
+		}
+		select {
+		case <-stop:
+			return nil
+		case <-time.After(tryTimeout):
+		}
+	}
+}
+
+func report(ctx context.Context, m *contract.Manifest, facts contract.NetworkFacts, device string) hostile.Report {
+	r := hostile.Report{LaunchID: m.LaunchID, Address: facts.Address, Reached: map[string]string{}, Disks: disks(), Neighbours: neighbours(device)}
+	for _, entry := range strings.Split(m.Env[hostile.EnvTargets], ",") {
+		if name, target, ok := strings.Cut(entry, "="); ok {
+			r.Reached[name] = reach(ctx, target)
+		}
+	}
+	for _, address := range []string{contract.MetadataAddr + "%25" + device, facts.Gateway, "169.254.169.254"} {
+		try, cancel := context.WithTimeout(ctx, tryTimeout)
+		raw, err := metadata.At("http://" + net.JoinHostPort(address, strconv.Itoa(contract.MetadataPort))).Manifest(try)
+		cancel()
+		if err != nil {
+			continue
+		}
+		if seen, err := contract.ParseManifest(raw); err == nil {
+			r.Metadata = append(r.Metadata, seen.LaunchID)
+		}
+	}
+	return r
+}
+
+func reach(ctx context.Context, target string) string {
+	conn, err := (&net.Dialer{Timeout: tryTimeout}).DialContext(ctx, "tcp", target)
+	if err != nil {
+		return err.Error()
+	}
+	_ = conn.Close()
+	return hostile.Open
+}
+
+func disks() []string {
+	files, err := filepath.Glob("/sys/block/*/serial")
+	if err != nil {
+		return []string{err.Error()}
+	}
+	var out []string
+	for _, f := range files {
+		text, err := os.ReadFile(f)
+		if err != nil {
+			text = []byte(err.Error())
+		}
+		out = append(out, string(bytes.TrimSpace(text)))
+	}
+	return out
+}
+
+// neighbours pings all nodes of the link.
+func neighbours(device string) []string {
+	conn, err := icmp.ListenPacket("ip6:ipv6-icmp", "::")
+	if err != nil {
+		return []string{err.Error()}
+	}
+	defer conn.Close() //nolint:errcheck // only read from
+	message := icmp.Message{Type: ipv6.ICMPTypeEchoRequest, Body: &icmp.Echo{ID: 7, Seq: 1, Data: []byte("anybody")}}
+	packet, err := message.Marshal(nil)
+	if err == nil {
+		_, err = conn.WriteTo(packet, &net.IPAddr{IP: net.IPv6linklocalallnodes, Zone: device})
+	}
+	if err == nil {
+		err = conn.SetReadDeadline(time.Now().Add(tryTimeout))
+	}
+	if err != nil {
+		return []string{err.Error()}
+	}
+	seen := map[string]bool{}
+	buffer := make([]byte, 1500)
+	for {
+		n, from, err := conn.ReadFrom(buffer)
+		if err != nil {
+			break
+		}
+		if m, err := icmp.ParseMessage(58, buffer[:n]); err == nil && m.Type == ipv6.ICMPTypeEchoReply {
+			host, _, _ := strings.Cut(from.String(), "%")
+			seen[host] = true
+		}
+	}
+	var out []string
+	for address := range seen {
+		out = append(out, address)
+	}
+	return out
+}
+
+func post(ctx context.Context, url string, r hostile.Report) error {
+	text, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(text))
+	if err != nil {
+		return err
+	}
+	resp, err := (&http.Client{Timeout: 10 * time.Second}).Do(req)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(io.Discard, io.LimitReader(resp.Body, 1<<10))
+	return errors.Join(err, resp.Body.Close())
+}
