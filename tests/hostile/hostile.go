@@ -11,6 +11,9 @@ const (
 	EnvCollector = "ATTACK_COLLECTOR"
 )
 
+// Port is where an attacker listens, so that others have something to reach.
+const Port = 8000
+
 // Report is what one attacker found.
 type Report struct {
 	// LaunchID is the attacker's own.
@@ -24,6 +27,8 @@ type Report struct {
 	Metadata []string `json:"metadata"`
 	// Disks are the serial numbers of all block devices.
 	Disks []string `json:"disks"`
+	// LinkLocal is the attacker's own link-local address.
+	LinkLocal string `json:"link_local"`
 	// Neighbours are the IPv6 addresses that answered an echo to all nodes.
 	Neighbours []string `json:"neighbours"`
 }

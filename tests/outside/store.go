@@ -124,7 +124,7 @@ func (s *Store) Objects() (map[string][]byte, error) {
 // Replace overwrites an object behind everybody's back, as a hostile store
 // does.
 func (s *Store) Replace(bucket, key string, data []byte) error {
-	_, err := s.backend.PutObject(bucket, key, nil, strings.NewReader(string(data)), int64(len(data)), nil)
+	_, err := s.backend.PutObject(bucket, key, map[string]string{}, strings.NewReader(string(data)), int64(len(data)), nil)
 	return err
 }
 

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/net/icmp"
@@ -64,6 +65,9 @@ func attack(ctx context.Context) error {
 	if err := errors.Join(boot.Configure(device, facts), host.Status(ctx, contract.GuestStatus{Phase: contract.PhaseBooted})); err != nil {
 		return err
 	}
+	if err := listen(ctx); err != nil {
+		return err
+	}
 	stop := make(chan struct{})
 	go func() { _ = boot.PowerButton(ctx, func() { close(stop) }) }()
 	for {
@@ -78,13 +82,39 @@ func attack(ctx context.Context) error {
 	}
 }
 
+// listen accepts connections for as long as the guest lives.
+func listen(ctx context.Context) error {
+	ln, err := (&net.ListenConfig{}).Listen(ctx, "tcp", fmt.Sprintf(":%d", hostile.Port))
+	if err != nil {
+		return err
+	}
+	go func() {
+		for {
+			conn, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			_ = conn.Close()
+		}
+	}()
+	return nil
+}
+
 func report(ctx context.Context, m *contract.Manifest, facts contract.NetworkFacts, device string) hostile.Report {
-	r := hostile.Report{LaunchID: m.LaunchID, Address: facts.Address, Reached: map[string]string{}, Disks: disks(), Neighbours: neighbours(device)}
+	r := hostile.Report{LaunchID: m.LaunchID, Address: facts.Address, Reached: map[string]string{}, Disks: disks(), Neighbours: neighbours(device), LinkLocal: linkLocal(device)}
+	var mu sync.Mutex // guards r.Reached
+	var tries sync.WaitGroup
 	for _, entry := range strings.Split(m.Env[hostile.EnvTargets], ",") {
 		if name, target, ok := strings.Cut(entry, "="); ok {
-			r.Reached[name] = reach(ctx, target)
+			tries.Go(func() {
+				what := reach(ctx, target)
+				mu.Lock()
+				defer mu.Unlock()
+				r.Reached[name] = what
+			})
 		}
 	}
+	tries.Wait()
 	for _, address := range []string{contract.MetadataAddr + "%25" + device, facts.Gateway, "169.254.169.254"} {
 		try, cancel := context.WithTimeout(ctx, tryTimeout)
 		raw, err := metadata.At("http://" + net.JoinHostPort(address, strconv.Itoa(contract.MetadataPort))).Manifest(try)
@@ -106,6 +136,23 @@ func reach(ctx context.Context, target string) string {
 	}
 	_ = conn.Close()
 	return hostile.Open
+}
+
+func linkLocal(device string) string {
+	link, err := net.InterfaceByName(device)
+	if err != nil {
+		return err.Error()
+	}
+	addrs, err := link.Addrs()
+	if err != nil {
+		return err.Error()
+	}
+	for _, a := range addrs {
+		if ip, _, err := net.ParseCIDR(a.String()); err == nil && ip.IsLinkLocalUnicast() {
+			return ip.String()
+		}
+	}
+	return ""
 }
 
 func disks() []string {
