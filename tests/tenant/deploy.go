@@ -148,7 +148,9 @@ type plan struct {
 }
 
 // Deploy brings a confidential guest up to the accepted command. It registers
-// policy and keys at the broker before it asks the control plane.
+// policy and keys at the broker before it asks the control plane, and returns
+// when the node has answered: a launch it refuses leaves nothing behind. A
+// node that stays silent may still answer; then the deployment stays.
 func (t *Tenant) Deploy(ctx context.Context, o DeployOptions) (*Deployment, error) {
 	if err := o.check(); err != nil {
 		return nil, err
@@ -194,11 +196,12 @@ func (t *Tenant) undo(ctx context.Context, p *plan) error {
 	}
 	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
-	var withdrawn error
-	if p.d.Stage == StageRegistered {
-		withdrawn = t.broker.DeleteLaunch(undo, p.d.LaunchID)
+	if p.d.Stage != StagePrepared {
+		if err := t.broker.DeleteLaunch(undo, p.d.LaunchID); err != nil {
+			return fmt.Errorf("withdrawing the keys of launch %s at the broker, delete it there: %w", p.d.LaunchID, err)
+		}
 	}
-	return errors.Join(withdrawn, os.RemoveAll(t.state.path(p.d.Name)))
+	return os.RemoveAll(t.state.path(p.d.Name))
 }
 
 // prepare does what may fail without a trace first, then opens the state.
@@ -363,7 +366,32 @@ func (t *Tenant) launch(ctx context.Context, p *plan) error {
 	}
 	p.sent = true
 	p.d.Stage, p.d.GuestID, p.d.CommandID, p.d.Node = StageLaunched, launched.GuestID, launched.CommandID, launched.Node
-	return t.state.save(p.d)
+	if err := t.state.save(p.d); err != nil {
+		return err
+	}
+	return t.answer(ctx, p)
+}
+
+// answer waits for the node's word on the launch.
+func (t *Tenant) answer(ctx context.Context, p *plan) error {
+	t.report.Step("waiting for the node's answer")
+	within, cancel := context.WithTimeout(ctx, t.answerWithin)
+	defer cancel()
+	for {
+		g, err := t.control.Guest(within, p.d.GuestID)
+		if err == nil && (g.ended() || g.Status != api.GuestStatus_GUEST_STATUS_UNSPECIFIED) {
+			p.sent = !g.Refused // what was refused needs no keys
+			return t.outcome(ctx, p.d, g)
+		}
+		if wait(within, pollInterval) == nil {
+			continue
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("waiting for the node's answer, the launch is on its way: %w", ctx.Err())
+		}
+		t.report.Step("the node has not answered yet; tenant status " + p.d.Name + " shows when it does")
+		return nil
+	}
 }
 
 func (t *Tenant) command(ctx context.Context, p *plan) (*api.LaunchGuest, error) {

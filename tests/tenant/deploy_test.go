@@ -2,6 +2,7 @@ package tenant
 
 import (
 	"bytes"
+	"context"
 	"encoding/hex"
 	"errors"
 	"io"
@@ -9,13 +10,16 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"filippo.io/age"
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
 )
 
 // options deploys one sealed input and one result.
@@ -173,7 +177,7 @@ func TestForbiddenDeploymentsEndInTheirRefusal(t *testing.T) {
 	w := newWorld(t)
 	image, _ := w.push(0)
 	gpg := w.file("model.gpg", "-----BEGIN PGP MESSAGE-----\n\nhQEM\n")
-	for key, body := range map[string]string{"model.gpg": "\x85\x01\x0c\x03rest of a session key packet", "armoured": "-----BEGIN PGP MESSAGE-----\n", "plain": plaintext} {
+	for key, body := range map[string]string{"model.gpg": "\x85\x01\x0c\x03rest of a session key packet", "armoured": "-----BEGIN PGP MESSAGE-----\n", "plain": plaintext, "sealed.age": "age-encryption.org/v1\n"} {
 		w.plant(key, body)
 	}
 	key := w.file("k", string(mustKey(t)))
@@ -206,6 +210,15 @@ func TestForbiddenDeploymentsEndInTheirRefusal(t *testing.T) {
 			o.Models = []string{"encrypted://" + bucket + "/plain"}
 			o.EncryptionKey = "file://" + key
 		}},
+		{"sealed input called plain", codeAlreadySealed, func(o *DeployOptions) { o.Datasets = []string{"s3://" + bucket + "/sealed.age"} }},
+		{"sealed file called plain", codeAlreadySealed, func(o *DeployOptions) {
+			o.Models = []string{"file://" + w.file("m.age", "age-encryption.org/v1\n-> X25519 a\n")}
+		}},
+		{"armoured age file", codeAlreadySealed, func(o *DeployOptions) {
+			o.Models = []string{"file://" + w.file("m.txt", "-----BEGIN AGE ENCRYPTED FILE-----\n")}
+		}},
+		{"gpg file to be sealed here", codeFormatGPG, func(o *DeployOptions) { o.Models = []string{"file://" + gpg} }},
+		{"armoured gpg to be sealed here", codeFormatGPG, func(o *DeployOptions) { o.Datasets = []string{"s3://" + bucket + "/armoured"} }},
 		{"encrypted without key", codeUsage, func(o *DeployOptions) { o.Models = []string{"encrypted://" + bucket + "/plain"} }},
 		{"missing object", "tenant.object-not-found", func(o *DeployOptions) {
 			o.Models = []string{"encrypted://" + bucket + "/none"}
@@ -288,14 +301,13 @@ func TestComplianceAndAuditAreDemandedFromTheNode(t *testing.T) {
 	image, _ := w.push(0)
 	o := w.options(image)
 	o.Compliance, o.AuditLogging = "hipaa", true
-	if _, err := w.tenant.Deploy(t.Context(), o); err != nil {
+	if _, err := w.tenant.Deploy(t.Context(), o); code(err) != api.CodeFeatureUnknown || ExitCode(err) != ExitPrecondition {
 		t.Fatal(err)
 	}
-	if _, err := w.tenant.Wait(t.Context(), "job"); code(err) != api.CodeFeatureUnknown || ExitCode(err) != ExitPrecondition {
-		t.Fatal(err)
+	if w.launches() != 0 || w.tenant.Known("job") {
+		t.Fatal("a launch the node refused left keys or a deployment behind")
 	}
 	w.node.features = map[string]bool{"compliance.hipaa": true, "audit.log": true}
-	o.Replace = true
 	if _, err := w.tenant.Deploy(t.Context(), o); err != nil {
 		t.Fatal(err)
 	}
@@ -327,6 +339,63 @@ func TestNamesAreUsedOnce(t *testing.T) {
 	}
 }
 
+// launches counts what the broker has registered.
+func (w *world) launches() int {
+	w.t.Helper()
+	entries, err := os.ReadDir(filepath.Join(w.dir, "broker", "launches"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return len(entries)
+}
+
+func TestASilentNodeMayStillAnswer(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.node.silent, w.tenant.answerWithin = true, time.Millisecond
+	if d := w.deploy(); d.Stage != StageLaunched || w.launches() != 1 {
+		t.Fatalf("%+v, %d launches", d, w.launches())
+	}
+	if !slices.ContainsFunc(w.steps.text, func(s string) bool { return strings.Contains(s, "has not answered yet") }) {
+		t.Fatalf("nothing says so: %q", w.steps.text)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	w.tenant.answerWithin = time.Hour
+	err := w.tenant.answer(ctx, &plan{d: &Deployment{Name: "job", GuestID: w.guest().state.GuestID}})
+	if ExitCode(err) != ExitTimeout {
+		t.Fatalf("the user's own timeout: %v", err)
+	}
+}
+
+func TestALaunchThatFailsAtOnceIsKeptToLookAt(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.node.status = api.GuestStatus_GUEST_STATUS_FAILED
+	image, _ := w.push(0)
+	if _, err := w.tenant.Deploy(t.Context(), w.options(image)); code(err) != "tenant.guest-failed" {
+		t.Fatal(err)
+	}
+	if !w.tenant.Known("job") {
+		t.Fatal("its deployment was forgotten")
+	}
+}
+
+func TestKeysThatCannotBeWithdrawnAreNotForgotten(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	image, _ := w.push(0)
+	w.node.fail = contract.Refuse("control.full", "wait", "no room")
+	w.node.onLaunch = w.broker.Close
+	_, err := w.tenant.Deploy(t.Context(), w.options(image))
+	if code(err) != "control.full" || !errors.Is(err, brokeradmin.ErrUnreachable) || !strings.Contains(err.Error(), "withdrawing the keys of launch ") {
+		t.Fatal(err)
+	}
+	if !w.tenant.Known("job") {
+		t.Fatal("the name of a launch whose keys are out is gone")
+	}
+}
+
 func TestRefusedLaunchWithdrawsTheKeysButSilenceDoesNot(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -335,19 +404,12 @@ func TestRefusedLaunchWithdrawsTheKeysButSilenceDoesNot(t *testing.T) {
 	if _, err := w.tenant.Deploy(t.Context(), w.options(image)); code(err) != "control.full" {
 		t.Fatal(err)
 	}
-	launches := func() int {
-		entries, err := os.ReadDir(filepath.Join(w.dir, "broker", "launches"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(entries)
-	}
-	if launches() != 0 {
+	if w.launches() != 0 {
 		t.Fatal("the broker still holds keys of a refused launch")
 	}
 	w.node.fail = errors.New("connection lost")
-	if _, err := w.tenant.Deploy(t.Context(), w.options(image)); err == nil || launches() != 1 {
-		t.Fatalf("%v, %d launches", err, launches())
+	if _, err := w.tenant.Deploy(t.Context(), w.options(image)); err == nil || w.launches() != 1 {
+		t.Fatalf("%v, %d launches", err, w.launches())
 	}
 	if !w.tenant.Known("job") {
 		t.Fatal("a launch that may have happened was forgotten")

@@ -1,6 +1,7 @@
 package tenant
 
 import (
+	"bufio"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -8,6 +9,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -129,6 +131,69 @@ func TestResultsTheGuestDidNotSignAreRefused(t *testing.T) {
 				t.Fatalf("something was opened: %v %v", entries, err)
 			}
 		})
+	}
+}
+
+// A host can keep results back; it cannot make that look like anything else.
+func TestResultsThatAreKeptBackAreMissedByName(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	image, _ := w.push(0)
+	o := w.options(image)
+	o.Results = append(o.Results, "second.json")
+	d, err := w.tenant.Deploy(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.tenant.WaitRunning(t.Context(), "job"); err != nil {
+		t.Fatal(err)
+	}
+	out := t.TempDir()
+	if _, err := w.tenant.Results(t.Context(), "job", out); code(err) != "tenant.results-not-found" || ExitCode(err) != ExitNotFound {
+		t.Fatalf("no list: %v", err)
+	}
+	g := w.guest()
+	g.finish(t, map[string]string{"report.json": plaintext, "second.json": plaintext}, g.resultKey)
+	if _, err := w.objects.DeleteObject(bucket, w.tenant.resultPath(d, "second.json")); err != nil {
+		t.Fatal(err)
+	}
+	_, err = w.tenant.Results(t.Context(), "job", out)
+	if code(err) != "tenant.result-not-found" || !strings.Contains(err.Error(), "second.json") {
+		t.Fatalf("one of two: %v", err)
+	}
+	if entries, err := os.ReadDir(out); err != nil || len(entries) != 0 {
+		t.Fatalf("half a result set was opened: %v %v", entries, err)
+	}
+}
+
+// The server's answer is a host's word until it was verified: it must not
+// fill the client's memory before.
+func TestAnEndlessHeaderIsNoEvidence(t *testing.T) {
+	t.Parallel()
+	client, server := net.Pipe()
+	sent := make(chan int, 1)
+	go func() {
+		if _, err := http.ReadRequest(bufio.NewReader(server)); err != nil {
+			t.Error(err)
+		}
+		n, _ := io.WriteString(server, "HTTP/1.1 200 OK\r\n")
+		for line := "X-More: " + strings.Repeat("a", 1<<10) + "\r\n"; ; {
+			more, err := io.WriteString(server, line)
+			if n += more; err != nil || n > 4<<20 {
+				sent <- n
+				_ = server.Close()
+				return
+			}
+		}
+	}()
+	if _, err := fetchEvidence(t.Context(), client, "guest.example", []byte("nonce")); err == nil {
+		t.Error("accepted")
+	}
+	if err := client.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if n := <-sent; n > contract.MaxEvidenceBytes+maxEvidenceHead+8<<10 {
+		t.Errorf("%d bytes were read", n)
 	}
 }
 

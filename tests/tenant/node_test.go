@@ -43,6 +43,12 @@ type fakeNode struct {
 	guests map[string]*fakeGuest
 	// fail makes the next Launch fail without an answer.
 	fail error
+	// onLaunch is called before each Launch is answered.
+	onLaunch func()
+	// silent nodes never say what became of a launch; status is what others
+	// say, running unless set.
+	silent bool
+	status api.GuestStatus
 	// swap changes a command before the guest is started from it.
 	swap func(*api.LaunchGuest)
 }
@@ -61,6 +67,9 @@ type fakeGuest struct {
 func (n *fakeNode) Launch(_ context.Context, node string, l *api.LaunchGuest, features []string) (Launched, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if n.onLaunch != nil {
+		n.onLaunch()
+	}
 	if n.fail != nil {
 		return Launched{}, n.fail
 	}
@@ -69,6 +78,9 @@ func (n *fakeNode) Launch(_ context.Context, node string, l *api.LaunchGuest, fe
 	}
 	id := uuid.NewString()
 	g := &fakeGuest{node: n, command: l, evidence: map[string][]byte{}, state: Guest{GuestID: id, Node: n.host, Status: api.GuestStatus_GUEST_STATUS_RUNNING}}
+	if n.silent || n.status != api.GuestStatus_GUEST_STATUS_UNSPECIFIED {
+		g.state.Status = n.status
+	}
 	for _, f := range features {
 		if !n.features[f] && !slices.Contains(api.Features(), f) {
 			g.state.Status, g.state.Refused = api.GuestStatus_GUEST_STATUS_UNSPECIFIED, true

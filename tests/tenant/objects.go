@@ -88,9 +88,15 @@ func newS3(p *StoreProfile) (ObjectStore, error) {
 
 func storeError(doing string, err error) error {
 	if resp := minio.ToErrorResponse(err); resp.StatusCode == http.StatusNotFound {
-		return contract.Refuse("tenant.object-not-found", "check bucket and key, or upload the object first", "%s: the object store has no such object", doing)
+		return contract.Refuse(codeObjectNotFound, "check bucket and key, or upload the object first", "%s: the object store has no such object", doing)
 	}
 	return fmt.Errorf("%s: %w", doing, err)
+}
+
+// noObject reports whether the store answered that there is no such object.
+func noObject(err error) bool {
+	refused, ok := errors.AsType[*contract.Refusal](err)
+	return ok && refused.Code == codeObjectNotFound
 }
 
 func (s *s3Store) Put(ctx context.Context, bucket, key string, r io.Reader, size int64) error {
@@ -186,7 +192,11 @@ func (t *Tenant) input(ctx context.Context, prefix string, s source, key *dataKe
 			return DeployedObject{}, err
 		}
 		defer r.Close() //nolint:errcheck // only read from
-		return t.sealAndPut(ctx, s.name, prefix+s.name+".age", r, size, key)
+		plain, err := checkPlain(s.key, r)
+		if err != nil {
+			return DeployedObject{}, err
+		}
+		return t.sealAndPut(ctx, s.name, prefix+s.name+".age", plain, size, key)
 	default:
 		f, err := os.Open(s.path)
 		if err != nil {
@@ -197,7 +207,11 @@ func (t *Tenant) input(ctx context.Context, prefix string, s source, key *dataKe
 		if err != nil {
 			return DeployedObject{}, fmt.Errorf("opening input %s: %w", s.name, err)
 		}
-		return t.sealAndPut(ctx, s.name, prefix+s.name+".age", f, info.Size(), key)
+		plain, err := checkPlain(s.path, f)
+		if err != nil {
+			return DeployedObject{}, err
+		}
+		return t.sealAndPut(ctx, s.name, prefix+s.name+".age", plain, info.Size(), key)
 	}
 }
 
