@@ -3,11 +3,8 @@ package main
 import (
 	"crypto/x509"
 	"encoding/hex"
-	"encoding/pem"
 	"fmt"
 	"io"
-	"strconv"
-	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -104,15 +101,17 @@ func (f *verifyFlags) expectations() (verify.Expectations, error) {
 		}
 		x.Digests = append(x.Digests, raw)
 	}
-	if x.MinTCB, err = parseTCB(f.minTCB); err != nil {
-		return x, err
+	if f.minTCB != "" {
+		if x.MinTCB, err = contract.ParseTCB(f.minTCB); err != nil {
+			return x, usageError("--min-tcb: %w", err)
+		}
 	}
 	for _, name := range f.emulatedRoots {
-		cert, err := readCertificate(name)
+		root, err := readRoot(name)
 		if err != nil {
 			return x, err
 		}
-		x.EmulatedRoots = append(x.EmulatedRoots, cert)
+		x.EmulatedRoots = append(x.EmulatedRoots, root)
 	}
 	if f.imageFile != "" {
 		data, err := readLimited(f.imageFile, contract.MaxImageDescriptionBytes)
@@ -120,46 +119,22 @@ func (f *verifyFlags) expectations() (verify.Expectations, error) {
 			return x, err
 		}
 		if x.TrustedImage, err = contract.ParseImageDescription(data); err != nil {
-			return x, err
+			return x, usageError("--image %s: %w", f.imageFile, err)
 		}
 	}
 	return x, nil
 }
 
-// parseTCB decodes "snp=27,microcode=86". Components left out have no floor.
-func parseTCB(text string) (contract.TCB, error) {
-	var tcb contract.TCB
-	if text == "" {
-		return tcb, nil
-	}
-	fields := map[string]*uint8{
-		"fmc": &tcb.FMC, "boot-loader": &tcb.BootLoader, "tee": &tcb.TEE, "snp": &tcb.SNP, "microcode": &tcb.Microcode,
-	}
-	for part := range strings.SplitSeq(text, ",") {
-		name, value, _ := strings.Cut(part, "=")
-		field, known := fields[strings.TrimSpace(name)]
-		v, err := strconv.ParseUint(strings.TrimSpace(value), 0, 8)
-		if !known || err != nil {
-			return tcb, usageError("--min-tcb: %q is not one of fmc, boot-loader, tee, snp, microcode = 0..255", part)
-		}
-		*field = uint8(v)
-	}
-	return tcb, nil
-}
-
-func readCertificate(name string) (*x509.Certificate, error) {
+func readRoot(name string) (*x509.Certificate, error) {
 	data, err := readLimited(name, 64<<10)
 	if err != nil {
 		return nil, err
 	}
-	if block, _ := pem.Decode(data); block != nil {
-		data = block.Bytes
-	}
-	cert, err := x509.ParseCertificate(data)
+	root, err := snp.ParseEmulatedRoot(data)
 	if err != nil {
-		return nil, fmt.Errorf("reading certificate %s: %w", name, err)
+		return nil, usageError("--allow-emulated-root %s: %w", name, err)
 	}
-	return cert, nil
+	return root, nil
 }
 
 func newVerdict(r snp.Result) verdict {

@@ -243,7 +243,7 @@ func (t *Tenant) expectations(raw []byte, d *Deployment, o VerifyOptions) (verif
 		AllowDevelopmentImage: o.AllowDevelopmentImage || t.profile.Verify.AllowDevelopmentImage,
 		AllowMilan:            o.AllowMilan || t.profile.Verify.AllowMilan,
 	}
-	more, err := readCertificates(o.AllowEmulatedRoots)
+	more, err := readRoots(o.AllowEmulatedRoots)
 	if err != nil {
 		return x, err
 	}

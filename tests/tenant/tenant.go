@@ -62,7 +62,7 @@ func Open(p *Profile, report Reporter, options ...Option) (*Tenant, error) {
 	for _, o := range options {
 		o(t)
 	}
-	if t.roots, err = readCertificates(p.Verify.AllowEmulatedRoots); err != nil {
+	if t.roots, err = readRoots(p.Verify.AllowEmulatedRoots); err != nil {
 		return nil, err
 	}
 	return t, errors.Join(t.openBroker(), t.openRegistry(), t.openStore(), t.openControl())
