@@ -3,9 +3,7 @@ package main
 import (
 	"crypto/x509"
 	"encoding/hex"
-	"fmt"
 	"io"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -19,16 +17,8 @@ import (
 // verdict is the document of `nodeagent verify`.
 type verdict struct {
 	output.Header
-	OK     bool           `json:"ok"`
-	Checks []verdictCheck `json:"checks"`
-}
-
-type verdictCheck struct {
-	Name   string `json:"name"`
-	Status string `json:"status"`
-	Want   string `json:"want,omitempty"`
-	Got    string `json:"got,omitempty"`
-	Why    string `json:"why,omitempty"`
+	OK     bool        `json:"ok"`
+	Checks []snp.Check `json:"checks"`
 }
 
 type verifyFlags struct {
@@ -59,8 +49,13 @@ The evidence itself is never a source of expectations: take the launch digest fr
 			if err != nil {
 				return err
 			}
-			doc := newVerdict(verify.Bundle(data, x))
-			if err := format.Print(cmd.OutOrStdout(), doc, doc.table); err != nil {
+			result := verify.Bundle(data, x)
+			doc := verdict{output.NewHeader("Verdict"), result.OK(), result.Checks}
+			err = format.Print(cmd.OutOrStdout(), doc, func(w io.Writer) error {
+				_, err := io.WriteString(w, verify.Text(&result))
+				return err
+			})
+			if err != nil {
 				return err
 			}
 			if !doc.OK {
@@ -135,40 +130,4 @@ func readRoot(name string) (*x509.Certificate, error) {
 		return nil, usageError("--allow-emulated-root %s: %w", name, err)
 	}
 	return root, nil
-}
-
-func newVerdict(r snp.Result) verdict {
-	v := verdict{Header: output.NewHeader("Verdict"), OK: r.OK()}
-	for _, c := range r.Checks {
-		v.Checks = append(v.Checks, verdictCheck{c.Name, string(c.Status), c.Want, c.Got, c.Why})
-	}
-	return v
-}
-
-func (v verdict) table(out io.Writer) error {
-	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
-	held := 0
-	for _, c := range v.Checks {
-		mark := "✗"
-		switch c.Status {
-		case string(snp.Pass):
-			mark = "✓"
-			held++
-		case string(snp.Skip):
-			mark = "-"
-		}
-		fmt.Fprintf(w, "%s\t%s\t%s\n", mark, c.Name, c.Why)
-		if c.Status == string(snp.Fail) && c.Want != "" {
-			fmt.Fprintf(w, "\t\texpected %s\n\t\tfound    %s\n", c.Want, c.Got)
-		}
-	}
-	if err := w.Flush(); err != nil {
-		return err
-	}
-	word := "the evidence does NOT hold"
-	if v.OK {
-		word = "the evidence holds"
-	}
-	_, err := fmt.Fprintf(out, "%d of %d checks hold: %s\n", held, len(v.Checks), word)
-	return err
 }

@@ -27,12 +27,13 @@ const (
 
 // Check is one named finding. Names are stable.
 type Check struct {
-	Name   string
-	Status Status
+	Name   string `json:"name"`
+	Status Status `json:"status"`
 	// Want and Got are the compared values, "" where there are none.
-	Want, Got string
+	Want string `json:"want,omitempty"`
+	Got  string `json:"got,omitempty"`
 	// Why is one sentence for people: what holds, or what to do.
-	Why string
+	Why string `json:"why,omitempty"`
 }
 
 // Result is every check that was made.

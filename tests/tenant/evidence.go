@@ -371,21 +371,10 @@ func (t *Tenant) predictFor(raw []byte) []string {
 
 // MarshalJSON encodes the checks, for programs.
 func (v *Verdict) MarshalJSON() ([]byte, error) {
-	type check struct {
-		Name   string `json:"name"`
-		Status string `json:"status"`
-		Want   string `json:"want,omitempty"`
-		Got    string `json:"got,omitempty"`
-		Why    string `json:"why,omitempty"`
-	}
-	doc := struct {
-		APIVersion string  `json:"apiVersion"`
-		Kind       string  `json:"kind"`
-		OK         bool    `json:"ok"`
-		Checks     []check `json:"checks"`
-	}{APIVersion: "tenant/v1", Kind: "Verdict", OK: v.OK()}
-	for _, c := range v.Checks {
-		doc.Checks = append(doc.Checks, check{c.Name, string(c.Status), c.Want, c.Got, c.Why})
-	}
-	return json.Marshal(doc)
+	return json.Marshal(struct {
+		APIVersion string      `json:"apiVersion"`
+		Kind       string      `json:"kind"`
+		OK         bool        `json:"ok"`
+		Checks     []snp.Check `json:"checks"`
+	}{"tenant/v1", "Verdict", v.OK(), v.Checks})
 }

@@ -34,7 +34,7 @@ func TestAttestedJobIsWaitedForAndItsResultsAreOpened(t *testing.T) {
 	if _, err := w.tenant.WaitRunning(t.Context(), "job"); err != nil {
 		t.Fatal(err)
 	}
-	g.finish(t, map[string]string{"report.json": plaintext}, g.resultKey)
+	g.finish(t, map[string]string{"report.json": plaintext}, g.ResultKey)
 	if state, err := w.tenant.Wait(t.Context(), "job"); err != nil || state.Status != api.GuestStatus_GUEST_STATUS_FINISHED {
 		t.Fatal(err)
 	}
@@ -74,12 +74,12 @@ func TestResultsTheGuestDidNotSignAreRefused(t *testing.T) {
 		},
 		"file swapped by the host": func(t *testing.T, w *world, d *Deployment, g *fakeGuest) {
 			t.Helper()
-			g.finish(t, map[string]string{"report.json": "genuine"}, g.resultKey)
+			g.finish(t, map[string]string{"report.json": "genuine"}, g.ResultKey)
 			overwrite(t, w, d, "report.json", []byte("age-encryption.org/v1 forged"))
 		},
 		"file changed, same size": func(t *testing.T, w *world, d *Deployment, g *fakeGuest) {
 			t.Helper()
-			g.finish(t, map[string]string{"report.json": "genuine"}, g.resultKey)
+			g.finish(t, map[string]string{"report.json": "genuine"}, g.ResultKey)
 			r, _, err := w.tenant.store.Get(t.Context(), bucket, w.tenant.resultPath(d, "report.json"))
 			if err != nil {
 				t.Fatal(err)
@@ -93,7 +93,7 @@ func TestResultsTheGuestDidNotSignAreRefused(t *testing.T) {
 		},
 		"list of another launch": func(t *testing.T, w *world, d *Deployment, g *fakeGuest) {
 			t.Helper()
-			list, err := contract.SealResults(&contract.ResultManifest{Version: contract.ResultsVersion, LaunchID: strings.Repeat("0", 32), Results: []contract.ResultEntry{}}, g.resultKey)
+			list, err := contract.SealResults(&contract.ResultManifest{Version: contract.ResultsVersion, LaunchID: strings.Repeat("0", 32), Results: []contract.ResultEntry{}}, g.ResultKey)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -103,7 +103,7 @@ func TestResultsTheGuestDidNotSignAreRefused(t *testing.T) {
 			t.Helper()
 			list, err := contract.SealResults(&contract.ResultManifest{Version: contract.ResultsVersion, LaunchID: d.LaunchID, Results: []contract.ResultEntry{
 				{Name: "extra", SHA256: strings.Repeat("0", 64), Size: 1},
-			}}, g.resultKey)
+			}}, g.ResultKey)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -153,7 +153,7 @@ func TestResultsThatAreKeptBackAreMissedByName(t *testing.T) {
 		t.Fatalf("no list: %v", err)
 	}
 	g := w.guest()
-	g.finish(t, map[string]string{"report.json": plaintext, "second.json": plaintext}, g.resultKey)
+	g.finish(t, map[string]string{"report.json": plaintext, "second.json": plaintext}, g.ResultKey)
 	if _, err := w.objects.DeleteObject(bucket, w.tenant.resultPath(d, "second.json")); err != nil {
 		t.Fatal(err)
 	}
@@ -205,7 +205,7 @@ func TestMissingResultIsNamed(t *testing.T) {
 		t.Fatal(err)
 	}
 	g := w.guest()
-	g.finish(t, nil, g.resultKey)
+	g.finish(t, nil, g.ResultKey)
 	r, err := w.tenant.Results(t.Context(), "job", t.TempDir())
 	if err != nil || len(r.Files) != 0 || len(r.Missing) != 1 {
 		t.Fatalf("%+v %v", r, err)
@@ -389,7 +389,7 @@ func TestCallReachesTheAttestedGuestOnly(t *testing.T) {
 	w.deploy()
 	g := w.guest()
 	var asked atomic.Int32
-	addr := endpoint(t, g, certificate(t, g.tlsKey), &asked)
+	addr := endpoint(t, g, certificate(t, g.TLSKey), &asked)
 	client, err := w.tenant.HTTPClient("job", addr, VerifyOptions{})
 	if err != nil {
 		t.Fatal(err)

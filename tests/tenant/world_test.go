@@ -34,6 +34,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp/snptest"
+	"github.com/confidential-node/agent/tests/attester"
 	"github.com/confidential-node/agent/tests/keybroker"
 )
 
@@ -44,11 +45,9 @@ const (
 	plaintext  = "canary: patient 4711 has a cold"
 )
 
-func testTCB() contract.TCB { return contract.TCB{BootLoader: 10, SNP: 27, Microcode: 86} }
-
 // testChain is made once: three P-384 keys are slow under the race detector.
 var testChain = sync.OnceValues(func() (*snptest.Chain, error) {
-	return snptest.NewChain(snptest.ProductEmulated, testTCB(), bytes.Repeat([]byte{7}, 64), time.Now())
+	return attester.NewChip(time.Now())
 })
 
 // world is everything outside the tenant, as real as it goes in one process.
