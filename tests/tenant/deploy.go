@@ -101,7 +101,34 @@ func (o *DeployOptions) check() error {
 			return refused
 		}
 	}
-	return nil
+	for _, port := range o.Ports {
+		if port < 1 || port > 65535 {
+			return Usage("--port %d is not 1 to 65535", port)
+		}
+	}
+	for _, name := range o.Results {
+		if !contract.ValidFileName(name) {
+			return Usage("--result %q is not a file name", name)
+		}
+	}
+	_, err := o.sources()
+	return err
+}
+
+// sources are datasets and models, each under a name of its own.
+func (o *DeployOptions) sources() ([]source, error) {
+	var out []source
+	for _, text := range slices.Concat(o.Datasets, o.Models) {
+		s, err := parseSource(text)
+		if err != nil {
+			return nil, err
+		}
+		if slices.ContainsFunc(out, func(other source) bool { return other.name == s.name }) {
+			return nil, Usage("two inputs are named %q; write NAME=URL for one of them", s.name)
+		}
+		out = append(out, s)
+	}
+	return out, nil
 }
 
 func (o *DeployOptions) defaults() {
@@ -288,14 +315,11 @@ func (t *Tenant) resultKey(p *plan) error {
 // seal brings every input into the store as ciphertext.
 func (t *Tenant) seal(ctx context.Context, p *plan) error {
 	prefix := p.d.Name + "/" + p.d.LaunchID + "/inputs/"
-	for _, text := range slices.Concat(p.o.Datasets, p.o.Models) {
-		s, err := parseSource(text)
-		if err != nil {
-			return err
-		}
-		if slices.ContainsFunc(p.d.Inputs, func(i DeployedObject) bool { return i.Name == s.name }) {
-			return Usage("two inputs are named %q; write NAME=URL for one of them", s.name)
-		}
+	sources, err := p.o.sources()
+	if err != nil {
+		return err
+	}
+	for _, s := range sources {
 		t.report.Step("input " + s.name)
 		object, err := t.input(ctx, prefix, s, p.key)
 		if err != nil {

@@ -181,6 +181,15 @@ func TestForbiddenDeploymentsEndInTheirRefusal(t *testing.T) {
 		w.plant(key, body)
 	}
 	key := w.file("k", string(mustKey(t)))
+	other, err := parseKey(mustKey(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sealed strings.Builder
+	if _, err := Seal(&sealed, strings.NewReader(plaintext), other.recipient); err != nil {
+		t.Fatal(err)
+	}
+	w.plant("other.age", sealed.String())
 	exposed := w.file("exposed", string(mustKey(t)))
 	if err := os.Chmod(exposed, 0o644); err != nil {
 		t.Fatal(err)
@@ -219,6 +228,9 @@ func TestForbiddenDeploymentsEndInTheirRefusal(t *testing.T) {
 		}},
 		{"gpg file to be sealed here", codeFormatGPG, func(o *DeployOptions) { o.Models = []string{"file://" + gpg} }},
 		{"armoured gpg to be sealed here", codeFormatGPG, func(o *DeployOptions) { o.Datasets = []string{"s3://" + bucket + "/armoured"} }},
+		{"sealed for another key", "tenant.key-mismatch", func(o *DeployOptions) {
+			o.Models, o.EncryptionKey = []string{"encrypted://" + bucket + "/other.age"}, "file://"+key
+		}},
 		{"encrypted without key", codeUsage, func(o *DeployOptions) { o.Models = []string{"encrypted://" + bucket + "/plain"} }},
 		{"missing object", "tenant.object-not-found", func(o *DeployOptions) {
 			o.Models = []string{"encrypted://" + bucket + "/none"}
@@ -420,7 +432,9 @@ func TestChangedImageFilesAreNotPredicted(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	image, _ := w.push(0)
-	w.file("image/kernel", "other")
+	if err := os.WriteFile(filepath.Join(w.profile.ImageDir, "kernel"), []byte("other"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := w.tenant.Deploy(t.Context(), w.options(image)); code(err) != "tenant.image-files-differ" {
 		t.Fatal(err)
 	}

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"filippo.io/age"
 	"github.com/minio/minio-go/v7"
 	"github.com/minio/minio-go/v7/pkg/credentials"
 
@@ -185,7 +186,11 @@ func parseSource(text string) (source, error) {
 func (t *Tenant) input(ctx context.Context, prefix string, s source, key *dataKey) (DeployedObject, error) {
 	switch s.scheme {
 	case "encrypted":
-		return t.sealedObject(ctx, s)
+		o, err := t.sealedObject(ctx, s)
+		if err != nil {
+			return DeployedObject{}, err
+		}
+		return o, t.opens(ctx, s, key)
 	case "s3":
 		r, size, err := t.store.Get(ctx, s.bucket, s.key)
 		if err != nil {
@@ -266,6 +271,25 @@ func (t *Tenant) sealedObject(ctx context.Context, s source) (DeployedObject, er
 	}
 	o := DeployedObject{Name: s.name, Bucket: s.bucket, Key: s.key, SHA256: sum.SHA256, Size: sum.Size}
 	return o, t.state.remember(o)
+}
+
+// opens refuses a key that is not one of the object's recipients: otherwise the
+// guest would find out, after its only release. It reads no more than a header.
+func (t *Tenant) opens(ctx context.Context, s source, key *dataKey) error {
+	r, _, err := t.store.Get(ctx, s.bucket, s.key)
+	if err != nil {
+		return err
+	}
+	defer r.Close() //nolint:errcheck // only read from
+	_, err = age.Decrypt(r, key.identity)
+	if _, other := errors.AsType[*age.NoIdentityMatchError](err); other {
+		return contract.Refuse("tenant.key-mismatch", "give the key it was sealed with as --encryption-key, or seal it again",
+			"the encryption key does not open %s/%s", s.bucket, s.key)
+	}
+	if err != nil {
+		return fmt.Errorf("opening %s/%s: %w", s.bucket, s.key, err)
+	}
+	return nil
 }
 
 // Upload puts a sealed file into the store at target, bucket/key or empty for
