@@ -100,8 +100,13 @@ func fetchEvidence(ctx context.Context, conn net.Conn, host string, nonce []byte
 	if err := req.Write(conn); err != nil {
 		return nil, fmt.Errorf("requesting evidence: %w", err)
 	}
+	return readEvidence(conn, req)
+}
+
+// readEvidence reads the answer to req. The server may be anybody.
+func readEvidence(r io.Reader, req *http.Request) ([]byte, error) {
 	// http.ReadResponse has no limit of its own for what stands before a body.
-	in := bufio.NewReader(io.LimitReader(conn, contract.MaxEvidenceBytes+maxEvidenceHead))
+	in := bufio.NewReader(io.LimitReader(r, contract.MaxEvidenceBytes+maxEvidenceHead))
 	resp, err := http.ReadResponse(in, req)
 	if err != nil {
 		return nil, fmt.Errorf("reading evidence: %w", err)

@@ -2,6 +2,7 @@ package tenant
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -434,4 +435,21 @@ func TestCallReachesTheAttestedGuestOnly(t *testing.T) {
 	if asked.Load() != 0 {
 		t.Fatal("a request reached a server that was not attested")
 	}
+}
+
+func FuzzReadEvidence(f *testing.F) {
+	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"))
+	f.Add([]byte("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"))
+	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\n\r\n"))
+	f.Add([]byte("HTTP/1.1 404 Not Found\r\n\r\n"))
+	req := httptest.NewRequest(http.MethodGet, evidencePath, nil)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		body, err := readEvidence(bytes.NewReader(data), req)
+		if (body == nil) == (err == nil) || len(body) > contract.MaxEvidenceBytes {
+			t.Errorf("%d bytes, %v", len(body), err)
+		}
+		if err == nil && !bytes.HasPrefix(data, []byte("HTTP/")) {
+			t.Errorf("evidence from %q", data)
+		}
+	})
 }
