@@ -9,6 +9,7 @@ package attester
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
@@ -63,6 +64,19 @@ func New(chip *snptest.Chain, manifest, measurement []byte) (*Guest, error) {
 	}, nil
 }
 
+// report is the chip's, signed, over the guest and what it asks to bind.
+func (g *Guest) report(data [contract.ReportDataSize]byte) ([]byte, error) {
+	version := snp.GenoaTCB(TCB())
+	r := snp.Report{
+		Version: 3, Policy: g.Policy, SigAlgo: 1, Family: 0x19, Model: 0x11, Stepping: 1,
+		CurrentTCB: version, ReportedTCB: version, CommittedTCB: version, LaunchTCB: version,
+		HostData: contract.HostData(g.Manifest), ReportData: data,
+		ChipID: [64]byte(chipID()), ReportIDMA: [32]byte(bytes.Repeat([]byte{0xff}, 32)),
+	}
+	copy(r.Measurement[:], g.Measurement)
+	return snptest.Sign(r.Marshal(), g.Chip.Key)
+}
+
 // Evidence answers a challenge.
 func (g *Guest) Evidence(nonce []byte) (*contract.Evidence, error) {
 	spki, err := x509.MarshalPKIXPublicKey(&g.TLSKey.PublicKey)
@@ -70,15 +84,7 @@ func (g *Guest) Evidence(nonce []byte) (*contract.Evidence, error) {
 		return nil, fmt.Errorf("encoding TLS key: %w", err)
 	}
 	resultKey := []byte(g.ResultKey[ed25519.SeedSize:])
-	version := snp.GenoaTCB(TCB())
-	r := snp.Report{
-		Version: 3, Policy: g.Policy, SigAlgo: 1, Family: 0x19, Model: 0x11, Stepping: 1,
-		CurrentTCB: version, ReportedTCB: version, CommittedTCB: version, LaunchTCB: version,
-		HostData: contract.HostData(g.Manifest), ReportData: contract.EvidenceReportData(nonce, spki, resultKey, nil),
-		ChipID: [64]byte(chipID()), ReportIDMA: [32]byte(bytes.Repeat([]byte{0xff}, 32)),
-	}
-	copy(r.Measurement[:], g.Measurement)
-	report, err := snptest.Sign(r.Marshal(), g.Chip.Key)
+	report, err := g.report(contract.EvidenceReportData(nonce, spki, resultKey, nil))
 	if err != nil {
 		return nil, err
 	}
@@ -86,4 +92,10 @@ func (g *Guest) Evidence(nonce []byte) (*contract.Evidence, error) {
 		Version: contract.EvidenceVersion, Nonce: nonce, TLSSPKI: spki, ResultKey: resultKey, Report: report,
 		Manifest: g.Manifest, Endorsements: g.Chip.Endorsements, Boot: g.Boot,
 	}, nil
+}
+
+// BrokerEvidence is what the guest's broker client asks for.
+func (g *Guest) BrokerEvidence(_ context.Context, data [contract.ReportDataSize]byte) (contract.BrokerEvidence, error) {
+	report, err := g.report(data)
+	return contract.BrokerEvidence{Report: report, Manifest: g.Manifest, Endorsements: g.Chip.Endorsements}, err
 }

@@ -39,6 +39,8 @@ import (
 	"github.com/confidential-node/agent/tests/keybroker"
 	"github.com/confidential-node/agent/tests/outside"
 	"github.com/confidential-node/agent/tests/tenant"
+	"github.com/confidential-node/agent/vm/guest/broker"
+	"github.com/confidential-node/agent/vm/guest/pin"
 )
 
 const (
@@ -61,6 +63,9 @@ type platform struct {
 
 	mu     sync.Mutex
 	guests map[string]*guest
+	// firmware is the launch digest of what the node really starts; nil is
+	// what it was told.
+	firmware []byte
 }
 
 type guest struct {
@@ -75,7 +80,7 @@ func newPlatform(t *testing.T) *platform {
 	if p.chip, err = attester.NewChip(time.Now()); err != nil {
 		t.Fatal(err)
 	}
-	broker, err := keybroker.New(keybroker.Config{
+	keys, err := keybroker.New(keybroker.Config{
 		StateDir: filepath.Join(p.dir, "broker"), AdminToken: brokerToken, EmulatedRoots: []*x509.Certificate{p.chip.Root},
 		AllowDevelopmentImage: true, Rate: 1000, Burst: 1000, Logger: hclog.NewNullLogger(),
 	})
@@ -85,7 +90,7 @@ func newPlatform(t *testing.T) *platform {
 	if p.objects, err = outside.NewStore("tenant", storeSecret, time.Now, "sealed", "data", "models"); err != nil {
 		t.Fatal(err)
 	}
-	brokerWeb, registryWeb := p.serve(broker.Handler()), p.serve(outside.Registry())
+	brokerWeb, registryWeb := p.serve(keys.Handler()), p.serve(outside.Registry())
 	p.storeWeb = p.serve(p.objects)
 	p.image = strings.TrimPrefix(registryWeb.URL, "https://") + "/team/llm:1"
 	if _, err := outside.Push(t.Context(), p.image, empty.Image, registryWeb.Client()); err != nil {
@@ -219,7 +224,15 @@ func (p *platform) Execute(ctx context.Context, cmd *api.Command) ([]*api.Event,
 		if err != nil {
 			return nil, err
 		}
+		if p.firmware != nil {
+			g.Measurement = p.firmware
+		}
 		p.guests[l.GetGuestId()] = &guest{g, l}
+		if err := boot(ctx, g); err != nil {
+			failed := state(l.GetGuestId(), api.GuestStatus_GUEST_STATUS_FAILED)
+			failed.GetGuestState().Refusal = api.RefusalToWire(contract.AsRefusal(err))
+			return []*api.Event{failed}, nil
+		}
 		return []*api.Event{state(l.GetGuestId(), api.GuestStatus_GUEST_STATUS_RUNNING)}, nil
 	case *api.Command_RequestEvidence:
 		id := v.RequestEvidence.GetGuestId()
@@ -239,6 +252,35 @@ func (p *platform) Execute(ctx context.Context, cmd *api.Command) ([]*api.Event,
 		return append(events, state(id, api.GuestStatus_GUEST_STATUS_FINISHED)), nil
 	}
 	return nil, nil
+}
+
+// boot gets a guest its keys with the init's own client of the broker.
+func boot(ctx context.Context, g *attester.Guest) error {
+	m, err := contract.ParseManifest(g.Manifest)
+	if err != nil {
+		return err
+	}
+	transport, err := pin.Transport(m.Broker)
+	if err != nil {
+		return err
+	}
+	c, err := broker.New(m.Broker.URL, transport)
+	if err != nil {
+		return err
+	}
+	if err := c.Attest(ctx, g.BrokerEvidence); err != nil {
+		return err
+	}
+	for _, in := range m.Inputs {
+		r, err := contract.ParseResource(in.Key)
+		if err != nil {
+			return err
+		}
+		if _, err := c.Resource(ctx, r); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // deliver seals, signs and uploads what the guest was asked for.

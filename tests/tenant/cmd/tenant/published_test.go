@@ -77,7 +77,7 @@ func TestThePublishedLinesRunOnAPlatform(t *testing.T) {
 	if got, err := os.ReadFile(filepath.Join(results, "report.json")); err != nil || string(got) != "result report.json" {
 		t.Errorf("result %q, %v", got, err)
 	}
-	if out := p.must("status", "llm"); !strings.Contains(out, "(asked for "+p.image+")") || !strings.Contains(out, "finished") || !strings.Contains(out, "0 of 1 releases") {
+	if out := p.must("status", "llm"); !strings.Contains(out, "(asked for "+p.image+")") || !strings.Contains(out, "finished") || !strings.Contains(out, "1 of 1 releases") {
 		t.Errorf("status prints\n%s", out)
 	}
 	if out := p.must("rotate-key", "llm", "--key-out", filepath.Join(p.dir, "K2")); strings.Count(out, "=encrypted://sealed/") != 2 {
@@ -89,14 +89,41 @@ func TestThePublishedLinesRunOnAPlatform(t *testing.T) {
 func TestAGPUThatNobodyAttestsDoesNotHold(t *testing.T) {
 	t.Parallel()
 	p := newPlatform(t)
-	p.must(p.deployLine("llm", p.sealedModel(), "--node", nodeName, "--gpu", "H100", "--count", "1")...)
-	code, out, _ := p.tenant("confidential", "attest", "llm", "--expected-gpu", "H100")
-	if code != tenant.ExitPrecondition || !strings.Contains(out, "✓ gpu-model") || !strings.Contains(out, "✗ gpu-evidence") {
-		t.Errorf("attest: exit %d\n%s", code, out)
+	code, _, errs := p.tenant(p.deployLine("llm", p.sealedModel(), "--node", nodeName, "--gpu", "H100", "--count", "1")...)
+	if code != tenant.ExitPrecondition || !strings.Contains(errs, "broker.gpu-evidence-missing") {
+		t.Errorf("deploy: exit %d, %s", code, errs)
 	}
-	code, _, errs := p.tenant("confidential", "verify", "llm", "--expected-image", p.image, "--expected-gpu", "H100")
+	code, _, errs = p.tenant("confidential", "verify", "llm", "--expected-image", p.image, "--expected-gpu", "H100")
 	if code != tenant.ExitPrecondition || !strings.Contains(errs, "tenant.evidence-missing") {
 		t.Errorf("verify: exit %d, %s", code, errs)
+	}
+}
+
+// What the broker refuses to a guest, the guest reports and the tenant sees.
+func TestTheBrokersReasonReachesTheTenant(t *testing.T) {
+	t.Parallel()
+	p := newPlatform(t)
+	key := p.sealedModel()
+	p.must(p.deployLine("llm", key, "--node", nodeName)...)
+	p.mu.Lock()
+	for _, g := range p.guests {
+		if err := boot(t.Context(), g.Guest); err == nil || !strings.Contains(err.Error(), "broker.release-exhausted") {
+			t.Errorf("a second boot of the same launch: %v", err)
+		}
+	}
+	p.firmware = make([]byte, 48)
+	p.mu.Unlock()
+	if out := p.must("status", "llm"); !strings.Contains(out, "1 of 1 releases, 1 refusals") || !strings.Contains(out, "broker.release-exhausted: ") ||
+		!strings.Contains(out, "    remedy: deploy again") {
+		t.Errorf("status prints\n%s", out)
+	}
+	code, _, errs := p.tenant(p.deployLine("swapped", key, "--node", nodeName)...)
+	if code != tenant.ExitPrecondition || strings.Count(errs, "tenant: refused: ") != 2 || !strings.Contains(errs, "code:   guest.broker-refused") ||
+		!strings.Contains(errs, "code:   broker.launch-digest") || !strings.Contains(errs, "boot exactly the firmware") {
+		t.Errorf("another firmware: exit %d\n%s", code, errs)
+	}
+	if out := p.must("status", "swapped"); !strings.Contains(out, "0 of 1 releases") {
+		t.Errorf("status prints\n%s", out)
 	}
 }
 
