@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -171,7 +170,8 @@ type plan struct {
 	resources map[string][]byte
 	secretEnv map[string]string
 	manifest  []byte
-	sent      bool // the command may have reached the control plane
+	aside     string // the deployment that had this name
+	sent      bool   // the command may have reached the control plane
 }
 
 // Deploy brings a confidential guest up to the accepted command. It registers
@@ -217,6 +217,7 @@ func (t *Tenant) carryOut(ctx context.Context, p *plan) error {
 
 // undo withdraws the keys and forgets the deployment, unless the command may
 // be on its way: then the guest needs its keys and the user needs the name.
+// A deployment that was to be replaced is back under its name.
 func (t *Tenant) undo(ctx context.Context, p *plan) error {
 	if p.sent {
 		return nil
@@ -228,7 +229,7 @@ func (t *Tenant) undo(ctx context.Context, p *plan) error {
 			return fmt.Errorf("withdrawing the keys of launch %s at the broker, delete it there: %w", p.d.LaunchID, err)
 		}
 	}
-	return os.RemoveAll(t.state.path(p.d.Name))
+	return t.state.forget(p.d.Name, p.aside)
 }
 
 // prepare does what may fail without a trace first, then opens the state.
@@ -276,7 +277,7 @@ func (t *Tenant) prepare(ctx context.Context, o *DeployOptions) (*plan, error) {
 	if o.GPU != "" {
 		p.d.GPU = &contract.GPU{Model: o.GPU, Count: max(o.GPUCount, 1)}
 	}
-	if err := t.state.create(o.Name, o.Replace); err != nil {
+	if p.aside, err = t.state.create(o.Name, o.Replace); err != nil {
 		return nil, err
 	}
 	return p, nil

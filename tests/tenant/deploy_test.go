@@ -349,6 +349,16 @@ func TestNamesAreUsedOnce(t *testing.T) {
 	if err != nil || len(names) != 2 {
 		t.Fatalf("%v %v", names, err)
 	}
+	o.AuditLogging = true
+	if _, err := w.tenant.Deploy(t.Context(), o); code(err) != api.CodeFeatureUnknown {
+		t.Fatal(err)
+	}
+	if d, err := w.tenant.state.load("job"); err != nil || d.LaunchID != second.LaunchID {
+		t.Fatalf("a refused replacement took the name of what runs: %+v %v", d, err)
+	}
+	if names, err := w.tenant.List(); err != nil || len(names) != 2 {
+		t.Fatalf("%v %v", names, err)
+	}
 }
 
 // launches counts what the broker has registered.

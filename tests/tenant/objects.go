@@ -88,8 +88,12 @@ func newS3(p *StoreProfile) (ObjectStore, error) {
 }
 
 func storeError(doing string, err error) error {
-	if resp := minio.ToErrorResponse(err); resp.StatusCode == http.StatusNotFound {
+	switch minio.ToErrorResponse(err).StatusCode {
+	case http.StatusNotFound:
 		return contract.Refuse(codeObjectNotFound, "check bucket and key, or upload the object first", "%s: the object store has no such object", doing)
+	case http.StatusForbidden:
+		return contract.Refuse("tenant.store-denied", "check access_key and secret_key_file of [store] in the profile, this machine's clock, and the account's rights on the bucket",
+			"%s: the object store denies access", doing).Because(err)
 	}
 	return fmt.Errorf("%s: %w", doing, err)
 }

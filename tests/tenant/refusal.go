@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io/fs"
 	"net"
+	"net/url"
 	"os"
 	"strings"
 
@@ -53,7 +54,8 @@ func ExitCode(err error) int {
 		return refusalExit(refused.Code)
 	}
 	_, network := errors.AsType[*net.OpError](err)
-	if network || errors.Is(err, brokeradmin.ErrUnreachable) || errors.Is(err, ErrUnreachable) {
+	_, request := errors.AsType[*url.Error](err) // no answer, or none over TLS with the pinned CA
+	if network || request || errors.Is(err, brokeradmin.ErrUnreachable) || errors.Is(err, ErrUnreachable) {
 		return ExitUnreachable
 	}
 	if errors.Is(err, fs.ErrNotExist) {

@@ -60,6 +60,8 @@ type platform struct {
 	objects  *outside.Store
 	storeWeb *httptest.Server
 	chip     *snptest.Chain
+	// controlCA issued none of the other services' certificates.
+	controlCA []byte
 
 	mu     sync.Mutex
 	guests map[string]*guest
@@ -104,6 +106,7 @@ func newPlatform(t *testing.T) *platform {
 		t.Fatal(err)
 	}
 	t.Cleanup(plane.Close)
+	p.controlCA = plane.CAPEM()
 	profile, err := toml.Marshal(tenant.Profile{
 		StateDir: filepath.Join(p.dir, "state"), ImageDir: imagetest.Folder(t), GuestHost: "127.0.0.1",
 		ControlPlane: tenant.ControlPlaneProfile{URL: plane.URL(), CAFile: p.file("control-ca.pem", plane.CAPEM()), TokenFile: p.file("control-token", []byte(plane.Token()))},

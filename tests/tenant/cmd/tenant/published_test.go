@@ -179,10 +179,20 @@ func TestAWrongSecretAndASilentServiceAreTold(t *testing.T) {
 	p := newPlatform(t)
 	key := p.sealedModel()
 	p.file("store-secret", []byte("another"))
-	if code, _, errs := p.tenant(p.deployLine("job", key)...); code != tenant.ExitFailed || !strings.Contains(errs, "data/records.csv") || !strings.Contains(errs, "remedy: ") {
+	if code, _, errs := p.tenant(p.deployLine("job", key)...); code != tenant.ExitPrecondition ||
+		!strings.Contains(errs, "data/records.csv: the object store denies access") || !strings.Contains(errs, "secret_key_file") {
 		t.Errorf("wrong secret: exit %d, %s", code, errs)
 	}
 	p.file("store-secret", []byte(storeSecret))
+	pinned, err := os.ReadFile(filepath.Join(p.dir, "ca.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.file("ca.pem", p.controlCA)
+	if code, _, errs := p.tenant(p.deployLine("job", key)...); code != tenant.ExitUnreachable || !strings.Contains(errs, "certificate") || !strings.Contains(errs, "its url and ca_file") {
+		t.Errorf("another CA: exit %d, %s", code, errs)
+	}
+	p.file("ca.pem", pinned)
 	p.storeWeb.Close()
 	if code, _, errs := p.tenant(p.deployLine("job", key)...); code != tenant.ExitUnreachable || !strings.Contains(errs, "its url and ca_file") {
 		t.Errorf("no store: exit %d, %s", code, errs)
