@@ -16,6 +16,11 @@ import (
 	"time"
 
 	"filippo.io/age"
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
@@ -162,6 +167,41 @@ func TestTagKeepsTheDigestOfDeployment(t *testing.T) {
 	}
 	if _, err := w.tenant.VerifyDeployment("job", VerifyOptions{ExpectedImage: "elsewhere/app:1"}); code(err) != "tenant.image-unpinned" {
 		t.Fatal(err)
+	}
+}
+
+func TestAnImageOfSeveralPlatformsIsPinnedToOneOfThem(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	child, err := mutate.Config(empty.Image, v1.Config{Cmd: []string{"amd64"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	index := mutate.AppendManifests(empty.Index, mutate.IndexAddendum{
+		Add: child, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "amd64"}},
+	})
+	digest, err := index.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref := strings.TrimPrefix(w.registry.URL, "https://") + "/team/app@" + digest.String()
+	parsed, err := name.ParseReference(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.WriteIndex(parsed, index, remote.WithTransport(w.registry.Client().Transport)); err != nil {
+		t.Fatal(err)
+	}
+	d, err := w.tenant.Deploy(t.Context(), w.options(ref))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want, err := child.Digest(); err != nil || !strings.HasSuffix(d.Image, want.String()) {
+		t.Fatalf("deployed %s, %v", d.Image, err)
+	}
+	v, err := w.tenant.Attest(t.Context(), "job", VerifyOptions{ExpectedImage: ref})
+	if err != nil || !v.OK() {
+		t.Fatalf("the reference that was deployed is not the one expected: %+v %v", v.Failed(), err)
 	}
 }
 

@@ -308,11 +308,9 @@ func (t *Tenant) trustedImage(x *verify.Expectations, file string) error {
 
 // pinnedImage turns an expected image into one with digest. A tag means what
 // it meant when this tool deployed it: a registry's answer of today is no
-// ground for trust.
+// ground for trust. The same goes for the digest of an image of several
+// platforms, of which deploy took one.
 func (t *Tenant) pinnedImage(ref string) (string, error) {
-	if _, _, _, err := contract.SplitImage(ref); err == nil {
-		return ref, nil
-	}
 	names, err := t.state.list()
 	if err != nil {
 		return "", err
@@ -327,6 +325,9 @@ func (t *Tenant) pinnedImage(ref string) (string, error) {
 			return "", contract.Refuse("tenant.image-unpinned", "give the image as REF@sha256:DIGEST", "%q meant several digests in your deployments", ref)
 		}
 		pinned = d.Image
+	}
+	if _, _, _, err := contract.SplitImage(ref); pinned == "" && err == nil {
+		return ref, nil
 	}
 	if pinned == "" {
 		return "", contract.Refuse("tenant.image-unpinned", "give the image as REF@sha256:DIGEST", "%q is a tag that no deployment of yours resolved", ref)
