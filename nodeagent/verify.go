@@ -3,12 +3,7 @@ package main
 import (
 	"crypto/x509"
 	"encoding/hex"
-	"encoding/pem"
-	"fmt"
 	"io"
-	"strconv"
-	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -22,16 +17,8 @@ import (
 // verdict is the document of `nodeagent verify`.
 type verdict struct {
 	output.Header
-	OK     bool           `json:"ok"`
-	Checks []verdictCheck `json:"checks"`
-}
-
-type verdictCheck struct {
-	Name   string `json:"name"`
-	Status string `json:"status"`
-	Want   string `json:"want,omitempty"`
-	Got    string `json:"got,omitempty"`
-	Why    string `json:"why,omitempty"`
+	OK     bool        `json:"ok"`
+	Checks []snp.Check `json:"checks"`
 }
 
 type verifyFlags struct {
@@ -62,8 +49,13 @@ The evidence itself is never a source of expectations: take the launch digest fr
 			if err != nil {
 				return err
 			}
-			doc := newVerdict(verify.Bundle(data, x))
-			if err := format.Print(cmd.OutOrStdout(), doc, doc.table); err != nil {
+			result := verify.Bundle(data, x)
+			doc := verdict{output.NewHeader("Verdict"), result.OK(), result.Checks}
+			err = format.Print(cmd.OutOrStdout(), doc, func(w io.Writer) error {
+				_, err := io.WriteString(w, verify.Text(&result))
+				return err
+			})
+			if err != nil {
 				return err
 			}
 			if !doc.OK {
@@ -104,15 +96,17 @@ func (f *verifyFlags) expectations() (verify.Expectations, error) {
 		}
 		x.Digests = append(x.Digests, raw)
 	}
-	if x.MinTCB, err = parseTCB(f.minTCB); err != nil {
-		return x, err
+	if f.minTCB != "" {
+		if x.MinTCB, err = contract.ParseTCB(f.minTCB); err != nil {
+			return x, usageError("--min-tcb: %w", err)
+		}
 	}
 	for _, name := range f.emulatedRoots {
-		cert, err := readCertificate(name)
+		root, err := readRoot(name)
 		if err != nil {
 			return x, err
 		}
-		x.EmulatedRoots = append(x.EmulatedRoots, cert)
+		x.EmulatedRoots = append(x.EmulatedRoots, root)
 	}
 	if f.imageFile != "" {
 		data, err := readLimited(f.imageFile, contract.MaxImageDescriptionBytes)
@@ -120,80 +114,20 @@ func (f *verifyFlags) expectations() (verify.Expectations, error) {
 			return x, err
 		}
 		if x.TrustedImage, err = contract.ParseImageDescription(data); err != nil {
-			return x, err
+			return x, usageError("--image %s: %w", f.imageFile, err)
 		}
 	}
 	return x, nil
 }
 
-// parseTCB decodes "snp=27,microcode=86". Components left out have no floor.
-func parseTCB(text string) (contract.TCB, error) {
-	var tcb contract.TCB
-	if text == "" {
-		return tcb, nil
-	}
-	fields := map[string]*uint8{
-		"fmc": &tcb.FMC, "boot-loader": &tcb.BootLoader, "tee": &tcb.TEE, "snp": &tcb.SNP, "microcode": &tcb.Microcode,
-	}
-	for part := range strings.SplitSeq(text, ",") {
-		name, value, _ := strings.Cut(part, "=")
-		field, known := fields[strings.TrimSpace(name)]
-		v, err := strconv.ParseUint(strings.TrimSpace(value), 0, 8)
-		if !known || err != nil {
-			return tcb, usageError("--min-tcb: %q is not one of fmc, boot-loader, tee, snp, microcode = 0..255", part)
-		}
-		*field = uint8(v)
-	}
-	return tcb, nil
-}
-
-func readCertificate(name string) (*x509.Certificate, error) {
+func readRoot(name string) (*x509.Certificate, error) {
 	data, err := readLimited(name, 64<<10)
 	if err != nil {
 		return nil, err
 	}
-	if block, _ := pem.Decode(data); block != nil {
-		data = block.Bytes
-	}
-	cert, err := x509.ParseCertificate(data)
+	root, err := snp.ParseEmulatedRoot(data)
 	if err != nil {
-		return nil, fmt.Errorf("reading certificate %s: %w", name, err)
+		return nil, usageError("--allow-emulated-root %s: %w", name, err)
 	}
-	return cert, nil
-}
-
-func newVerdict(r snp.Result) verdict {
-	v := verdict{Header: output.NewHeader("Verdict"), OK: r.OK()}
-	for _, c := range r.Checks {
-		v.Checks = append(v.Checks, verdictCheck{c.Name, string(c.Status), c.Want, c.Got, c.Why})
-	}
-	return v
-}
-
-func (v verdict) table(out io.Writer) error {
-	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
-	held := 0
-	for _, c := range v.Checks {
-		mark := "✗"
-		switch c.Status {
-		case string(snp.Pass):
-			mark = "✓"
-			held++
-		case string(snp.Skip):
-			mark = "-"
-		}
-		fmt.Fprintf(w, "%s\t%s\t%s\n", mark, c.Name, c.Why)
-		if c.Status == string(snp.Fail) && c.Want != "" {
-			fmt.Fprintf(w, "\t\texpected %s\n\t\tfound    %s\n", c.Want, c.Got)
-		}
-	}
-	if err := w.Flush(); err != nil {
-		return err
-	}
-	word := "the evidence does NOT hold"
-	if v.OK {
-		word = "the evidence holds"
-	}
-	_, err := fmt.Fprintf(out, "%d of %d checks hold: %s\n", held, len(v.Checks), word)
-	return err
+	return root, nil
 }

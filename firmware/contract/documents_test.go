@@ -406,3 +406,21 @@ func TestRefusalsSayMessageAndCode(t *testing.T) {
 		t.Errorf("a wrapped refusal is lost: %v", got)
 	}
 }
+
+func TestTCBsAreReadStrictly(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]contract.TCB{
+		"snp=27,microcode=86":           {SNP: 27, Microcode: 86},
+		"fmc=1, boot-loader=0x0a tee=2": {FMC: 1, BootLoader: 10, TEE: 2},
+		(contract.TCB{SNP: 9}).String(): {SNP: 9},
+	} {
+		if got, err := contract.ParseTCB(text); err != nil || got != want {
+			t.Errorf("%q: %v %v", text, got, err)
+		}
+	}
+	for _, text := range []string{"", ",", "snp", "snp=", "snp=256", "snp=-1", "SNP=1", "snp=1,snp=2", "svn=1", "snp = 1"} {
+		if got, err := contract.ParseTCB(text); err == nil || got != (contract.TCB{}) {
+			t.Errorf("%q: %v %v", text, got, err)
+		}
+	}
+}

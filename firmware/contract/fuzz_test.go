@@ -177,3 +177,33 @@ func FuzzParseImageDescription(f *testing.F) {
 		}
 	})
 }
+
+func FuzzParseTCB(f *testing.F) {
+	f.Add("snp=27,microcode=86")
+	f.Add("fmc=0x10, boot-loader=1 tee=255")
+	f.Add("snp=27,snp=28")
+	f.Fuzz(func(t *testing.T, text string) {
+		tcb, err := contract.ParseTCB(text)
+		if err != nil {
+			return
+		}
+		if again, err := contract.ParseTCB(tcb.String()); err != nil || again != tcb {
+			t.Errorf("%q is %v, read again %v (%v)", text, tcb, again, err)
+		}
+	})
+}
+
+// A reference comes apart in one way only: put together again it is the same.
+func FuzzReferences(f *testing.F) {
+	f.Add("registry.example:5000/team/app@sha256:" + strings.Repeat("ab", 32))
+	f.Add("kbs:///job/age/data")
+	f.Add("kbs:///../age/data")
+	f.Fuzz(func(t *testing.T, text string) {
+		if host, repository, digest, err := contract.SplitImage(text); err == nil && host+"/"+repository+"@"+digest != text {
+			t.Errorf("image %q comes apart as %q %q %q", text, host, repository, digest)
+		}
+		if r, err := contract.ParseResource(text); err == nil && (r.String() != text || strings.Contains(text, "/../")) {
+			t.Errorf("resource %q comes apart as %+v", text, r)
+		}
+	})
+}

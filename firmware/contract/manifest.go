@@ -112,17 +112,6 @@ type GPU struct {
 	Count int `json:"count"`
 }
 
-// TCB is a platform's security version, component by component; compare each
-// on its own, never as one integer (AMD 56860 rev. 1.58, TCB_VERSION). Zero
-// means "no floor for this component".
-type TCB struct {
-	FMC        uint8 `json:"fmc,omitempty"` // Turin and later only
-	BootLoader uint8 `json:"boot_loader,omitempty"`
-	TEE        uint8 `json:"tee,omitempty"`
-	SNP        uint8 `json:"snp,omitempty"`
-	Microcode  uint8 `json:"microcode,omitempty"`
-}
-
 // Encode returns the canonical bytes of a valid manifest.
 func (m *Manifest) Encode() ([]byte, error) {
 	if err := m.Validate(); err != nil {

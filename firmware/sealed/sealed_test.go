@@ -13,18 +13,18 @@ import (
 	"github.com/confidential-node/agent/firmware/sealed"
 )
 
-func seal(t *testing.T, recipients ...age.Recipient) []byte {
-	t.Helper()
+func seal(tb testing.TB, recipients ...age.Recipient) []byte {
+	tb.Helper()
 	var out bytes.Buffer
 	w, err := age.Encrypt(&out, recipients...)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	if _, err := w.Write([]byte("plaintext")); err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	if err := w.Close(); err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return out.Bytes()
 }
@@ -121,7 +121,42 @@ func TestOnlySealedFilesPass(t *testing.T) {
 	}
 }
 
+// What passes here must be an age file to the guest as well: its parser may
+// then fail to find an identity, or a byte that is damaged, and nothing else.
 func FuzzCheckHeader(f *testing.F) {
+	x, err := age.GenerateX25519Identity()
+	if err != nil {
+		f.Fatal(err)
+	}
 	f.Add([]byte("age-encryption.org/v1\n-> X25519 abc\nabc\n--- mac\n"))
-	f.Fuzz(func(_ *testing.T, data []byte) { _ = sealed.CheckHeader(bytes.NewReader(data)) })
+	f.Add(seal(f, x.Recipient()))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		err := sealed.CheckHeader(bytes.NewReader(data))
+		if err != nil && !errors.Is(err, sealed.ErrNotSealed) {
+			t.Errorf("untyped: %v", err)
+		}
+		if _, decryptErr := age.Decrypt(bytes.NewReader(data), x); decryptErr == nil && err != nil {
+			t.Errorf("age opens what is refused here: %v", err)
+		}
+	})
+}
+
+// A broker's answer is a key or it is refused, and no error repeats it.
+func FuzzIdentityFromKey(f *testing.F) {
+	x, err := age.GenerateX25519Identity()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add([]byte("# comment\n" + x.String() + "\n"))
+	f.Add(bytes.Repeat([]byte{7}, sealed.RawKeySize))
+	f.Add([]byte("AGE-SECRET-KEY-PQ-1"))
+	f.Fuzz(func(t *testing.T, key []byte) {
+		id, err := sealed.IdentityFromKey(key)
+		if (id == nil) == (err == nil) || (err != nil && len(key) > 8 && strings.Contains(err.Error(), string(key))) {
+			t.Errorf("%v %v", id, err)
+		}
+		if len(key) == sealed.RawKeySize && err != nil {
+			t.Errorf("a raw key is refused: %v", err)
+		}
+	})
 }

@@ -139,6 +139,22 @@ func amdRoots() ([]*x509.Certificate, error) {
 	return roots, nil
 }
 
+// ParseEmulatedRoot reads the certificate of an emulated root, PEM or DER. Any
+// other certificate is refused: Expect.EmulatedRoots would not count it.
+func ParseEmulatedRoot(data []byte) (*x509.Certificate, error) {
+	if block, _ := pem.Decode(data); block != nil {
+		data = block.Bytes
+	}
+	root, err := x509.ParseCertificate(data)
+	if err != nil {
+		return nil, fmt.Errorf("parsing emulated root: %w", err)
+	}
+	if !strings.Contains(root.Subject.CommonName, EmulatedMark) {
+		return nil, fmt.Errorf("parsing emulated root: %q does not say %s; AMD's roots are built in, and no other may be added", root.Subject.CommonName, EmulatedMark)
+	}
+	return root, nil
+}
+
 // findRoot returns the pinned or allowed root that the supplied ARK is, byte
 // for byte; emulated tells which kind it was.
 func findRoot(ark []byte, extra []*x509.Certificate) (root *x509.Certificate, emulated bool, err error) {

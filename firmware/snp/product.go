@@ -72,9 +72,5 @@ func atLeast(have, floor contract.TCB) bool {
 		have.SNP >= floor.SNP && have.Microcode >= floor.Microcode
 }
 
-func formatTCB(t contract.TCB) string {
-	return fmt.Sprintf("fmc=%d boot-loader=%d tee=%d snp=%d microcode=%d", t.FMC, t.BootLoader, t.TEE, t.SNP, t.Microcode)
-}
-
 // GenoaTCB encodes a TCB in the layout up to Genoa.
 func GenoaTCB(t contract.TCB) uint64 { return Product{Name: ProductGenoa, hwidSize: 64}.EncodeTCB(t) }

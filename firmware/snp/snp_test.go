@@ -114,13 +114,13 @@ func TestEveryByteOfTheChipsCertificateCounts(t *testing.T) {
 }
 
 // emulated builds a report signed by a chain of our own.
-func emulated(t *testing.T, change func(*snp.Report)) ([]byte, *snptest.Chain, snp.Expect) {
-	t.Helper()
+func emulated(tb testing.TB, change func(*snp.Report)) ([]byte, *snptest.Chain, snp.Expect) {
+	tb.Helper()
 	tcb := contract.TCB{BootLoader: 10, TEE: 0, SNP: 27, Microcode: 86}
 	chip := bytes.Repeat([]byte{0xC1}, 64)
 	chain, err := snptest.NewChain(snptest.ProductEmulated, tcb, chip, now)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	const genoaTCB = 10 | 27<<48 | 86<<56
 	r := &snp.Report{
@@ -135,7 +135,7 @@ func emulated(t *testing.T, change func(*snp.Report)) ([]byte, *snptest.Chain, s
 	}
 	report, err := snptest.Sign(r.Marshal(), chain.Key)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return report, chain, snp.Expect{
 		ReportData: want.ReportData[:], HostData: want.HostData[:], Measurements: [][]byte{want.Measurement[:]},
@@ -229,26 +229,56 @@ func TestReportsRoundTrip(t *testing.T) {
 
 func FuzzVerify(f *testing.F) {
 	f.Add(make([]byte, snp.ReportSize), []byte{0x30, 0}, []byte{0x30, 0}, []byte{0x30, 0})
-	report, chain := signedSeed(f)
+	report, chain, x := emulated(f, nil)
 	f.Add(report, chain.VCEK, chain.ASK, chain.ARK)
+	leaf, err := x509.ParseCertificate(chain.VCEK)
+	if err != nil {
+		f.Fatal(err)
+	}
+	const signed = 0x2A0
+	genuine := bytes.Clone(report[:signed])
 	f.Fuzz(func(t *testing.T, report, vcek, ask, ark []byte) {
 		// Nothing that starts from an emulated root may ever hold here, and
 		// the fuzzer has no AMD key.
 		if res := snp.Verify(report, contract.Endorsements{VCEK: vcek, ASK: ask, ARK: ark}, snp.Expect{Now: now}); res.OK() {
 			t.Errorf("holds: %+v", res)
 		}
+		// Past the root, only what the chip said under its own certificate.
+		res := snp.Verify(report, contract.Endorsements{VCEK: vcek, ASK: ask, ARK: chain.ARK}, x)
+		if !res.OK() {
+			return
+		}
+		if cert, err := x509.ParseCertificate(vcek); err != nil || !bytes.Equal(cert.RawTBSCertificate, leaf.RawTBSCertificate) || !bytes.Equal(report[:signed], genuine) {
+			t.Errorf("a report or certificate nobody signed holds: %x, %x", report, vcek)
+		}
 	})
 }
 
-func signedSeed(f *testing.F) ([]byte, *snptest.Chain) {
-	f.Helper()
-	chain, err := snptest.NewChain(snptest.ProductEmulated, contract.TCB{}, make([]byte, 64), now)
-	if err != nil {
-		f.Fatal(err)
+func FuzzParseEmulatedRoot(f *testing.F) {
+	_, chain, _ := emulated(f, nil)
+	f.Add(chain.ARK)
+	f.Add(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: chain.ARK}))
+	f.Add([]byte("-----BEGIN CERTIFICATE-----\n"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		root, err := snp.ParseEmulatedRoot(data)
+		if (root == nil) == (err == nil) || (root != nil && !strings.Contains(root.Subject.CommonName, snp.EmulatedMark)) {
+			t.Errorf("%v %v", root, err)
+		}
+	})
+}
+
+func TestOnlyACertificateThatSaysEmulatedIsAnEmulatedRoot(t *testing.T) {
+	t.Parallel()
+	_, chain, _ := emulated(t, nil)
+	for _, data := range [][]byte{chain.ARK, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: chain.ARK})} {
+		if root, err := snp.ParseEmulatedRoot(data); err != nil || !root.Equal(chain.Root) {
+			t.Errorf("%v %v", root, err)
+		}
 	}
-	report, err := snptest.Sign((&snp.Report{Version: 3, SigAlgo: 1, Family: 0x19, Model: 0x11}).Marshal(), chain.Key)
-	if err != nil {
-		f.Fatal(err)
+	_, real := captured(t, "genoa")
+	for _, data := range [][]byte{real.ARK, nil, []byte("no certificate")} {
+		if _, err := snp.ParseEmulatedRoot(data); err == nil {
+			t.Errorf("accepted: %.20q", data)
+		}
 	}
-	return report, chain
 }

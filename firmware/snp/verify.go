@@ -27,12 +27,13 @@ const (
 
 // Check is one named finding. Names are stable.
 type Check struct {
-	Name   string
-	Status Status
+	Name   string `json:"name"`
+	Status Status `json:"status"`
 	// Want and Got are the compared values, "" where there are none.
-	Want, Got string
+	Want string `json:"want,omitempty"`
+	Got  string `json:"got,omitempty"`
 	// Why is one sentence for people: what holds, or what to do.
-	Why string
+	Why string `json:"why,omitempty"`
 }
 
 // Result is every check that was made.
@@ -168,7 +169,7 @@ func (res *Result) bound(r *Report, l *leaf, p Product) {
 		hex.EncodeToString(l.hwid), hex.EncodeToString(r.ChipID[:]), "the certificate is this chip's",
 		"the certificate is for another chip, or the host masks its chip id (MASK_CHIP_ID)")
 	reported := p.TCB(r.ReportedTCB)
-	res.Add("tcb-binding", reported == l.tcb && p.hasFMC == l.hasFMC, formatTCB(l.tcb), formatTCB(reported), "the certificate is for the reported TCB",
+	res.Add("tcb-binding", reported == l.tcb && p.hasFMC == l.hasFMC, l.tcb.String(), reported.String(), "the certificate is for the reported TCB",
 		"the certificate is for another TCB; the host must fetch the one for the TCB it reports")
 }
 
@@ -180,13 +181,13 @@ func (res *Result) platform(r *Report, p Product, x Expect) {
 		value uint64
 	}{{"reported", r.ReportedTCB}, {"committed", r.CommittedTCB}, {"current", r.CurrentTCB}, {"launch", r.LaunchTCB}} {
 		if tcb := p.TCB(v.value); !atLeast(tcb, x.MinTCB) {
-			low = append(low, v.name+" "+formatTCB(tcb))
+			low = append(low, v.name+" "+tcb.String())
 		}
 	}
-	res.Add("tcb-floor", len(low) == 0, formatTCB(x.MinTCB), strings.Join(low, "; "), "reported, committed, current and launch TCB reach the floor",
+	res.Add("tcb-floor", len(low) == 0, x.MinTCB.String(), strings.Join(low, "; "), "reported, committed, current and launch TCB reach the floor",
 		"the platform's TCB is below the floor; the provider must update firmware or microcode")
 	res.Add("committed-is-current", r.CommittedTCB == r.CurrentTCB && r.CommittedVersion == r.CurrentVersion,
-		formatTCB(p.TCB(r.CommittedTCB)), formatTCB(p.TCB(r.CurrentTCB)), "the firmware is committed and cannot be rolled back",
+		p.TCB(r.CommittedTCB).String(), p.TCB(r.CurrentTCB).String(), "the firmware is committed and cannot be rolled back",
 		"the firmware is provisional and could be rolled back; the provider must commit it")
 	if len(x.ChipIDs) > 0 {
 		res.Add("chip-allowed", slices.ContainsFunc(x.ChipIDs, func(id []byte) bool { return bytes.Equal(id, r.ChipID[:]) }),

@@ -241,3 +241,72 @@ func FuzzValidateLaunch(f *testing.F) {
 		}
 	})
 }
+
+// A token of this broker opens the launch and key it was signed for, and
+// nothing else is one.
+func FuzzOpenToken(f *testing.F) {
+	now := testTime()
+	s, err := New(Config{StateDir: f.TempDir(), AdminToken: adminToken, Issuer: "https://broker.example", Logger: hclog.NewNullLogger()})
+	if err != nil {
+		f.Fatal(err)
+	}
+	key, jwk := newKey(f)
+	token, err := s.signToken(launchID, jwk, now)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(token)
+	f.Add("eyJhbGciOiJub25lIn0.e30.")
+	f.Add("eyJhbGciOiJIUzI1NiJ9.e30.AAAA")
+	f.Add(token[:len(token)-1])
+	f.Fuzz(func(t *testing.T, token string) {
+		g, refused := s.openToken(token, now)
+		if (g == nil) == (refused == nil) {
+			t.Fatalf("%v %v", g, refused)
+		}
+		if g != nil && (g.launchID != launchID || !g.key.Equal(&key.PublicKey)) {
+			t.Fatalf("a token nobody signed opens %s", g.launchID)
+		}
+	})
+}
+
+func FuzzParseKey(f *testing.F) {
+	_, jwk := newKey(f)
+	f.Add([]byte(jwk))
+	f.Add([]byte(`{"kty":"EC","crv":"P-256","alg":"ECDH-ES+A256KW","x":"AA","y":"AA","d":"AA"}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		key, err := parseKey(data)
+		if (key == nil) == (err == nil) {
+			t.Fatal(key, err)
+		}
+		if err != nil {
+			return
+		}
+		if _, err := sealTo(key, []byte(secret)); err != nil {
+			t.Fatalf("an accepted key cannot be sealed to: %v", err)
+		}
+	})
+}
+
+func TestAPolicyThatChangedMeanwhileReleasesNothing(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, nil)
+	judged, refused := w.server.launches.get(launchID)
+	if refused != nil {
+		t.Fatal(refused)
+	}
+	r := contract.Resource{Repository: "job", Type: "age", Tag: "data"}
+	if err := w.admin.PutResource(t.Context(), launchID, r, []byte("rotated")); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.server.launches.release(judged, brokeradmin.Release{}); err != nil {
+		t.Fatalf("a rotated resource is no other policy: %v", err)
+	}
+	w.launch.Releases, w.launch.LaunchDigests = 9, []string{strings.Repeat("00", 48)}
+	if err := w.admin.PutLaunch(t.Context(), launchID, &w.launch); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.server.launches.release(judged, brokeradmin.Release{}); contract.AsRefusal(err).Code != "broker.policy-changed" {
+		t.Fatalf("released under the old policy: %v", err)
+	}
+}

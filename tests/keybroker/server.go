@@ -294,7 +294,7 @@ func (s *Server) release(a *attestation, nonce string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := s.launches.release(launchID, *entry); err != nil {
+	if err := s.launches.release(launch, *entry); err != nil {
 		return "", err
 	}
 	s.log.Info("keys released", "launch_id", launchID, "chip_id", entry.ChipID[:16], "emulated", entry.Emulated)

@@ -146,13 +146,19 @@ func (s *launchStore) put(id string, l *brokeradmin.Launch) error {
 	return s.saveLocked(next)
 }
 
-// release counts one release. Only when it returns nil may keys be given.
-func (s *launchStore) release(id string, entry brokeradmin.Release) error {
+// release counts one release of a launch that was judged by the record given.
+// Only when it returns nil may keys be given.
+func (s *launchStore) release(judged *record, entry brokeradmin.Release) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	id := judged.LaunchID
 	r := s.records[id]
 	if r == nil {
 		return unknownLaunch(id)
+	}
+	// Every registration brings a description of its own, see putLaunch.
+	if r.Launch.Image != judged.Launch.Image {
+		return contract.Refuse("broker.policy-changed", sessionRemedy, "the tenant changed the policy of launch %s while the evidence was judged", id)
 	}
 	if allowed := maxReleases(&r.Launch); len(r.Releases) >= allowed {
 		return contract.Refuse("broker.release-exhausted",

@@ -186,20 +186,20 @@ func (w *world) guest() *guest {
 	}
 }
 
-func newKey(t *testing.T) (*ecdsa.PrivateKey, json.RawMessage) {
-	t.Helper()
+func newKey(tb testing.TB) (*ecdsa.PrivateKey, json.RawMessage) {
+	tb.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	point, err := key.PublicKey.Bytes()
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	b64 := base64.RawURLEncoding.EncodeToString
 	raw, err := json.Marshal(map[string]string{"kty": "EC", "crv": "P-256", "alg": keyAlgorithm, "x": b64(point[1:33]), "y": b64(point[33:])})
 	if err != nil {
-		t.Fatal(err)
+		tb.Fatal(err)
 	}
 	return key, raw
 }

@@ -5,6 +5,7 @@
 package outside
 
 import (
+	"bytes"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
@@ -13,6 +14,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -43,47 +45,92 @@ func NewStore(accessKey, secretKey string, now func() time.Time, buckets ...stri
 	return s, nil
 }
 
-// ServeHTTP lets through what is signed: a presigned URL whose signature and
-// time hold, or a request with the account's authorization.
+// ServeHTTP lets through what the account signed, in the URL or in a header.
 func (s *Store) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	var err error
-	if query := r.URL.Query(); query.Has("X-Amz-Signature") {
-		err = s.presigned(r, query)
-	} else if !strings.Contains(r.Header.Get("Authorization"), "Credential="+s.AccessKey+"/") {
-		err = errors.New("not signed")
+	signed := s.header
+	if r.URL.Query().Has("X-Amz-Signature") {
+		signed = s.presigned
 	}
-	if err != nil {
+	if err := signed(r); err != nil {
 		http.Error(w, "AccessDenied: "+err.Error(), http.StatusForbidden)
 		return
 	}
 	s.handler.ServeHTTP(w, r)
 }
 
-// presigned checks query authentication (AWS Signature Version 4).
-func (s *Store) presigned(r *http.Request, query url.Values) error {
-	const layout = "20060102T150405Z"
-	signed, err := time.Parse(layout, query.Get("X-Amz-Date"))
-	if err != nil {
-		return fmt.Errorf("X-Amz-Date: %w", err)
+// What AWS Signature Version 4 fixes: the scheme, the form of its times, how
+// far clocks may be apart, and how long a presigned URL may live.
+const (
+	scheme       = "AWS4-HMAC-SHA256"
+	timeLayout   = "20060102T150405Z"
+	maxSkew      = 15 * time.Minute
+	maxPresigned = 7 * 24 * time.Hour
+)
+
+// presigned checks a signature in the query.
+func (s *Store) presigned(r *http.Request) error {
+	query := r.URL.Query()
+	date, err := time.Parse(timeLayout, query.Get("X-Amz-Date"))
+	if err != nil || query.Get("X-Amz-Algorithm") != scheme {
+		return errors.New("X-Amz-Date or X-Amz-Algorithm is missing or malformed")
 	}
 	seconds, err := strconv.Atoi(query.Get("X-Amz-Expires"))
-	if err != nil || s.now().After(signed.Add(time.Duration(seconds)*time.Second)) {
-		return errors.New("request has expired")
+	life := time.Duration(seconds) * time.Second
+	if err != nil || life <= 0 || life > maxPresigned {
+		return errors.New("X-Amz-Expires is not 1 s to 7 days")
 	}
-	credential := strings.Split(query.Get("X-Amz-Credential"), "/")
-	if len(credential) != 5 || credential[0] != s.AccessKey || query.Get("X-Amz-SignedHeaders") != "host" {
-		return errors.New("credential or signed headers are not accepted")
+	if now := s.now(); now.After(date.Add(life)) || now.Add(maxSkew).Before(date) {
+		return errors.New("request has expired, or is from the future")
 	}
 	got := query.Get("X-Amz-Signature")
 	query.Del("X-Amz-Signature")
+	return s.check(r, query, query.Get("X-Amz-Credential"), query.Get("X-Amz-SignedHeaders"), query.Get("X-Amz-Date"), "UNSIGNED-PAYLOAD", got)
+}
+
+// header checks a signature in the Authorization header.
+func (s *Store) header(r *http.Request) error {
+	fields, ok := strings.CutPrefix(r.Header.Get("Authorization"), scheme+" ")
+	if !ok {
+		return errors.New("not signed")
+	}
+	values := map[string]string{}
+	for field := range strings.SplitSeq(fields, ",") {
+		name, value, _ := strings.Cut(strings.TrimSpace(field), "=")
+		values[name] = value
+	}
+	stamp := r.Header.Get("X-Amz-Date")
+	date, err := time.Parse(timeLayout, stamp)
+	if err != nil || s.now().Sub(date).Abs() > maxSkew {
+		return errors.New("X-Amz-Date is malformed or too far from the store's clock")
+	}
+	return s.check(r, r.URL.Query(), values["Credential"], values["SignedHeaders"], stamp, r.Header.Get("X-Amz-Content-Sha256"), values["Signature"])
+}
+
+// check computes the signature of a request and compares.
+func (s *Store) check(r *http.Request, query url.Values, credential, signedHeaders, stamp, payload, got string) error {
+	scope := strings.Split(credential, "/")
+	names := strings.Split(signedHeaders, ";")
+	if len(scope) != 5 || scope[0] != s.AccessKey || !slices.Contains(names, "host") {
+		return errors.New("credential or signed headers are not accepted")
+	}
+	var headers strings.Builder
+	for _, name := range names {
+		value := r.Header.Get(name)
+		switch name {
+		case "host":
+			value = r.Host
+		case "content-length":
+			value = strconv.FormatInt(r.ContentLength, 10)
+		}
+		headers.WriteString(name + ":" + strings.TrimSpace(value) + "\n")
+	}
 	request := strings.Join([]string{
-		r.Method, r.URL.EscapedPath(), strings.ReplaceAll(query.Encode(), "+", "%20"), "host:" + r.Host + "\n", "host", "UNSIGNED-PAYLOAD",
+		r.Method, r.URL.EscapedPath(), strings.ReplaceAll(query.Encode(), "+", "%20"), headers.String(), signedHeaders, payload,
 	}, "\n")
 	digest := sha256.Sum256([]byte(request))
-	scope := strings.Join(credential[1:], "/")
-	text := strings.Join([]string{"AWS4-HMAC-SHA256", query.Get("X-Amz-Date"), scope, hex.EncodeToString(digest[:])}, "\n")
+	text := strings.Join([]string{scheme, stamp, strings.Join(scope[1:], "/"), hex.EncodeToString(digest[:])}, "\n")
 	key := []byte("AWS4" + s.SecretKey)
-	for _, part := range append(credential[1:], text) {
+	for _, part := range append(scope[1:], text) {
 		mac := hmac.New(sha256.New, key)
 		_, _ = io.WriteString(mac, part)
 		key = mac.Sum(nil)
@@ -124,8 +171,11 @@ func (s *Store) Objects() (map[string][]byte, error) {
 // Replace overwrites an object behind everybody's back, as a hostile store
 // does.
 func (s *Store) Replace(bucket, key string, data []byte) error {
-	_, err := s.backend.PutObject(bucket, key, map[string]string{}, strings.NewReader(string(data)), int64(len(data)), nil)
-	return err
+	meta := map[string]string{"Last-Modified": s.now().UTC().Format(http.TimeFormat)} // clients insist on one
+	if _, err := s.backend.PutObject(bucket, key, meta, bytes.NewReader(data), int64(len(data)), nil); err != nil {
+		return fmt.Errorf("replacing %s/%s: %w", bucket, key, err)
+	}
+	return nil
 }
 
 // Keys returns the objects' names in order.

@@ -23,6 +23,9 @@ const evidencePath = "/.well-known/evidence"
 // needs seconds for a report.
 const attestTimeout = time.Minute
 
+// maxEvidenceHead bounds what a server may send around its evidence.
+const maxEvidenceHead = 64 << 10
+
 // HTTPClient returns a client whose every connection ends, verifiably, inside
 // the deployment's guest at addr (host:port). After the TLS 1.3 handshake, and
 // before the request, the guest must give evidence over a fresh nonce that
@@ -97,7 +100,13 @@ func fetchEvidence(ctx context.Context, conn net.Conn, host string, nonce []byte
 	if err := req.Write(conn); err != nil {
 		return nil, fmt.Errorf("requesting evidence: %w", err)
 	}
-	in := bufio.NewReader(conn)
+	return readEvidence(conn, req)
+}
+
+// readEvidence reads the answer to req. The server may be anybody.
+func readEvidence(r io.Reader, req *http.Request) ([]byte, error) {
+	// http.ReadResponse has no limit of its own for what stands before a body.
+	in := bufio.NewReader(io.LimitReader(r, contract.MaxEvidenceBytes+maxEvidenceHead))
 	resp, err := http.ReadResponse(in, req)
 	if err != nil {
 		return nil, fmt.Errorf("reading evidence: %w", err)

@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -101,7 +100,34 @@ func (o *DeployOptions) check() error {
 			return refused
 		}
 	}
-	return nil
+	for _, port := range o.Ports {
+		if port < 1 || port > 65535 {
+			return Usage("--port %d is not 1 to 65535", port)
+		}
+	}
+	for _, name := range o.Results {
+		if !contract.ValidFileName(name) {
+			return Usage("--result %q is not a file name", name)
+		}
+	}
+	_, err := o.sources()
+	return err
+}
+
+// sources are datasets and models, each under a name of its own.
+func (o *DeployOptions) sources() ([]source, error) {
+	var out []source
+	for _, text := range slices.Concat(o.Datasets, o.Models) {
+		s, err := parseSource(text)
+		if err != nil {
+			return nil, err
+		}
+		if slices.ContainsFunc(out, func(other source) bool { return other.name == s.name }) {
+			return nil, Usage("two inputs are named %q; write NAME=URL for one of them", s.name)
+		}
+		out = append(out, s)
+	}
+	return out, nil
 }
 
 func (o *DeployOptions) defaults() {
@@ -144,11 +170,14 @@ type plan struct {
 	resources map[string][]byte
 	secretEnv map[string]string
 	manifest  []byte
-	sent      bool // the command may have reached the control plane
+	aside     string // the deployment that had this name
+	sent      bool   // the command may have reached the control plane
 }
 
 // Deploy brings a confidential guest up to the accepted command. It registers
-// policy and keys at the broker before it asks the control plane.
+// policy and keys at the broker before it asks the control plane, and returns
+// when the node has answered: a launch it refuses leaves nothing behind. A
+// node that stays silent may still answer; then the deployment stays.
 func (t *Tenant) Deploy(ctx context.Context, o DeployOptions) (*Deployment, error) {
 	if err := o.check(); err != nil {
 		return nil, err
@@ -188,17 +217,19 @@ func (t *Tenant) carryOut(ctx context.Context, p *plan) error {
 
 // undo withdraws the keys and forgets the deployment, unless the command may
 // be on its way: then the guest needs its keys and the user needs the name.
+// A deployment that was to be replaced is back under its name.
 func (t *Tenant) undo(ctx context.Context, p *plan) error {
 	if p.sent {
 		return nil
 	}
 	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
-	var withdrawn error
-	if p.d.Stage == StageRegistered {
-		withdrawn = t.broker.DeleteLaunch(undo, p.d.LaunchID)
+	if p.d.Stage != StagePrepared {
+		if err := t.broker.DeleteLaunch(undo, p.d.LaunchID); err != nil {
+			return fmt.Errorf("withdrawing the keys of launch %s at the broker, delete it there: %w", p.d.LaunchID, err)
+		}
 	}
-	return errors.Join(withdrawn, os.RemoveAll(t.state.path(p.d.Name)))
+	return t.state.forget(p.d.Name, p.aside)
 }
 
 // prepare does what may fail without a trace first, then opens the state.
@@ -246,7 +277,7 @@ func (t *Tenant) prepare(ctx context.Context, o *DeployOptions) (*plan, error) {
 	if o.GPU != "" {
 		p.d.GPU = &contract.GPU{Model: o.GPU, Count: max(o.GPUCount, 1)}
 	}
-	if err := t.state.create(o.Name, o.Replace); err != nil {
+	if p.aside, err = t.state.create(o.Name, o.Replace); err != nil {
 		return nil, err
 	}
 	return p, nil
@@ -285,14 +316,11 @@ func (t *Tenant) resultKey(p *plan) error {
 // seal brings every input into the store as ciphertext.
 func (t *Tenant) seal(ctx context.Context, p *plan) error {
 	prefix := p.d.Name + "/" + p.d.LaunchID + "/inputs/"
-	for _, text := range slices.Concat(p.o.Datasets, p.o.Models) {
-		s, err := parseSource(text)
-		if err != nil {
-			return err
-		}
-		if slices.ContainsFunc(p.d.Inputs, func(i DeployedObject) bool { return i.Name == s.name }) {
-			return Usage("two inputs are named %q; write NAME=URL for one of them", s.name)
-		}
+	sources, err := p.o.sources()
+	if err != nil {
+		return err
+	}
+	for _, s := range sources {
 		t.report.Step("input " + s.name)
 		object, err := t.input(ctx, prefix, s, p.key)
 		if err != nil {
@@ -363,7 +391,32 @@ func (t *Tenant) launch(ctx context.Context, p *plan) error {
 	}
 	p.sent = true
 	p.d.Stage, p.d.GuestID, p.d.CommandID, p.d.Node = StageLaunched, launched.GuestID, launched.CommandID, launched.Node
-	return t.state.save(p.d)
+	if err := t.state.save(p.d); err != nil {
+		return err
+	}
+	return t.answer(ctx, p)
+}
+
+// answer waits for the node's word on the launch.
+func (t *Tenant) answer(ctx context.Context, p *plan) error {
+	t.report.Step("waiting for the node's answer")
+	within, cancel := context.WithTimeout(ctx, t.answerWithin)
+	defer cancel()
+	for {
+		g, err := t.control.Guest(within, p.d.GuestID)
+		if err == nil && (g.ended() || g.Status != api.GuestStatus_GUEST_STATUS_UNSPECIFIED) {
+			p.sent = !g.Refused // what was refused needs no keys
+			return t.outcome(ctx, p.d, g)
+		}
+		if wait(within, pollInterval) == nil {
+			continue
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("waiting for the node's answer, the launch is on its way: %w", ctx.Err())
+		}
+		t.report.Step("the node has not answered yet; tenant status " + p.d.Name + " shows when it does")
+		return nil
+	}
 }
 
 func (t *Tenant) command(ctx context.Context, p *plan) (*api.LaunchGuest, error) {

@@ -2,6 +2,7 @@ package tenant
 
 import (
 	"bytes"
+	"context"
 	"encoding/hex"
 	"errors"
 	"io"
@@ -9,13 +10,21 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"filippo.io/age"
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
 )
 
 // options deploys one sealed input and one result.
@@ -161,6 +170,41 @@ func TestTagKeepsTheDigestOfDeployment(t *testing.T) {
 	}
 }
 
+func TestAnImageOfSeveralPlatformsIsPinnedToOneOfThem(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	child, err := mutate.Config(empty.Image, v1.Config{Cmd: []string{"amd64"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	index := mutate.AppendManifests(empty.Index, mutate.IndexAddendum{
+		Add: child, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "amd64"}},
+	})
+	digest, err := index.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref := strings.TrimPrefix(w.registry.URL, "https://") + "/team/app@" + digest.String()
+	parsed, err := name.ParseReference(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.WriteIndex(parsed, index, remote.WithTransport(w.registry.Client().Transport)); err != nil {
+		t.Fatal(err)
+	}
+	d, err := w.tenant.Deploy(t.Context(), w.options(ref))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want, err := child.Digest(); err != nil || !strings.HasSuffix(d.Image, want.String()) {
+		t.Fatalf("deployed %s, %v", d.Image, err)
+	}
+	v, err := w.tenant.Attest(t.Context(), "job", VerifyOptions{ExpectedImage: ref})
+	if err != nil || !v.OK() {
+		t.Fatalf("the reference that was deployed is not the one expected: %+v %v", v.Failed(), err)
+	}
+}
+
 func code(err error) string {
 	if err == nil {
 		return ""
@@ -173,10 +217,19 @@ func TestForbiddenDeploymentsEndInTheirRefusal(t *testing.T) {
 	w := newWorld(t)
 	image, _ := w.push(0)
 	gpg := w.file("model.gpg", "-----BEGIN PGP MESSAGE-----\n\nhQEM\n")
-	for key, body := range map[string]string{"model.gpg": "\x85\x01\x0c\x03rest of a session key packet", "armoured": "-----BEGIN PGP MESSAGE-----\n", "plain": plaintext} {
+	for key, body := range map[string]string{"model.gpg": "\x85\x01\x0c\x03rest of a session key packet", "armoured": "-----BEGIN PGP MESSAGE-----\n", "plain": plaintext, "sealed.age": "age-encryption.org/v1\n"} {
 		w.plant(key, body)
 	}
 	key := w.file("k", string(mustKey(t)))
+	other, err := parseKey(mustKey(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sealed strings.Builder
+	if _, err := Seal(&sealed, strings.NewReader(plaintext), other.recipient); err != nil {
+		t.Fatal(err)
+	}
+	w.plant("other.age", sealed.String())
 	exposed := w.file("exposed", string(mustKey(t)))
 	if err := os.Chmod(exposed, 0o644); err != nil {
 		t.Fatal(err)
@@ -205,6 +258,18 @@ func TestForbiddenDeploymentsEndInTheirRefusal(t *testing.T) {
 		{"plaintext called encrypted", codeNotSealed, func(o *DeployOptions) {
 			o.Models = []string{"encrypted://" + bucket + "/plain"}
 			o.EncryptionKey = "file://" + key
+		}},
+		{"sealed input called plain", codeAlreadySealed, func(o *DeployOptions) { o.Datasets = []string{"s3://" + bucket + "/sealed.age"} }},
+		{"sealed file called plain", codeAlreadySealed, func(o *DeployOptions) {
+			o.Models = []string{"file://" + w.file("m.age", "age-encryption.org/v1\n-> X25519 a\n")}
+		}},
+		{"armoured age file", codeAlreadySealed, func(o *DeployOptions) {
+			o.Models = []string{"file://" + w.file("m.txt", "-----BEGIN AGE ENCRYPTED FILE-----\n")}
+		}},
+		{"gpg file to be sealed here", codeFormatGPG, func(o *DeployOptions) { o.Models = []string{"file://" + gpg} }},
+		{"armoured gpg to be sealed here", codeFormatGPG, func(o *DeployOptions) { o.Datasets = []string{"s3://" + bucket + "/armoured"} }},
+		{"sealed for another key", "tenant.key-mismatch", func(o *DeployOptions) {
+			o.Models, o.EncryptionKey = []string{"encrypted://" + bucket + "/other.age"}, "file://"+key
 		}},
 		{"encrypted without key", codeUsage, func(o *DeployOptions) { o.Models = []string{"encrypted://" + bucket + "/plain"} }},
 		{"missing object", "tenant.object-not-found", func(o *DeployOptions) {
@@ -288,14 +353,13 @@ func TestComplianceAndAuditAreDemandedFromTheNode(t *testing.T) {
 	image, _ := w.push(0)
 	o := w.options(image)
 	o.Compliance, o.AuditLogging = "hipaa", true
-	if _, err := w.tenant.Deploy(t.Context(), o); err != nil {
+	if _, err := w.tenant.Deploy(t.Context(), o); code(err) != api.CodeFeatureUnknown || ExitCode(err) != ExitPrecondition {
 		t.Fatal(err)
 	}
-	if _, err := w.tenant.Wait(t.Context(), "job"); code(err) != api.CodeFeatureUnknown || ExitCode(err) != ExitPrecondition {
-		t.Fatal(err)
+	if w.launches() != 0 || w.tenant.Known("job") {
+		t.Fatal("a launch the node refused left keys or a deployment behind")
 	}
 	w.node.features = map[string]bool{"compliance.hipaa": true, "audit.log": true}
-	o.Replace = true
 	if _, err := w.tenant.Deploy(t.Context(), o); err != nil {
 		t.Fatal(err)
 	}
@@ -325,6 +389,73 @@ func TestNamesAreUsedOnce(t *testing.T) {
 	if err != nil || len(names) != 2 {
 		t.Fatalf("%v %v", names, err)
 	}
+	o.AuditLogging = true
+	if _, err := w.tenant.Deploy(t.Context(), o); code(err) != api.CodeFeatureUnknown {
+		t.Fatal(err)
+	}
+	if d, err := w.tenant.state.load("job"); err != nil || d.LaunchID != second.LaunchID {
+		t.Fatalf("a refused replacement took the name of what runs: %+v %v", d, err)
+	}
+	if names, err := w.tenant.List(); err != nil || len(names) != 2 {
+		t.Fatalf("%v %v", names, err)
+	}
+}
+
+// launches counts what the broker has registered.
+func (w *world) launches() int {
+	w.t.Helper()
+	entries, err := os.ReadDir(filepath.Join(w.dir, "broker", "launches"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return len(entries)
+}
+
+func TestASilentNodeMayStillAnswer(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.node.silent, w.tenant.answerWithin = true, time.Millisecond
+	if d := w.deploy(); d.Stage != StageLaunched || w.launches() != 1 {
+		t.Fatalf("%+v, %d launches", d, w.launches())
+	}
+	if !slices.ContainsFunc(w.steps.text, func(s string) bool { return strings.Contains(s, "has not answered yet") }) {
+		t.Fatalf("nothing says so: %q", w.steps.text)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	w.tenant.answerWithin = time.Hour
+	err := w.tenant.answer(ctx, &plan{d: &Deployment{Name: "job", GuestID: w.guest().state.GuestID}})
+	if ExitCode(err) != ExitTimeout {
+		t.Fatalf("the user's own timeout: %v", err)
+	}
+}
+
+func TestALaunchThatFailsAtOnceIsKeptToLookAt(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.node.status = api.GuestStatus_GUEST_STATUS_FAILED
+	image, _ := w.push(0)
+	if _, err := w.tenant.Deploy(t.Context(), w.options(image)); code(err) != "tenant.guest-failed" {
+		t.Fatal(err)
+	}
+	if !w.tenant.Known("job") {
+		t.Fatal("its deployment was forgotten")
+	}
+}
+
+func TestKeysThatCannotBeWithdrawnAreNotForgotten(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	image, _ := w.push(0)
+	w.node.fail = contract.Refuse("control.full", "wait", "no room")
+	w.node.onLaunch = w.broker.Close
+	_, err := w.tenant.Deploy(t.Context(), w.options(image))
+	if code(err) != "control.full" || !errors.Is(err, brokeradmin.ErrUnreachable) || !strings.Contains(err.Error(), "withdrawing the keys of launch ") {
+		t.Fatal(err)
+	}
+	if !w.tenant.Known("job") {
+		t.Fatal("the name of a launch whose keys are out is gone")
+	}
 }
 
 func TestRefusedLaunchWithdrawsTheKeysButSilenceDoesNot(t *testing.T) {
@@ -335,19 +466,12 @@ func TestRefusedLaunchWithdrawsTheKeysButSilenceDoesNot(t *testing.T) {
 	if _, err := w.tenant.Deploy(t.Context(), w.options(image)); code(err) != "control.full" {
 		t.Fatal(err)
 	}
-	launches := func() int {
-		entries, err := os.ReadDir(filepath.Join(w.dir, "broker", "launches"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return len(entries)
-	}
-	if launches() != 0 {
+	if w.launches() != 0 {
 		t.Fatal("the broker still holds keys of a refused launch")
 	}
 	w.node.fail = errors.New("connection lost")
-	if _, err := w.tenant.Deploy(t.Context(), w.options(image)); err == nil || launches() != 1 {
-		t.Fatalf("%v, %d launches", err, launches())
+	if _, err := w.tenant.Deploy(t.Context(), w.options(image)); err == nil || w.launches() != 1 {
+		t.Fatalf("%v, %d launches", err, w.launches())
 	}
 	if !w.tenant.Known("job") {
 		t.Fatal("a launch that may have happened was forgotten")
@@ -358,7 +482,9 @@ func TestChangedImageFilesAreNotPredicted(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	image, _ := w.push(0)
-	w.file("image/kernel", "other")
+	if err := os.WriteFile(filepath.Join(w.profile.ImageDir, "kernel"), []byte("other"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := w.tenant.Deploy(t.Context(), w.options(image)); code(err) != "tenant.image-files-differ" {
 		t.Fatal(err)
 	}

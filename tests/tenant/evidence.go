@@ -243,7 +243,7 @@ func (t *Tenant) expectations(raw []byte, d *Deployment, o VerifyOptions) (verif
 		AllowDevelopmentImage: o.AllowDevelopmentImage || t.profile.Verify.AllowDevelopmentImage,
 		AllowMilan:            o.AllowMilan || t.profile.Verify.AllowMilan,
 	}
-	more, err := readCertificates(o.AllowEmulatedRoots)
+	more, err := readRoots(o.AllowEmulatedRoots)
 	if err != nil {
 		return x, err
 	}
@@ -308,11 +308,9 @@ func (t *Tenant) trustedImage(x *verify.Expectations, file string) error {
 
 // pinnedImage turns an expected image into one with digest. A tag means what
 // it meant when this tool deployed it: a registry's answer of today is no
-// ground for trust.
+// ground for trust. The same goes for the digest of an image of several
+// platforms, of which deploy took one.
 func (t *Tenant) pinnedImage(ref string) (string, error) {
-	if _, _, _, err := contract.SplitImage(ref); err == nil {
-		return ref, nil
-	}
 	names, err := t.state.list()
 	if err != nil {
 		return "", err
@@ -327,6 +325,9 @@ func (t *Tenant) pinnedImage(ref string) (string, error) {
 			return "", contract.Refuse("tenant.image-unpinned", "give the image as REF@sha256:DIGEST", "%q meant several digests in your deployments", ref)
 		}
 		pinned = d.Image
+	}
+	if _, _, _, err := contract.SplitImage(ref); pinned == "" && err == nil {
+		return ref, nil
 	}
 	if pinned == "" {
 		return "", contract.Refuse("tenant.image-unpinned", "give the image as REF@sha256:DIGEST", "%q is a tag that no deployment of yours resolved", ref)
@@ -371,21 +372,10 @@ func (t *Tenant) predictFor(raw []byte) []string {
 
 // MarshalJSON encodes the checks, for programs.
 func (v *Verdict) MarshalJSON() ([]byte, error) {
-	type check struct {
-		Name   string `json:"name"`
-		Status string `json:"status"`
-		Want   string `json:"want,omitempty"`
-		Got    string `json:"got,omitempty"`
-		Why    string `json:"why,omitempty"`
-	}
-	doc := struct {
-		APIVersion string  `json:"apiVersion"`
-		Kind       string  `json:"kind"`
-		OK         bool    `json:"ok"`
-		Checks     []check `json:"checks"`
-	}{APIVersion: "tenant/v1", Kind: "Verdict", OK: v.OK()}
-	for _, c := range v.Checks {
-		doc.Checks = append(doc.Checks, check{c.Name, string(c.Status), c.Want, c.Got, c.Why})
-	}
-	return json.Marshal(doc)
+	return json.Marshal(struct {
+		APIVersion string      `json:"apiVersion"`
+		Kind       string      `json:"kind"`
+		OK         bool        `json:"ok"`
+		Checks     []snp.Check `json:"checks"`
+	}{"tenant/v1", "Verdict", v.OK(), v.Checks})
 }

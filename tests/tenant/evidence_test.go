@@ -1,6 +1,8 @@
 package tenant
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -8,6 +10,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -32,7 +35,7 @@ func TestAttestedJobIsWaitedForAndItsResultsAreOpened(t *testing.T) {
 	if _, err := w.tenant.WaitRunning(t.Context(), "job"); err != nil {
 		t.Fatal(err)
 	}
-	g.finish(t, map[string]string{"report.json": plaintext}, g.resultKey)
+	g.finish(t, map[string]string{"report.json": plaintext}, g.ResultKey)
 	if state, err := w.tenant.Wait(t.Context(), "job"); err != nil || state.Status != api.GuestStatus_GUEST_STATUS_FINISHED {
 		t.Fatal(err)
 	}
@@ -72,12 +75,12 @@ func TestResultsTheGuestDidNotSignAreRefused(t *testing.T) {
 		},
 		"file swapped by the host": func(t *testing.T, w *world, d *Deployment, g *fakeGuest) {
 			t.Helper()
-			g.finish(t, map[string]string{"report.json": "genuine"}, g.resultKey)
+			g.finish(t, map[string]string{"report.json": "genuine"}, g.ResultKey)
 			overwrite(t, w, d, "report.json", []byte("age-encryption.org/v1 forged"))
 		},
 		"file changed, same size": func(t *testing.T, w *world, d *Deployment, g *fakeGuest) {
 			t.Helper()
-			g.finish(t, map[string]string{"report.json": "genuine"}, g.resultKey)
+			g.finish(t, map[string]string{"report.json": "genuine"}, g.ResultKey)
 			r, _, err := w.tenant.store.Get(t.Context(), bucket, w.tenant.resultPath(d, "report.json"))
 			if err != nil {
 				t.Fatal(err)
@@ -91,7 +94,7 @@ func TestResultsTheGuestDidNotSignAreRefused(t *testing.T) {
 		},
 		"list of another launch": func(t *testing.T, w *world, d *Deployment, g *fakeGuest) {
 			t.Helper()
-			list, err := contract.SealResults(&contract.ResultManifest{Version: contract.ResultsVersion, LaunchID: strings.Repeat("0", 32), Results: []contract.ResultEntry{}}, g.resultKey)
+			list, err := contract.SealResults(&contract.ResultManifest{Version: contract.ResultsVersion, LaunchID: strings.Repeat("0", 32), Results: []contract.ResultEntry{}}, g.ResultKey)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -101,7 +104,7 @@ func TestResultsTheGuestDidNotSignAreRefused(t *testing.T) {
 			t.Helper()
 			list, err := contract.SealResults(&contract.ResultManifest{Version: contract.ResultsVersion, LaunchID: d.LaunchID, Results: []contract.ResultEntry{
 				{Name: "extra", SHA256: strings.Repeat("0", 64), Size: 1},
-			}}, g.resultKey)
+			}}, g.ResultKey)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -132,6 +135,69 @@ func TestResultsTheGuestDidNotSignAreRefused(t *testing.T) {
 	}
 }
 
+// A host can keep results back; it cannot make that look like anything else.
+func TestResultsThatAreKeptBackAreMissedByName(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	image, _ := w.push(0)
+	o := w.options(image)
+	o.Results = append(o.Results, "second.json")
+	d, err := w.tenant.Deploy(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.tenant.WaitRunning(t.Context(), "job"); err != nil {
+		t.Fatal(err)
+	}
+	out := t.TempDir()
+	if _, err := w.tenant.Results(t.Context(), "job", out); code(err) != "tenant.results-not-found" || ExitCode(err) != ExitNotFound {
+		t.Fatalf("no list: %v", err)
+	}
+	g := w.guest()
+	g.finish(t, map[string]string{"report.json": plaintext, "second.json": plaintext}, g.ResultKey)
+	if _, err := w.objects.DeleteObject(bucket, w.tenant.resultPath(d, "second.json")); err != nil {
+		t.Fatal(err)
+	}
+	_, err = w.tenant.Results(t.Context(), "job", out)
+	if code(err) != "tenant.result-not-found" || !strings.Contains(err.Error(), "second.json") {
+		t.Fatalf("one of two: %v", err)
+	}
+	if entries, err := os.ReadDir(out); err != nil || len(entries) != 0 {
+		t.Fatalf("half a result set was opened: %v %v", entries, err)
+	}
+}
+
+// The server's answer is a host's word until it was verified: it must not
+// fill the client's memory before.
+func TestAnEndlessHeaderIsNoEvidence(t *testing.T) {
+	t.Parallel()
+	client, server := net.Pipe()
+	sent := make(chan int, 1)
+	go func() {
+		if _, err := http.ReadRequest(bufio.NewReader(server)); err != nil {
+			t.Error(err)
+		}
+		n, _ := io.WriteString(server, "HTTP/1.1 200 OK\r\n")
+		for line := "X-More: " + strings.Repeat("a", 1<<10) + "\r\n"; ; {
+			more, err := io.WriteString(server, line)
+			if n += more; err != nil || n > 4<<20 {
+				sent <- n
+				_ = server.Close()
+				return
+			}
+		}
+	}()
+	if _, err := fetchEvidence(t.Context(), client, "guest.example", []byte("nonce")); err == nil {
+		t.Error("accepted")
+	}
+	if err := client.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if n := <-sent; n > contract.MaxEvidenceBytes+maxEvidenceHead+8<<10 {
+		t.Errorf("%d bytes were read", n)
+	}
+}
+
 func TestMissingResultIsNamed(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -140,7 +206,7 @@ func TestMissingResultIsNamed(t *testing.T) {
 		t.Fatal(err)
 	}
 	g := w.guest()
-	g.finish(t, nil, g.resultKey)
+	g.finish(t, nil, g.ResultKey)
 	r, err := w.tenant.Results(t.Context(), "job", t.TempDir())
 	if err != nil || len(r.Files) != 0 || len(r.Missing) != 1 {
 		t.Fatalf("%+v %v", r, err)
@@ -324,7 +390,7 @@ func TestCallReachesTheAttestedGuestOnly(t *testing.T) {
 	w.deploy()
 	g := w.guest()
 	var asked atomic.Int32
-	addr := endpoint(t, g, certificate(t, g.tlsKey), &asked)
+	addr := endpoint(t, g, certificate(t, g.TLSKey), &asked)
 	client, err := w.tenant.HTTPClient("job", addr, VerifyOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -369,4 +435,21 @@ func TestCallReachesTheAttestedGuestOnly(t *testing.T) {
 	if asked.Load() != 0 {
 		t.Fatal("a request reached a server that was not attested")
 	}
+}
+
+func FuzzReadEvidence(f *testing.F) {
+	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"))
+	f.Add([]byte("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"))
+	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\n\r\n"))
+	f.Add([]byte("HTTP/1.1 404 Not Found\r\n\r\n"))
+	req := httptest.NewRequest(http.MethodGet, evidencePath, nil)
+	f.Fuzz(func(t *testing.T, data []byte) {
+		body, err := readEvidence(bytes.NewReader(data), req)
+		if (body == nil) == (err == nil) || len(body) > contract.MaxEvidenceBytes {
+			t.Errorf("%d bytes, %v", len(body), err)
+		}
+		if err == nil && !bytes.HasPrefix(data, []byte("HTTP/")) {
+			t.Errorf("evidence from %q", data)
+		}
+	})
 }

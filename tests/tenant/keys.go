@@ -167,13 +167,37 @@ func checkSealed(what string, r io.Reader) (io.Reader, error) {
 	head = head[:n]
 	if err := sealed.CheckHeader(bytes.NewReader(head)); err != nil {
 		if isOpenPGP(what, head) {
-			return nil, contract.Refuse(codeFormatGPG, "re-seal it: gpg --decrypt FILE | tenant seal - --encryption-key file://KEY --out FILE.age",
-				"%s is sealed with OpenPGP, which guests do not open", what)
+			return nil, refuseGPG(what)
 		}
 		return nil, contract.Refuse(codeNotSealed, "seal it first: tenant seal FILE --encryption-key file://KEY",
 			"%s is not an age file; plaintext never leaves this machine", what).Because(err)
 	}
 	return io.MultiReader(bytes.NewReader(head), r), nil
+}
+
+// checkPlain refuses an input to be sealed here that is sealed already: the
+// guest would open one layer and find another. Arbitrary data may begin as a
+// binary OpenPGP message does, so that is told by its name or its armour only.
+func checkPlain(what string, r io.Reader) (io.Reader, error) {
+	head := make([]byte, 64)
+	n, err := io.ReadFull(r, head)
+	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("reading %s: %w", what, err)
+	}
+	head = head[:n]
+	if bytes.HasPrefix(head, []byte("age-encryption.org/")) || bytes.HasPrefix(head, []byte("-----BEGIN AGE ENCRYPTED FILE-----")) {
+		return nil, contract.Refuse(codeAlreadySealed, "upload it as it is (tenant upload FILE), name it as encrypted://bucket/key, and give its key with --encryption-key",
+			"%s is sealed with age already and would be sealed twice", what)
+	}
+	if bytes.HasPrefix(head, []byte("-----BEGIN PGP MESSAGE")) || strings.HasSuffix(what, ".gpg") || strings.HasSuffix(what, ".pgp") {
+		return nil, refuseGPG(what)
+	}
+	return io.MultiReader(bytes.NewReader(head), r), nil
+}
+
+func refuseGPG(what string) error {
+	return contract.Refuse(codeFormatGPG, "re-seal it: gpg --decrypt FILE | tenant seal - --encryption-key file://KEY --out FILE.age",
+		"%s is sealed with OpenPGP, which guests do not open", what)
 }
 
 // isOpenPGP recognises ASCII armour and the first packet of a binary message

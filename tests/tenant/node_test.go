@@ -29,6 +29,7 @@ import (
 	"github.com/confidential-node/agent/firmware/snp"
 	"github.com/confidential-node/agent/firmware/snp/snptest"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/tests/attester"
 )
 
 // fakeNode is control plane and node: it keeps commands, starts guests and
@@ -43,24 +44,32 @@ type fakeNode struct {
 	guests map[string]*fakeGuest
 	// fail makes the next Launch fail without an answer.
 	fail error
+	// onLaunch is called before each Launch is answered.
+	onLaunch func()
+	// silent nodes never say what became of a launch; status is what others
+	// say, running unless set.
+	silent bool
+	status api.GuestStatus
 	// swap changes a command before the guest is started from it.
 	swap func(*api.LaunchGuest)
 }
 
 // fakeGuest is a guest that has its keys.
 type fakeGuest struct {
-	node      *fakeNode
-	command   *api.LaunchGuest
-	state     Guest
-	evidence  map[string][]byte
-	tlsKey    *ecdsa.PrivateKey
-	resultKey ed25519.PrivateKey
-	mute      bool
+	*attester.Guest
+	node     *fakeNode
+	command  *api.LaunchGuest
+	state    Guest
+	evidence map[string][]byte
+	mute     bool
 }
 
 func (n *fakeNode) Launch(_ context.Context, node string, l *api.LaunchGuest, features []string) (Launched, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if n.onLaunch != nil {
+		n.onLaunch()
+	}
 	if n.fail != nil {
 		return Launched{}, n.fail
 	}
@@ -69,6 +78,9 @@ func (n *fakeNode) Launch(_ context.Context, node string, l *api.LaunchGuest, fe
 	}
 	id := uuid.NewString()
 	g := &fakeGuest{node: n, command: l, evidence: map[string][]byte{}, state: Guest{GuestID: id, Node: n.host, Status: api.GuestStatus_GUEST_STATUS_RUNNING}}
+	if n.silent || n.status != api.GuestStatus_GUEST_STATUS_UNSPECIFIED {
+		g.state.Status = n.status
+	}
 	for _, f := range features {
 		if !n.features[f] && !slices.Contains(api.Features(), f) {
 			g.state.Status, g.state.Refused = api.GuestStatus_GUEST_STATUS_UNSPECIFIED, true
@@ -79,11 +91,14 @@ func (n *fakeNode) Launch(_ context.Context, node string, l *api.LaunchGuest, fe
 		n.swap(l)
 	}
 	var err error
-	if g.tlsKey, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+	if g.Guest, err = attester.New(n.chain, l.GetManifest(), l.GetLaunchDigest()); err != nil {
 		return Launched{}, err
 	}
-	if _, g.resultKey, err = ed25519.GenerateKey(rand.Reader); err != nil {
-		return Launched{}, err
+	m := l.GetMachine()
+	g.Policy = snp.Policy(m.GetPolicy())
+	g.Boot = contract.BootComponents{
+		FirmwareSHA256: hex.EncodeToString(l.GetImage().GetFirmwareSha256()), VCPUs: int(m.GetVcpus()),
+		CPUModel: m.GetCpuModel(), GuestFeatures: m.GetGuestFeatures(),
 	}
 	n.guests[id] = g
 	return Launched{CommandID: uuid.NewString(), GuestID: id, Node: n.host}, nil
@@ -162,33 +177,11 @@ func (w *world) guest() *fakeGuest {
 
 // answer makes evidence as the attested init does.
 func (g *fakeGuest) answer(nonce []byte) ([]byte, error) {
-	spki, err := x509.MarshalPKIXPublicKey(&g.tlsKey.PublicKey)
+	e, err := g.Evidence(nonce)
 	if err != nil {
 		return nil, err
 	}
-	pub := ed25519.PublicKey(g.resultKey[32:])
-	version := uint64(10) | uint64(27)<<48 | uint64(86)<<56
-	r := snp.Report{
-		Version: 3, Policy: snp.Policy(g.command.GetMachine().GetPolicy()), SigAlgo: 1, Family: 0x19, Model: 0x11, Stepping: 1,
-		CurrentTCB: version, ReportedTCB: version, CommittedTCB: version, LaunchTCB: version,
-		HostData: contract.HostData(g.command.GetManifest()), ReportData: contract.EvidenceReportData(nonce, spki, pub, nil),
-	}
-	copy(r.Measurement[:], g.command.GetLaunchDigest())
-	copy(r.ReportIDMA[:], bytes.Repeat([]byte{0xff}, 32))
-	copy(r.ChipID[:], bytes.Repeat([]byte{7}, 64))
-	report, err := snptest.Sign(r.Marshal(), g.node.chain.Key)
-	if err != nil {
-		return nil, err
-	}
-	m := g.command.GetMachine()
-	return json.Marshal(contract.Evidence{
-		Version: contract.EvidenceVersion, Nonce: nonce, TLSSPKI: spki, ResultKey: pub, Report: report,
-		Manifest: g.command.GetManifest(), Endorsements: g.node.chain.Endorsements,
-		Boot: contract.BootComponents{
-			FirmwareSHA256: hex.EncodeToString(g.command.GetImage().GetFirmwareSha256()), VCPUs: int(m.GetVcpus()),
-			CPUModel: m.GetCpuModel(), GuestFeatures: m.GetGuestFeatures(),
-		},
-	})
+	return json.Marshal(e)
 }
 
 // finish seals and signs the files as the init does and uploads them through

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"filippo.io/age"
 	"github.com/minio/minio-go/v7"
 	"github.com/minio/minio-go/v7/pkg/credentials"
 
@@ -87,10 +88,20 @@ func newS3(p *StoreProfile) (ObjectStore, error) {
 }
 
 func storeError(doing string, err error) error {
-	if resp := minio.ToErrorResponse(err); resp.StatusCode == http.StatusNotFound {
-		return contract.Refuse("tenant.object-not-found", "check bucket and key, or upload the object first", "%s: the object store has no such object", doing)
+	switch minio.ToErrorResponse(err).StatusCode {
+	case http.StatusNotFound:
+		return contract.Refuse(codeObjectNotFound, "check bucket and key, or upload the object first", "%s: the object store has no such object", doing)
+	case http.StatusForbidden:
+		return contract.Refuse("tenant.store-denied", "check access_key and secret_key_file of [store] in the profile, this machine's clock, and the account's rights on the bucket",
+			"%s: the object store denies access", doing).Because(err)
 	}
 	return fmt.Errorf("%s: %w", doing, err)
+}
+
+// noObject reports whether the store answered that there is no such object.
+func noObject(err error) bool {
+	refused, ok := errors.AsType[*contract.Refusal](err)
+	return ok && refused.Code == codeObjectNotFound
 }
 
 func (s *s3Store) Put(ctx context.Context, bucket, key string, r io.Reader, size int64) error {
@@ -179,14 +190,22 @@ func parseSource(text string) (source, error) {
 func (t *Tenant) input(ctx context.Context, prefix string, s source, key *dataKey) (DeployedObject, error) {
 	switch s.scheme {
 	case "encrypted":
-		return t.sealedObject(ctx, s)
+		o, err := t.sealedObject(ctx, s)
+		if err != nil {
+			return DeployedObject{}, err
+		}
+		return o, t.opens(ctx, s, key)
 	case "s3":
 		r, size, err := t.store.Get(ctx, s.bucket, s.key)
 		if err != nil {
 			return DeployedObject{}, err
 		}
 		defer r.Close() //nolint:errcheck // only read from
-		return t.sealAndPut(ctx, s.name, prefix+s.name+".age", r, size, key)
+		plain, err := checkPlain(s.key, r)
+		if err != nil {
+			return DeployedObject{}, err
+		}
+		return t.sealAndPut(ctx, s.name, prefix+s.name+".age", plain, size, key)
 	default:
 		f, err := os.Open(s.path)
 		if err != nil {
@@ -197,7 +216,11 @@ func (t *Tenant) input(ctx context.Context, prefix string, s source, key *dataKe
 		if err != nil {
 			return DeployedObject{}, fmt.Errorf("opening input %s: %w", s.name, err)
 		}
-		return t.sealAndPut(ctx, s.name, prefix+s.name+".age", f, info.Size(), key)
+		plain, err := checkPlain(s.path, f)
+		if err != nil {
+			return DeployedObject{}, err
+		}
+		return t.sealAndPut(ctx, s.name, prefix+s.name+".age", plain, info.Size(), key)
 	}
 }
 
@@ -252,6 +275,25 @@ func (t *Tenant) sealedObject(ctx context.Context, s source) (DeployedObject, er
 	}
 	o := DeployedObject{Name: s.name, Bucket: s.bucket, Key: s.key, SHA256: sum.SHA256, Size: sum.Size}
 	return o, t.state.remember(o)
+}
+
+// opens refuses a key that is not one of the object's recipients: otherwise the
+// guest would find out, after its only release. It reads no more than a header.
+func (t *Tenant) opens(ctx context.Context, s source, key *dataKey) error {
+	r, _, err := t.store.Get(ctx, s.bucket, s.key)
+	if err != nil {
+		return err
+	}
+	defer r.Close() //nolint:errcheck // only read from
+	_, err = age.Decrypt(r, key.identity)
+	if _, other := errors.AsType[*age.NoIdentityMatchError](err); other {
+		return contract.Refuse("tenant.key-mismatch", "give the key it was sealed with as --encryption-key, or seal it again",
+			"the encryption key does not open %s/%s", s.bucket, s.key)
+	}
+	if err != nil {
+		return fmt.Errorf("opening %s/%s: %w", s.bucket, s.key, err)
+	}
+	return nil
 }
 
 // Upload puts a sealed file into the store at target, bucket/key or empty for

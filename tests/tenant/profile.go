@@ -3,7 +3,6 @@ package tenant
 import (
 	"bytes"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"net/url"
@@ -13,6 +12,8 @@ import (
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+
+	"github.com/confidential-node/agent/firmware/snp"
 )
 
 // maxProfileBytes bounds the profile and each file it names.
@@ -187,22 +188,19 @@ func readSecret(path string) (string, error) {
 	return strings.TrimSpace(string(data)), nil
 }
 
-// readCertificates reads certificates in PEM or one in DER.
-func readCertificates(paths []string) ([]*x509.Certificate, error) {
+// readRoots reads the emulated roots that a profile or flag allows.
+func readRoots(paths []string) ([]*x509.Certificate, error) {
 	var out []*x509.Certificate
 	for _, path := range paths {
 		data, err := readSmall(path)
 		if err != nil {
 			return nil, fmt.Errorf("reading emulated root: %w", err)
 		}
-		if block, _ := pem.Decode(data); block != nil {
-			data = block.Bytes
-		}
-		cert, err := x509.ParseCertificate(data)
+		root, err := snp.ParseEmulatedRoot(data)
 		if err != nil {
-			return nil, fmt.Errorf("reading emulated root %s: %w", path, err)
+			return nil, Usage("%s: %v", path, err)
 		}
-		out = append(out, cert)
+		out = append(out, root)
 	}
 	return out, nil
 }

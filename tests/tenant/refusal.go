@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io/fs"
 	"net"
+	"net/url"
 	"os"
 	"strings"
 
@@ -26,12 +27,14 @@ const (
 
 // Codes of refusals that callers tell apart.
 const (
-	codeNotFound   = "tenant.not-found"
-	codeNameInUse  = "tenant.name-in-use"
-	codeUsage      = "tenant.usage"
-	codeNotSealed  = "tenant.not-sealed"
-	codeFormatGPG  = "tenant.format-gpg"
-	codeUnverified = "tenant.evidence-refused"
+	codeNotFound       = "tenant.not-found"
+	codeNameInUse      = "tenant.name-in-use"
+	codeUsage          = "tenant.usage"
+	codeNotSealed      = "tenant.not-sealed"
+	codeAlreadySealed  = "tenant.already-sealed"
+	codeFormatGPG      = "tenant.format-gpg"
+	codeUnverified     = "tenant.evidence-refused"
+	codeObjectNotFound = "tenant.object-not-found"
 )
 
 // Usage is a wrong invocation or profile.
@@ -51,13 +54,30 @@ func ExitCode(err error) int {
 		return refusalExit(refused.Code)
 	}
 	_, network := errors.AsType[*net.OpError](err)
-	if network || errors.Is(err, brokeradmin.ErrUnreachable) || errors.Is(err, ErrUnreachable) {
+	_, request := errors.AsType[*url.Error](err) // no answer, or none over TLS with the pinned CA
+	if network || request || errors.Is(err, brokeradmin.ErrUnreachable) || errors.Is(err, ErrUnreachable) {
 		return ExitUnreachable
 	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return ExitNotFound
 	}
 	return ExitFailed
+}
+
+// Remedy says what to do about an outcome.
+func Remedy(err error) string {
+	if refused, ok := errors.AsType[*contract.Refusal](err); ok {
+		return refused.Remedy
+	}
+	switch ExitCode(err) {
+	case ExitUnreachable:
+		return "check that the service runs, and its url and ca_file in the profile; then try again"
+	case ExitTimeout:
+		return "look with tenant status what has happened, and try again with a longer --timeout"
+	case ExitNotFound:
+		return "correct the file's name, or make the file"
+	}
+	return "try again; if it repeats, report it with this message"
 }
 
 func refusalExit(code string) int {

@@ -60,11 +60,8 @@ func (t *Tenant) Results(ctx context.Context, name, dir string) (*Results, error
 		return nil, fmt.Errorf("making result folder: %w", err)
 	}
 	out := &Results{ExitCode: list.ExitCode}
-	for _, entry := range list.Results {
-		if err := t.openResult(ctx, d, entry, identity, dir); err != nil {
-			return nil, err
-		}
-		out.Files = append(out.Files, entry.Name)
+	if out.Files, err = t.openAll(ctx, d, list.Results, identity, dir); err != nil {
+		return nil, err
 	}
 	for _, r := range d.Results {
 		if !slices.Contains(out.Files, r.Name) {
@@ -77,6 +74,10 @@ func (t *Tenant) Results(ctx context.Context, name, dir string) (*Results, error
 // resultManifest fetches the signed list and opens it under the attested key.
 func (t *Tenant) resultManifest(ctx context.Context, d *Deployment, v *Verdict) (*contract.ResultManifest, error) {
 	r, size, err := t.store.Get(ctx, t.profile.Store.Bucket, t.resultPath(d, contract.ResultsManifestName))
+	if noObject(err) {
+		return nil, contract.Refuse("tenant.results-not-found", "wait for the guest's end with tenant wait "+d.Name+"; if it has finished, its node kept the results back: deploy again elsewhere",
+			"there is no signed list of results of %q in the store", d.Name)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("fetching the signed result list: %w", err)
 	}
@@ -115,9 +116,35 @@ func (t *Tenant) resultIdentity(name string) (age.Identity, error) {
 	return ids[0], nil
 }
 
+// openAll opens every result beside dir's files and moves them in when all of
+// them held: half a result set is none.
+func (t *Tenant) openAll(ctx context.Context, d *Deployment, entries []contract.ResultEntry, identity age.Identity, dir string) (names []string, err error) {
+	staging, err := os.MkdirTemp(dir, ".opening-*")
+	if err != nil {
+		return nil, fmt.Errorf("opening results: %w", err)
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(staging)) }()
+	for _, entry := range entries {
+		if err := t.openResult(ctx, d, entry, identity, staging); err != nil {
+			return nil, err
+		}
+	}
+	for _, entry := range entries {
+		if err := os.Rename(filepath.Join(staging, entry.Name), filepath.Join(dir, entry.Name)); err != nil {
+			return nil, fmt.Errorf("writing result: %w", err)
+		}
+		names = append(names, entry.Name)
+	}
+	return names, nil
+}
+
 // openResult checks the whole ciphertext before it opens any of it.
 func (t *Tenant) openResult(ctx context.Context, d *Deployment, entry contract.ResultEntry, identity age.Identity, dir string) (err error) {
 	r, size, err := t.store.Get(ctx, t.profile.Store.Bucket, t.resultPath(d, entry.Name))
+	if noObject(err) {
+		return contract.Refuse("tenant.result-not-found", "ask the node to upload it; if it does not, deploy again elsewhere",
+			"the guest signed result %q, and it is not in the store", entry.Name)
+	}
 	if err != nil {
 		return fmt.Errorf("fetching result %s: %w", entry.Name, err)
 	}
@@ -149,19 +176,15 @@ func (t *Tenant) openResult(ctx context.Context, d *Deployment, entry contract.R
 	return writeAll(filepath.Join(dir, entry.Name), plain)
 }
 
-// writeAll writes a file under a temporary name and renames it when it is
-// whole.
+// writeAll writes a new file that only its owner can read.
 func writeAll(path string, r io.Reader) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".opening-*")
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return fmt.Errorf("writing result: %w", err)
 	}
 	_, err = io.Copy(f, r)
-	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
-		err = os.Rename(f.Name(), path)
-	}
-	if err != nil {
-		return errors.Join(fmt.Errorf("writing result: %w", err), os.Remove(f.Name()))
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("writing result: %w", err)
 	}
 	return nil
 }

@@ -7,10 +7,13 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 
 	"filippo.io/age"
+
+	"github.com/confidential-node/agent/firmware/contract"
 )
 
 // Reporter shows progress. Both methods are called from one goroutine.
@@ -102,7 +105,13 @@ func SealFile(src, dst, keyURL string, stdin io.Reader, report Reporter) (sealed
 		}
 		in, total = f, info.Size()
 	}
+	if in, err = checkPlain(src, in); err != nil {
+		return Sealed{}, err
+	}
 	out, err := os.OpenFile(dst, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, fs.ErrExist) {
+		return Sealed{}, contract.Refuse("tenant.file-conflict", "choose another --out, or remove the file", "file %s exists and is not overwritten", dst)
+	}
 	if err != nil {
 		return Sealed{}, fmt.Errorf("sealing: %w", err)
 	}

@@ -132,25 +132,41 @@ func (s *stateDir) list() ([]string, error) {
 }
 
 // create makes the folder of a new deployment. With replace, an older one of
-// the same name steps aside, keys included, so that nothing is lost.
-func (s *stateDir) create(name string, replace bool) error {
-	err := os.Mkdir(s.path(name), 0o700)
+// the same name steps aside, keys included, so that nothing is lost; aside is
+// then its name.
+func (s *stateDir) create(name string, replace bool) (aside string, err error) {
+	err = os.Mkdir(s.path(name), 0o700)
 	if !errors.Is(err, fs.ErrExist) {
-		return err
+		return "", err
 	}
 	old, loadErr := s.load(name)
 	if !replace {
-		return contract.Refuse(codeNameInUse, "choose another --name, or give --replace to put the old deployment aside",
+		return "", contract.Refuse(codeNameInUse, "choose another --name, or give --replace to put the old deployment aside",
 			"a deployment named %q exists", name)
 	}
-	aside := name + ".unfinished"
+	aside = name + ".unfinished"
 	if loadErr == nil {
 		aside = name + "." + old.LaunchID[:min(8, len(old.LaunchID))]
 	}
 	if err := os.Rename(s.path(name), s.path(aside)); err != nil {
-		return fmt.Errorf("putting the old deployment aside: %w", err)
+		return "", fmt.Errorf("putting the old deployment aside: %w", err)
 	}
-	return os.Mkdir(s.path(name), 0o700)
+	return aside, os.Mkdir(s.path(name), 0o700)
+}
+
+// forget removes a deployment and lets the one come back that had stepped
+// aside for it.
+func (s *stateDir) forget(name, aside string) error {
+	if err := os.RemoveAll(s.path(name)); err != nil {
+		return fmt.Errorf("removing deployment %s: %w", name, err)
+	}
+	if aside == "" {
+		return nil
+	}
+	if err := os.Rename(s.path(aside), s.path(name)); err != nil {
+		return fmt.Errorf("putting the old deployment back: %w", err)
+	}
+	return nil
 }
 
 func (s *stateDir) save(d *Deployment) error {

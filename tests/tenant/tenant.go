@@ -27,6 +27,8 @@ type Tenant struct {
 	report  Reporter
 	now     func() time.Time
 	roots   []*x509.Certificate
+	// answerWithin is how long Deploy waits for the node's answer.
+	answerWithin time.Duration
 
 	// What a verb does not need may be nil.
 	control  ControlPlane
@@ -56,11 +58,11 @@ func Open(p *Profile, report Reporter, options ...Option) (*Tenant, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &Tenant{profile: p, state: state, report: report, now: time.Now}
+	t := &Tenant{profile: p, state: state, report: report, now: time.Now, answerWithin: 30 * time.Second}
 	for _, o := range options {
 		o(t)
 	}
-	if t.roots, err = readCertificates(p.Verify.AllowEmulatedRoots); err != nil {
+	if t.roots, err = readRoots(p.Verify.AllowEmulatedRoots); err != nil {
 		return nil, err
 	}
 	return t, errors.Join(t.openBroker(), t.openRegistry(), t.openStore(), t.openControl())

@@ -2,12 +2,8 @@ package tenant
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/binary"
-	"encoding/hex"
-	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"io"
@@ -27,13 +23,13 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"github.com/google/uuid"
 	"github.com/hashicorp/go-hclog"
 	"github.com/johannesboyne/gofakes3"
 	"github.com/johannesboyne/gofakes3/backend/s3mem"
 
-	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/image/imagetest"
 	"github.com/confidential-node/agent/firmware/snp/snptest"
+	"github.com/confidential-node/agent/tests/attester"
 	"github.com/confidential-node/agent/tests/keybroker"
 )
 
@@ -44,11 +40,9 @@ const (
 	plaintext  = "canary: patient 4711 has a cold"
 )
 
-func testTCB() contract.TCB { return contract.TCB{BootLoader: 10, SNP: 27, Microcode: 86} }
-
 // testChain is made once: three P-384 keys are slow under the race detector.
 var testChain = sync.OnceValues(func() (*snptest.Chain, error) {
-	return snptest.NewChain(snptest.ProductEmulated, testTCB(), bytes.Repeat([]byte{7}, 64), time.Now())
+	return attester.NewChip(time.Now())
 })
 
 // world is everything outside the tenant, as real as it goes in one process.
@@ -137,7 +131,7 @@ func newWorld(t *testing.T) *world {
 	store := w.serve(w.uploads)
 	w.node = &fakeNode{w: w, chain: chain, host: "node-1", features: map[string]bool{}, guests: map[string]*fakeGuest{}}
 	w.profile = &Profile{
-		StateDir: filepath.Join(w.dir, "state"), ImageDir: w.image(), Hosts: map[string]string{"broker.example": "198.51.100.1"},
+		StateDir: filepath.Join(w.dir, "state"), ImageDir: imagetest.Folder(t), Hosts: map[string]string{"broker.example": "198.51.100.1"},
 		Broker:   BrokerProfile{URL: w.broker.URL, CAFile: w.ca(w.broker), AdminTokenFile: w.file("admin-token", adminToken+"\n")},
 		Registry: EndpointProfile{URL: w.registry.URL, CAFile: w.ca(w.registry)},
 		Store:    StoreProfile{Endpoint: store.URL, CAFile: w.ca(store), Bucket: bucket, AccessKey: "tenant", SecretKeyFile: w.file("store-key", storeKey)},
@@ -207,65 +201,4 @@ func (w *world) push(layers int) (string, v1.Hash) {
 		w.t.Fatal(err)
 	}
 	return ref, digest
-}
-
-// image writes a guest image folder with a small OVMF that declares a page
-// for kernel hashes.
-func (w *world) image() string {
-	w.t.Helper()
-	dir := filepath.Join(w.dir, "image")
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		w.t.Fatal(err)
-	}
-	desc := contract.ImageDescription{Version: contract.ImageVersion, Name: "test", Variant: contract.VariantProduction, Emulated: true, Cmdline: "quiet"}
-	for name, part := range map[string]struct {
-		file *contract.ImageFile
-		data []byte
-	}{"fw": {&desc.Firmware, smallOVMF()}, "kernel": {&desc.Kernel, []byte("kernel")}, "initrd": {&desc.Initrd, []byte("initrd")}} {
-		sum := sha256.Sum256(part.data)
-		*part.file = contract.ImageFile{File: name, SHA256: hex.EncodeToString(sum[:]), Size: int64(len(part.data))}
-		w.file(filepath.Join("image", name), string(part.data))
-	}
-	raw, err := json.Marshal(desc)
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	w.file(filepath.Join("image", contract.ImageDescriptionName), string(raw))
-	return dir
-}
-
-// smallOVMF is 4 KiB with the footer table and the SEV metadata of AmdSev.
-func smallOVMF() []byte {
-	const size = 4096
-	image := make([]byte, size)
-	put := func(at int, words ...uint32) {
-		for i, word := range words {
-			binary.LittleEndian.PutUint32(image[at+4*i:], word)
-		}
-	}
-	sections := []uint32{0x800000, 0x9000, 1, 0x80d000, 0x1000, 2, 0x80e000, 0x1000, 3, 0x810000, 0x1000, 0x10}
-	meta := size - 1024
-	copy(image[meta:], "ASEV")
-	put(meta+4, uint32(16+4*len(sections)), 1, uint32(len(sections)/3))
-	put(meta+16, sections...)
-	var table []byte
-	guid := func(text string) {
-		g := uuid.MustParse(text)
-		table = append(table, g[3], g[2], g[1], g[0], g[5], g[4], g[7], g[6])
-		table = append(table, g[8:]...)
-	}
-	entry := func(id string, words ...uint32) {
-		for _, word := range words {
-			table = binary.LittleEndian.AppendUint32(table, word)
-		}
-		table = binary.LittleEndian.AppendUint16(table, uint16(4*len(words)+18))
-		guid(id)
-	}
-	entry("dc886566-984a-4798-a75e-5585a7bf67cc", 1024)
-	entry("7255371f-3a3b-4b04-927b-1da6efa8d454", 0x810c00, 0x400)
-	entry("00f771de-1a7e-4fcb-890e-68c77e2fb44e", 0x80b004)
-	table = binary.LittleEndian.AppendUint16(table, uint16(len(table)+18))
-	guid("96b582de-1fb2-45f7-baea-a366c55a082d")
-	copy(image[size-32-len(table):], table)
-	return image
 }

@@ -1,6 +1,7 @@
 // Package imagetest makes the inputs of a guest image for tests, a kernel
 // package's folder with modules that name their dependencies as real ones do,
-// and takes initrds apart. It keeps no state.
+// and takes initrds apart; or a whole image that can be measured. It keeps no
+// state.
 package imagetest
 
 import (

@@ -7,7 +7,6 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"net"
@@ -20,6 +19,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/confidential-node/agent/firmware/snp"
 	"github.com/confidential-node/agent/tests/keybroker"
 )
 
@@ -150,15 +150,11 @@ func loadRoots(files []string) ([]*x509.Certificate, error) {
 		if err != nil {
 			return nil, fmt.Errorf("reading emulated root: %w", err)
 		}
-		block, _ := pem.Decode(data)
-		if block == nil {
-			return nil, fmt.Errorf("reading emulated root: %s is not PEM", file)
-		}
-		cert, err := x509.ParseCertificate(block.Bytes)
+		root, err := snp.ParseEmulatedRoot(data)
 		if err != nil {
-			return nil, fmt.Errorf("reading emulated root %s: %w", file, err)
+			return nil, usageError{fmt.Errorf("--allow-emulated-root %s: %w", file, err)}
 		}
-		roots = append(roots, cert)
+		roots = append(roots, root)
 	}
 	return roots, nil
 }

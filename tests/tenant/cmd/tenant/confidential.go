@@ -13,7 +13,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/confidential-node/agent/firmware/contract"
-	"github.com/confidential-node/agent/firmware/snp"
+	"github.com/confidential-node/agent/firmware/verify"
 	"github.com/confidential-node/agent/tests/tenant"
 )
 
@@ -54,44 +54,13 @@ func (a *app) show(cmd *cobra.Command, v *tenant.Verdict) error {
 		if _, err := cmd.OutOrStdout().Write(append(raw, '\n')); err != nil {
 			return err
 		}
-	} else if err := showChecks(cmd.OutOrStdout(), v); err != nil {
+	} else if _, err := io.WriteString(cmd.OutOrStdout(), verify.Text(&v.Result)); err != nil {
 		return err
 	}
 	if !v.OK() {
 		return &verdictError{contract.Refuse("tenant.evidence-refused", "see the failed checks", "the evidence does not hold")}
 	}
 	return nil
-}
-
-func showChecks(w io.Writer, v *tenant.Verdict) error {
-	var b strings.Builder
-	width, held := 0, 0
-	for _, c := range v.Checks {
-		width = max(width, len(c.Name))
-	}
-	for _, c := range v.Checks {
-		mark := "✗"
-		switch c.Status {
-		case snp.Pass:
-			mark = "✓"
-			held++
-		case snp.Skip:
-			mark = "-"
-		case snp.Fail:
-		}
-		fmt.Fprintf(&b, "%s %-*s  %s", mark, width, c.Name, c.Why)
-		if c.Status == snp.Fail && c.Want != "" {
-			fmt.Fprintf(&b, " (expected %s, found %s)", c.Want, c.Got)
-		}
-		b.WriteByte('\n')
-	}
-	word := "the evidence does NOT hold"
-	if v.OK() {
-		word = "the evidence holds"
-	}
-	fmt.Fprintf(&b, "%d of %d checks hold: %s\n", held, len(v.Checks), word)
-	_, err := io.WriteString(w, b.String())
-	return err
 }
 
 func newAttest(a *app) *cobra.Command {

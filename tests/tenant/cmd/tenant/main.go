@@ -11,6 +11,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 	"time"
 
@@ -35,35 +36,49 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	err := root.ExecuteContext(ctx)
-	explain(stderr, err)
+	if err != nil {
+		explain(stderr, err)
+	}
 	return tenant.ExitCode(err)
 }
 
-// explain prints an error; a refusal with its code and remedy.
+// explain prints an error and every other that was joined to it: what happened
+// and what to do; of a refusal also its code and what was behind it.
 func explain(w io.Writer, err error) {
-	if err == nil {
-		return
-	}
-	if _, silent := errors.AsType[*verdictError](err); silent {
-		return // the checks were printed
-	}
-	refused, ok := errors.AsType[*contract.Refusal](err)
-	if !ok {
-		fmt.Fprintf(w, "tenant: %v\n", err)
-		return
-	}
-	fmt.Fprintf(w, "tenant: refused: %s\n  code:   %s\n  remedy: %s\n", refused.Message, refused.Code, refused.Remedy)
-	if more, joined := errors.AsType[interface {
-		error
-		Unwrap() []error
-	}](err); joined {
-		for _, e := range more.Unwrap() {
-			if second, ok := errors.AsType[*contract.Refusal](e); ok && second != refused {
-				fmt.Fprintf(w, "tenant: also refused: %s\n  code:   %s\n  remedy: %s\n", second.Message, second.Code, second.Remedy)
-			}
+	for _, part := range parts(err) {
+		if _, printed := errors.AsType[*verdictError](part); printed {
+			continue // with its checks
 		}
+		refused, ok := errors.AsType[*contract.Refusal](part)
+		if !ok {
+			fmt.Fprintf(w, "tenant: %s\n  remedy: %s\n", oneLine(part.Error()), tenant.Remedy(part))
+			continue
+		}
+		text := strings.Replace(part.Error(), refused.Error(), refused.Message, 1)
+		if tenant.ExitCode(part) != tenant.ExitUsage {
+			text = "refused: " + text
+		}
+		fmt.Fprintf(w, "tenant: %s\n", oneLine(text))
+		if refused.Cause != nil {
+			fmt.Fprintf(w, "  cause:  %s\n", oneLine(refused.Cause.Error()))
+		}
+		fmt.Fprintf(w, "  code:   %s\n  remedy: %s\n", refused.Code, refused.Remedy)
 	}
 }
+
+// parts takes apart what errors.Join put together, and nothing else.
+func parts(err error) (out []error) {
+	joined, ok := err.(interface{ Unwrap() []error }) //nolint:errorlint // the outermost error is meant
+	if !ok || err.Error() != errors.Join(joined.Unwrap()...).Error() {
+		return []error{err}
+	}
+	for _, e := range joined.Unwrap() {
+		out = append(out, parts(e)...)
+	}
+	return out
+}
+
+func oneLine(text string) string { return strings.Join(strings.Split(text, "\n"), "; ") }
 
 // app is what all verbs share.
 type app struct {

@@ -99,7 +99,7 @@ func showStatus(w io.Writer, s *tenant.Status) error {
 			fmt.Fprintf(&b, "  released %s to chip %.16s…\n", r.At.Format(time.RFC3339), r.ChipID)
 		}
 		for _, r := range s.Broker.Refusals {
-			fmt.Fprintf(&b, "  refused  %s %s: %s\n", r.At.Format(time.RFC3339), r.Refusal.Code, r.Refusal.Message)
+			fmt.Fprintf(&b, "  refused  %s %s: %s\n    remedy: %s\n", r.At.Format(time.RFC3339), r.Refusal.Code, r.Refusal.Message, r.Refusal.Remedy)
 		}
 	}
 	for _, p := range s.Problems {

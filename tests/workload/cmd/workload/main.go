@@ -9,12 +9,14 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -69,7 +71,8 @@ func run(args []string) error {
 }
 
 // serve answers prompts with a digest of model and prompt.
-func serve(model string) (served int, err error) {
+func serve(model string) (int, error) {
+	var served atomic.Int64
 	ctx, quit := context.WithCancel(context.Background())
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "ok\n") })
@@ -79,7 +82,7 @@ func serve(model string) (served int, err error) {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		served++
+		served.Add(1)
 		sum := sha256.Sum256(append([]byte(model), prompt...))
 		_, _ = fmt.Fprintf(w, `{"answer":"%x"}`+"\n", sum)
 	})
@@ -88,14 +91,17 @@ func serve(model string) (served int, err error) {
 		quit()
 	})
 	server := &http.Server{Addr: "127.0.0.1:8000", Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	answered := make(chan struct{})
 	go func() {
+		defer close(answered)
 		<-ctx.Done()
 		grace, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()
 		_ = server.Shutdown(grace)
 	}()
-	if err := server.ListenAndServe(); err != http.ErrServerClosed {
-		return served, err
+	if err := server.ListenAndServe(); !errors.Is(err, http.ErrServerClosed) {
+		return 0, err
 	}
-	return served, nil
+	<-answered // ListenAndServe returns before the last answer is out
+	return int(served.Load()), nil
 }
