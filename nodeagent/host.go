@@ -154,19 +154,6 @@ func (a *agent) endorsements() contract.Endorsements {
 	return contract.Endorsements{VCEK: read("vcek.der"), ASK: read("ask.der"), ARK: read("ark.der"), CRL: read("crl.der")}
 }
 
-// afterReady makes commands wait until every guest of an earlier run was
-// decided on.
-type afterReady struct{ guests *lifecycle.Manager }
-
-func (e afterReady) Execute(ctx context.Context, cmd *api.Command) ([]*api.Event, error) {
-	select {
-	case <-e.guests.Ready():
-		return e.guests.Execute(ctx, cmd)
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-}
-
 // blobs and spoolsOf give package blob the shapes that lifecycle wants.
 type blobs struct{ *blob.Cache }
 

@@ -316,7 +316,7 @@ func (w Domains) List(ctx context.Context) ([]vm.Observed, error) {
 	defer w.mu.Unlock()
 	var out []vm.Observed
 	for id, d := range w.domains {
-		out = append(out, vm.Observed{GuestID: id, Generation: d.spec.Generation, State: d.state})
+		out = append(out, vm.Observed{GuestID: id, Generation: d.spec.Generation, State: d.state, VCPUs: d.spec.VCPUs, MemoryMiB: d.spec.MemoryMiB})
 	}
 	return out, nil
 }
@@ -408,6 +408,9 @@ func (w Net) Sweep(ctx context.Context, keep map[string]bool) error {
 	defer w.mu.Unlock()
 	for id := range w.taps {
 		if !keep[id] {
+			if w.domains[id] != nil {
+				w.brokenLocked("tap of %s swept under its domain", id)
+			}
 			delete(w.taps, id)
 		}
 	}
