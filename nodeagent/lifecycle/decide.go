@@ -33,10 +33,10 @@ func stageOf(r store.Guest) stage {
 		return stageUndoing
 	case domain == nil:
 		return stageLaunching
-	case domain.DoneAt.IsZero():
+	case domain.DoneAt.IsZero() && r.Phase == "":
 		return stageStarting
 	}
-	return stageStarted
+	return stageStarted // one that spoke has started, whether or not that could be recorded
 }
 
 func find(steps []store.Step, name string) *store.Step {

@@ -39,6 +39,9 @@ func TestARecordTellsItsStage(t *testing.T) {
 	t.Parallel()
 	begun := []store.Step{{Name: stepTap, BegunAt: noon, DoneAt: noon}, {Name: stepDomain, BegunAt: noon}}
 	done := []store.Step{{Name: stepDomain, BegunAt: noon, DoneAt: noon}}
+	if got := stageOf(store.Guest{ID: "g", Steps: begun, Phase: contract.PhaseBooted}); got != stageStarted {
+		t.Errorf("a guest that spoke is %s", got)
+	}
 	for want, r := range map[stage]store.Guest{
 		stageNone:      {},
 		stageLaunching: {ID: "g", Steps: begun[:1]},

@@ -47,15 +47,27 @@ func (g *guest) deliver(ctx context.Context) error {
 		if settled || i < 0 {
 			continue
 		}
-		failure, err := g.upload(ctx, e, cmd.GetResults().GetUploads()[i].GetPutUrl())
-		if err != nil {
-			return err
+		failure := g.incomplete(e)
+		if failure == nil {
+			if failure, err = g.upload(ctx, e, cmd.GetResults().GetUploads()[i].GetPutUrl()); err != nil {
+				return err
+			}
 		}
 		if err := g.settle(e, failure); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// incomplete holds the signed list back when a result did not arrive.
+func (g *guest) incomplete(e Entry) *contract.Refusal {
+	lost := slices.IndexFunc(g.record().Results, func(r store.Result) bool { return !r.Uploaded })
+	if e.Name != contract.ResultsManifestName || lost < 0 {
+		return nil
+	}
+	return contract.Refuse("results.incomplete", "see why the result could not be delivered, then launch again",
+		"the list of results is not delivered, because result %s was not", g.record().Results[lost].Name)
 }
 
 // upload returns why a file could not be delivered, or an error when the

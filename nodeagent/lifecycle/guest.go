@@ -58,9 +58,11 @@ func (g *guest) record() store.Guest {
 }
 
 // poke wakes the guest's goroutine.
-func (g *guest) poke() {
+func (g *guest) poke() { poke(g.wake) }
+
+func poke(wake chan<- struct{}) {
 	select {
-	case g.wake <- struct{}{}:
+	case wake <- struct{}{}:
 	default:
 	}
 }

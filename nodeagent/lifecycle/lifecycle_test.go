@@ -41,8 +41,10 @@ type host struct {
 	t     *testing.T
 	world *lifecycletest.World
 	store *store.Store
-	image admit.Image
-	cfg   lifecycle.Config
+	// records is store unless a test stands in between.
+	records lifecycle.Records
+	image   admit.Image
+	cfg     lifecycle.Config
 }
 
 func newHost(t *testing.T) *host {
@@ -54,6 +56,7 @@ func newHost(t *testing.T) *host {
 	if h.store, err = store.Open(filepath.Join(dir, "state", "state.db"), time.Now, hclog.NewNullLogger()); err != nil {
 		t.Fatal(err)
 	}
+	h.records = h.store
 	t.Cleanup(func() { _ = h.store.Close() })
 	if h.image, err = h.world.Image(); err != nil {
 		t.Fatal(err)
@@ -62,7 +65,7 @@ func newHost(t *testing.T) *host {
 	policy := config.Default().Policy
 	h.cfg = lifecycle.Config{
 		HostID: "host-1", BootID: "boot", GuestsDir: h.world.GuestsDir(), Policy: policy, Capacity: admit.Capacity{VCPUs: 64, MemoryMiB: 1 << 16},
-		Network: net, PowerOffGrace: 5 * time.Second, Poll: 5 * time.Millisecond, Retry: time.Millisecond, EvidenceTimeout: time.Second,
+		Network: net, PowerOffGrace: 5 * time.Second, Poll: 5 * time.Millisecond, Retry: time.Millisecond, EvidenceTimeout: 200 * time.Millisecond,
 	}
 	return h
 }
@@ -83,7 +86,7 @@ func (h *host) lifeUntil(ctx context.Context, hook func(string)) (_ *lifecycle.M
 		h.t.Fatal(err)
 	}
 	m, err := lifecycle.New(lifecycle.Deps{
-		Records: h.store, Hypervisor: lifecycletest.Domains{World: w}, Network: lifecycletest.Net{World: w}, Metadata: lifecycletest.Service{World: w},
+		Records: h.records, Hypervisor: lifecycletest.Domains{World: w}, Network: lifecycletest.Net{World: w}, Metadata: lifecycletest.Service{World: w},
 		Blobs: lifecycletest.Cache{World: w}, Spools: lifecycletest.Store{World: w},
 		Images: func() ([]admit.Image, error) { return []admit.Image{h.image}, nil }, Measure: lifecycletest.Measure, TEE: tee,
 		GPURule:      func(string, int) *contract.Refusal { return nil },
@@ -178,6 +181,9 @@ func (h *host) ended(ctx context.Context) *api.GuestState {
 		pause(ctx)
 	}
 	guests, err := h.store.Guests()
+	for i := range guests {
+		guests[i].Launch = nil // long
+	}
 	h.t.Fatalf("guest has not ended: %+v %v, left over: %v", guests, err, h.world.Leftovers())
 	return nil
 }

@@ -42,6 +42,8 @@ type Manager struct {
 	log     hclog.Logger
 	domains domains
 	ready   chan struct{} // closed when Reconcile has decided
+	// changed has a value when a domain changed that is no guest's.
+	changed chan struct{}
 
 	// admission is held while a launch is judged and recorded.
 	admission sync.Mutex
@@ -69,7 +71,7 @@ func New(d Deps, c Config) (*Manager, error) {
 	}
 	return &Manager{
 		d: d, c: c.withDefaults(), log: d.Logger.Named("lifecycle"), domains: domains{ask: d.Hypervisor.List},
-		ready: make(chan struct{}), guests: map[string]*guest{},
+		ready: make(chan struct{}), changed: make(chan struct{}, 1), guests: map[string]*guest{},
 	}, nil
 }
 
@@ -101,18 +103,23 @@ func (m *Manager) Run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// dispatch wakes guests whose domain changed. They look for themselves: events
-// may be lost.
+// dispatch wakes guests whose domain changed, and the survey for domains of
+// nobody. They look for themselves: events may be lost.
 func (m *Manager) dispatch(ctx context.Context, events <-chan vm.Event) error {
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case e := <-events:
+			known := false
 			for _, g := range m.live() {
 				if e.GuestID == "" || e.GuestID == g.id {
 					g.poke()
+					known = e.GuestID != ""
 				}
+			}
+			if !known {
+				poke(m.changed)
 			}
 		}
 	}

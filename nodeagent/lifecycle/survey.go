@@ -10,7 +10,8 @@ import (
 	"github.com/confidential-node/agent/vm"
 )
 
-// surveyEvery is how often domains are compared with guests.
+// surveyEvery is how often domains are compared with guests although no event
+// came.
 const surveyEvery = time.Minute
 
 // strangers are domains of ours that no guest accounts for. A guest that
@@ -61,7 +62,7 @@ func (m *Manager) survey(ctx context.Context) error {
 			}
 			m.returnForwarding()
 		}
-		if err := m.pause(ctx, nil, surveyEvery); err != nil {
+		if err := m.pause(ctx, m.changed, surveyEvery); err != nil {
 			return err
 		}
 	}
@@ -104,4 +105,3 @@ func (m *Manager) sweep(ctx context.Context, observed []vm.Observed) error {
 	each(dirs, err, func(id string) error { return os.RemoveAll((&guest{m: m, id: id}).dir()) })
 	return errors.Join(errs...)
 }
-

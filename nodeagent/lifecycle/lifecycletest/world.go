@@ -281,7 +281,7 @@ func (w Domains) Start(ctx context.Context, spec vm.Spec) error {
 	w.domains[spec.GuestID] = &machine{spec, vm.StateRunning}
 	w.mu.Unlock()
 	w.tell(vm.Event{GuestID: spec.GuestID, State: vm.StateRunning})
-	return nil
+	return w.enter(ctx, "start-answer") // lost on its way, if told so
 }
 
 // Shutdown implements lifecycle.Hypervisor.
