@@ -75,6 +75,9 @@ var ErrDamaged = errors.New("store is damaged")
 // long that no more are taken.
 var ErrOutboxFull = errors.New("outbox is full")
 
+// CodeInUse refuses a store that another agent holds.
+const CodeInUse = "store.in-use"
+
 var _ inbox.Journal = (*Store)(nil)
 
 // Store is one open store.
@@ -108,7 +111,7 @@ func Open(path string, now func() time.Time, logger hclog.Logger) (*Store, error
 	}
 	s, err := open(path)
 	if errors.Is(err, errLocked) || errors.Is(err, berrors.ErrTimeout) {
-		return nil, contract.Refuse("store.in-use", "stop the other agent, or give this one another state_dir",
+		return nil, contract.Refuse(CodeInUse, "stop the other agent, or give this one another state_dir",
 			"another agent holds the store in %s", filepath.Dir(path)).Because(err)
 	}
 	if err == nil || !damaged(err) {
