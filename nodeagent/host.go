@@ -154,19 +154,6 @@ func (a *agent) endorsements() contract.Endorsements {
 	return contract.Endorsements{VCEK: read("vcek.der"), ASK: read("ask.der"), ARK: read("ark.der"), CRL: read("crl.der")}
 }
 
-// afterReady makes commands wait until every guest of an earlier run was
-// decided on.
-type afterReady struct{ guests *lifecycle.Manager }
-
-func (e afterReady) Execute(ctx context.Context, cmd *api.Command) ([]*api.Event, error) {
-	select {
-	case <-e.guests.Ready():
-		return e.guests.Execute(ctx, cmd)
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-}
-
 // blobs and spoolsOf give package blob the shapes that lifecycle wants.
 type blobs struct{ *blob.Cache }
 
@@ -252,7 +239,7 @@ func (a *agent) status(ctx context.Context) (admin.Status, error) {
 	s := admin.Status{
 		Header: output.NewHeader("Status"), HostID: a.cfg.HostID, Version: version.Version, Emulated: version.Emulated, TEE: a.cfg.TEE,
 		StartedAt: a.started, Guests: []admin.Guest{}, Warnings: []string{},
-		Control: admin.Control{Connected: link.Connected, Server: link.Server, LastRoundTrip: link.LastRoundTrip, LastError: link.LastError},
+		Control: admin.Control{Connected: link.Connected, State: string(link.State), Server: link.Server, LastRoundTrip: link.LastRoundTrip, LastError: link.LastError},
 	}
 	warn := func(format string, args ...any) { s.Warnings = append(s.Warnings, fmt.Sprintf(format, args...)) }
 	epoch, epochErr := a.store.Epoch()
@@ -278,7 +265,10 @@ func (a *agent) status(ctx context.Context) (admin.Status, error) {
 	for _, g := range a.guests.Snapshot() {
 		guest := admin.Guest{
 			ID: g.ID, Generation: g.Generation, Status: statusWord(g.Status), GuestPhase: string(g.Phase),
-			Since: g.Since, VCPUs: g.VCPUs, MemoryMiB: g.MemoryMiB,
+			Step: g.Step, Ending: g.Undoing, Since: g.Since, VCPUs: g.VCPUs, MemoryMiB: g.MemoryMiB,
+		}
+		for _, p := range g.Ports {
+			guest.Ports = append(guest.Ports, admin.Port(p))
 		}
 		if g.Refusal != nil {
 			guest.Reason = g.Refusal.Error()

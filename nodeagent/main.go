@@ -17,6 +17,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/admin"
+	"github.com/confidential-node/agent/nodeagent/store"
 )
 
 // Exit codes, the same for every verb.
@@ -75,9 +76,20 @@ func execute(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if refusal, ok := errors.AsType[*contract.Refusal](err); ok {
 		fmt.Fprintf(stderr, "  what to do: %s\n", refusal.Remedy)
 	}
+	return exitCode(err)
+}
+
+// exitCode is the one of a verb that failed with err.
+func exitCode(err error) int {
+	refusal, _ := errors.AsType[*contract.Refusal](err)
+	exit, typed := errors.AsType[*exitError](err)
 	switch {
 	case typed:
 		return exit.code
+	case refusal != nil && refusal.Code == store.CodeInUse:
+		return exitConflict
+	case refusal != nil:
+		return exitPrecondition
 	case errors.Is(err, admin.ErrUnreachable):
 		return exitUnreachable
 	case errors.Is(err, os.ErrNotExist):

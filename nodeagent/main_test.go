@@ -2,7 +2,10 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,8 +14,10 @@ import (
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 
+	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/admin"
 	"github.com/confidential-node/agent/nodeagent/output"
+	"github.com/confidential-node/agent/nodeagent/store"
 )
 
 func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
@@ -129,15 +134,15 @@ func TestStatusTableTellsLinkEpochAndGuests(t *testing.T) {
 	now := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 	s := admin.Status{
 		Header: output.NewHeader("Status"), HostID: "host-1", Version: "v1", TEE: "sev-snp", StartedAt: now.Add(-time.Hour),
-		Control:    admin.Control{Connected: true, Server: "tls://c:1", LastRoundTrip: now.Add(-3 * time.Second)},
+		Control:    admin.Control{Connected: true, State: "connected", Server: "tls://c:1", LastRoundTrip: now.Add(-3 * time.Second)},
 		Hypervisor: "QEMU 10.1", Warnings: []string{"low on disk"}, IssuerEpoch: 0,
-		Guests: []admin.Guest{{ID: "g-1", Status: "running", Since: now.Add(-time.Minute), VCPUs: 2, MemoryMiB: 1024}},
+		Guests: []admin.Guest{{ID: "g-1", Status: "running", Step: "domain", Since: now.Add(-time.Minute), VCPUs: 2, MemoryMiB: 1024, Ports: []admin.Port{{Guest: 8000, Host: 20000}}}},
 	}
 	var out bytes.Buffer
 	if err := printStatus(&out, s, now); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"last confirmed round trip 3s ago", "none yet", "low on disk", "g-1", "1m0s"} {
+	for _, want := range []string{"last confirmed round trip 3s ago", "none yet", "low on disk", "g-1", "1m0s", "domain", "20000->8000", "connected to tls://c:1 (connected)"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in\n%s", want, out.String())
 		}
@@ -147,6 +152,23 @@ func TestStatusTableTellsLinkEpochAndGuests(t *testing.T) {
 		t.Fatal(err)
 	}
 	matchesSchema(t, string(raw))
+}
+
+func TestExitCodesTellKindsOfFailureApart(t *testing.T) {
+	t.Parallel()
+	for want, err := range map[int]error{
+		exitFailed:       errors.New("x"),
+		exitUsage:        usageError("x"),
+		exitUnreachable:  fmt.Errorf("asking: %w", admin.ErrUnreachable),
+		exitNotFound:     fmt.Errorf("reading: %w", os.ErrNotExist),
+		exitPrecondition: fmt.Errorf("starting: %w", contract.Refuse("config.no-qemu-user", "r", "m")),
+		exitConflict:     fmt.Errorf("opening: %w", contract.Refuse(store.CodeInUse, "r", "m")),
+		exitTimeout:      fmt.Errorf("asking: %w", context.DeadlineExceeded),
+	} {
+		if got := exitCode(err); got != want {
+			t.Errorf("%v ends with %d, want %d", err, got, want)
+		}
+	}
 }
 
 func TestCompletionIsThere(t *testing.T) {

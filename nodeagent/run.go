@@ -102,11 +102,25 @@ func runAgent(ctx context.Context, cfg config.Config, logger hclog.Logger) (err 
 	tasks.Go("admin", a.socket.Run)
 	tasks.Go("prune", a.prune)
 	logger.Info("started", "host_id", cfg.HostID, "tee", cfg.TEE, "emulated_build", platform.EmulatedBuild)
-	_, readyErr := daemon.SdNotify(false, daemon.SdNotifyReady)
-	err = tasks.Wait()
-	_, stopErr := daemon.SdNotify(false, daemon.SdNotifyStopping)
-	logger.Info("stopped")
-	return errors.Join(err, readyErr, stopErr)
+	err = serve(ctx, tasks, func(state string) {
+		if _, err := daemon.SdNotify(false, state); err != nil {
+			logger.Warn("systemd could not be told", "state", state, "err", err)
+		}
+	})
+	logger.Info("stopped, guests go on running")
+	return err
+}
+
+// serve waits for the end of the last task and tells systemd: that the agent
+// is up, and that it is about to end.
+func serve(ctx context.Context, tasks *supervise.Group, notify func(state string)) error {
+	notify(daemon.SdNotifyReady)
+	pending := context.AfterFunc(ctx, func() { notify(daemon.SdNotifyStopping) })
+	err := tasks.Wait()
+	if pending() {
+		notify(daemon.SdNotifyStopping)
+	}
+	return err
 }
 
 // build is the one wiring list.
@@ -171,7 +185,7 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 		return nil, errors.Join(err, a.store.Close())
 	}
 	a.inbox, err = inbox.New(inbox.Deps{
-		Journal: a.store, Executor: afterReady{a.guests}, Keys: issuers, HostID: cfg.HostID, Features: api.Features(), Logger: logger,
+		Journal: a.store, Executor: a.guests, Keys: issuers, HostID: cfg.HostID, Features: api.Features(), Logger: logger,
 	})
 	if err != nil {
 		return nil, errors.Join(err, a.store.Close())

@@ -1,16 +1,20 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"os"
 	"os/user"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/config"
+	"github.com/confidential-node/agent/nodeagent/supervise"
 )
 
 // fakeRoot is a /proc with 8 GiB of memory.
@@ -81,5 +85,44 @@ func TestAnAgentWithoutCredentialsDoesNotStart(t *testing.T) {
 	}
 	if _, err := os.Stat(storeFile(cfg)); err == nil {
 		t.Error("the store was opened all the same")
+	}
+}
+
+// systemd hears of the end when it begins, not when it is over: it would take
+// a slow one for a hang.
+func TestSystemdHearsOfTheEndBeforeItIsOver(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	states := make(chan string, 4)
+	heard := make(chan struct{})
+	tasks := supervise.New(ctx, hclog.NewNullLogger())
+	tasks.Go("slow", func(ctx context.Context) error {
+		<-ctx.Done()
+		<-heard
+		return nil
+	})
+	done := make(chan error, 1)
+	go func() { done <- serve(ctx, tasks, func(state string) { states <- state }) }()
+	if s := <-states; s != daemon.SdNotifyReady {
+		t.Errorf("first %q", s)
+	}
+	cancel()
+	if s := <-states; s != daemon.SdNotifyStopping {
+		t.Errorf("then %q", s)
+	}
+	close(heard)
+	if err := <-done; err != nil || len(states) > 0 {
+		t.Errorf("ended with %v, told %d states more", err, len(states))
+	}
+}
+
+func TestSystemdHearsOfAnEndNobodyAskedFor(t *testing.T) {
+	t.Parallel()
+	var states []string
+	tasks := supervise.New(t.Context(), hclog.NewNullLogger())
+	tasks.Go("broken", func(context.Context) error { return errors.New("broken") })
+	err := serve(t.Context(), tasks, func(state string) { states = append(states, state) })
+	if err == nil || len(states) != 2 || states[1] != daemon.SdNotifyStopping {
+		t.Errorf("ended with %v, told %v", err, states)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -42,6 +43,7 @@ func printStatus(out io.Writer, s admin.Status, now time.Time) error {
 	if s.Control.Connected {
 		link = "connected to " + s.Control.Server
 	}
+	link += " (" + s.Control.State + ")"
 	confirmed := "never"
 	if !s.Control.LastRoundTrip.IsZero() {
 		confirmed = now.Sub(s.Control.LastRoundTrip).Round(time.Second).String() + " ago"
@@ -75,11 +77,22 @@ func printStatus(out io.Writer, s admin.Status, now time.Time) error {
 		fmt.Fprintf(w, "warning\t%s\n", warning)
 	}
 	if len(s.Guests) > 0 {
-		fmt.Fprintf(w, "\nGUEST\tGEN\tSTATUS\tPHASE\tFOR\tVCPUS\tMEMORY\tREASON\n")
+		fmt.Fprintf(w, "\nGUEST\tGEN\tSTATUS\tPHASE\tSTEP\tFOR\tVCPUS\tMEMORY\tPORTS\tREASON\n")
 	}
 	for _, g := range s.Guests {
-		fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%d\t%d MiB\t%s\n", g.ID, g.Generation, g.Status, g.GuestPhase,
-			now.Sub(g.Since).Round(time.Second), g.VCPUs, g.MemoryMiB, g.Reason)
+		step, age := g.Step, "" // a domain without a record has no age
+		if g.Ending {
+			step = "ending"
+		}
+		if !g.Since.IsZero() {
+			age = now.Sub(g.Since).Round(time.Second).String()
+		}
+		var ports []string
+		for _, p := range g.Ports {
+			ports = append(ports, fmt.Sprintf("%d->%d", p.Host, p.Guest))
+		}
+		fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\t%d\t%d MiB\t%s\t%s\n", g.ID, g.Generation, g.Status, g.GuestPhase, step,
+			age, g.VCPUs, g.MemoryMiB, strings.Join(ports, " "), g.Reason)
 	}
 	return w.Flush()
 }

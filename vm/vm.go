@@ -96,6 +96,9 @@ type Observed struct {
 	// can be read: it is reported, and nothing ever ends it but an operator.
 	Generation uint64
 	State      State
+	// VCPUs and MemoryMiB are what it takes of the host.
+	VCPUs     int
+	MemoryMiB uint64
 }
 
 // Event is a change of a domain of ours.

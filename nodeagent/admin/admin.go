@@ -49,8 +49,10 @@ type Status struct {
 
 // Control is the state of the link to the control plane.
 type Control struct {
-	Connected bool   `json:"connected"`
-	Server    string `json:"server,omitempty"`
+	Connected bool `json:"connected"`
+	// State names what the link does, or why it cannot: control.State.
+	State  string `json:"state"`
+	Server string `json:"server,omitempty"`
 	// LastRoundTrip is when the server last confirmed something; zero means
 	// never since the agent started.
 	LastRoundTrip time.Time `json:"last_round_trip"`
@@ -59,14 +61,24 @@ type Control struct {
 
 // Guest is one guest as the agent knows it.
 type Guest struct {
-	ID         string    `json:"id"`
-	Generation uint64    `json:"generation"`
-	Status     string    `json:"status"`
-	GuestPhase string    `json:"guest_phase,omitempty"`
-	Since      time.Time `json:"since"`
-	VCPUs      int       `json:"vcpus"`
-	MemoryMiB  uint64    `json:"memory_mib"`
-	Reason     string    `json:"reason,omitempty"`
+	ID         string `json:"id"`
+	Generation uint64 `json:"generation"`
+	Status     string `json:"status"`
+	GuestPhase string `json:"guest_phase,omitempty"`
+	// Step of the launch last begun; Ending says that all are being undone.
+	Step      string    `json:"step,omitempty"`
+	Ending    bool      `json:"ending"`
+	Since     time.Time `json:"since"`
+	VCPUs     int       `json:"vcpus"`
+	MemoryMiB uint64    `json:"memory_mib"`
+	Ports     []Port    `json:"ports,omitempty"`
+	Reason    string    `json:"reason,omitempty"`
+}
+
+// Port is one published TCP port.
+type Port struct {
+	Guest uint16 `json:"guest"`
+	Host  uint16 `json:"host"`
 }
 
 // Server answers on the socket.

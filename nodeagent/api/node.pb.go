@@ -1445,8 +1445,9 @@ func (x *CommandRefused) GetEnvelopeSha256() string {
 	return ""
 }
 
-// CommandDone reports a command whose effect has no event of its own
-// (Cordon, Uncordon, BeginEpoch).
+// CommandDone reports that a command was carried out: Cordon, Uncordon and
+// BeginEpoch have no other event; LaunchGuest and StopGuest are recorded then,
+// and GuestState tells what follows.
 type CommandDone struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
 )
@@ -30,6 +31,8 @@ type Spools struct {
 	dir         string
 	client      *http.Client
 	checkHeader func(io.Reader) error
+	// stall is how long an upload may take no byte.
+	stall time.Duration
 }
 
 // OpenSpools opens or makes the folder, 0700.
@@ -37,7 +40,7 @@ func OpenSpools(dir string, checkHeader func(io.Reader) error, client *http.Clie
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("making spools: %w", err)
 	}
-	return &Spools{dir, client, checkHeader}, nil
+	return &Spools{dir, client, checkHeader, stallTimeout}, nil
 }
 
 // Spool takes what one guest delivers.
@@ -191,8 +194,15 @@ func (s *Spools) Upload(ctx context.Context, guestID string, e Entry, putURL str
 		return fmt.Errorf("uploading result: %w", err)
 	}
 	defer file.Close() //nolint:errcheck // read only
+	// The client bounds the wait for an answer only; a store that stops reading
+	// would hold the upload until its URL has expired. The answer's own bound
+	// comes first.
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	dog := time.AfterFunc(2*s.stall, func() { cancel(errors.New("the object store took no byte for too long")) })
+	defer dog.Stop()
 	sum := sha256.New()
-	body := io.TeeReader(io.LimitReader(file, e.Size), sum)
+	body := &petted{io.TeeReader(io.LimitReader(file, e.Size), sum), dog, 2 * s.stall}
 	req, err := http.NewRequestWithContext(ctx, http.MethodPut, putURL, io.NopCloser(body))
 	if err != nil {
 		return contract.Refuse("blob.url-malformed", "give a presigned https URL", "the result's URL is malformed")
@@ -202,6 +212,9 @@ func (s *Spools) Upload(ctx context.Context, guestID string, e Entry, putURL str
 		req.Body = http.NoBody
 	}
 	resp, err := s.client.Do(req)
+	if cause := context.Cause(ctx); err != nil && cause != nil {
+		err = cause
+	}
 	if err != nil {
 		return fmt.Errorf("uploading result %s: %w", e.Name, withoutURL(err))
 	}

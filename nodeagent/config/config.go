@@ -9,12 +9,14 @@ package config
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/ed25519"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -197,7 +199,7 @@ func Default() Config {
 // Load reads path and the *.toml files of conf.d beside it in name order,
 // and validates the result.
 func Load(path string) (Config, error) {
-	cfg := Default()
+	cfg, at := Default(), map[string]string{}
 	files := []string{path}
 	dropIns, err := filepath.Glob(filepath.Join(filepath.Dir(path), "conf.d", "*.toml"))
 	if err != nil {
@@ -205,17 +207,17 @@ func Load(path string) (Config, error) {
 	}
 	slices.Sort(dropIns)
 	for _, name := range append(files, dropIns...) {
-		if err := loadFile(name, &cfg); err != nil {
+		if err := loadFile(name, &cfg, at); err != nil {
 			return Config{}, err
 		}
 	}
-	if err := cfg.Validate(); err != nil {
-		return Config{}, fmt.Errorf("configuration %s: %w", path, err)
+	if err := cfg.validate(path, at); err != nil {
+		return Config{}, err
 	}
 	return cfg, nil
 }
 
-func loadFile(name string, cfg *Config) error {
+func loadFile(name string, cfg *Config, at map[string]string) error {
 	f, err := os.Open(name)
 	if err != nil {
 		return fmt.Errorf("reading configuration: %w", err)
@@ -228,7 +230,21 @@ func loadFile(name string, cfg *Config) error {
 	if len(data) > maxFileBytes {
 		return fmt.Errorf("reading configuration: %s is larger than %d bytes", name, maxFileBytes)
 	}
+	places(name, data, at)
 	return parse(name, data, cfg)
+}
+
+// places notes where each key of a file stands: to a structure that has none,
+// all are unknown.
+func places(name string, data []byte, at map[string]string) {
+	var none struct{ Control, Libvirt, Network, Policy, Blob, Emulated struct{} }
+	err := toml.NewDecoder(bytes.NewReader(data)).DisallowUnknownFields().Decode(&none)
+	if all, ok := errors.AsType[*toml.StrictMissingError](err); ok {
+		for _, e := range all.Errors {
+			line, _ := e.Position()
+			at[strings.Join(e.Key(), ".")] = fmt.Sprintf("%s:%d", name, line)
+		}
+	}
 }
 
 // parse decodes one file over cfg.
@@ -252,41 +268,62 @@ func parse(name string, data []byte, cfg *Config) error {
 	return nil
 }
 
-// Validate checks every range stated at the fields.
-func (c *Config) Validate() error {
+// validate checks every range stated at the fields. at is where keys stand;
+// one that stands nowhere is missing from the file at path.
+func (c *Config) validate(path string, at map[string]string) error {
 	var errs []error
-	check := func(ok bool, format string, args ...any) {
+	check := func(ok bool, key, format string, args ...any) {
 		if !ok {
-			errs = append(errs, fmt.Errorf(format, args...))
+			errs = append(errs, fmt.Errorf("%s: key %q: %s", cmp.Or(at[key], path), key, fmt.Sprintf(format, args...)))
 		}
 	}
-	within := func(d Duration, lo, hi time.Duration) bool { return time.Duration(d) >= lo && time.Duration(d) <= hi }
-	check(regexp.MustCompile(`^[a-z0-9-]{1,64}$`).MatchString(c.HostID), "host_id %q is not 1 to 64 of [a-z0-9-]", c.HostID)
-	check(c.TEE == TEESNP || c.TEE == TEEEmulated, "tee %q is neither %q nor %q", c.TEE, TEESNP, TEEEmulated)
-	check((c.TEE == TEEEmulated) == (c.Emulated.PSPSocket != ""), "emulated.psp_socket belongs to tee = %q, and is required there", TEEEmulated)
-	for key, dir := range map[string]string{"state_dir": c.StateDir, "run_dir": c.RunDir, "cache_dir": c.CacheDir, "endorsements_dir": c.EndorsementsDir} {
-		check(filepath.IsAbs(dir), "%s %q is not an absolute path", key, dir)
+	within := func(key string, d Duration, lo, hi time.Duration) {
+		check(time.Duration(d) >= lo && time.Duration(d) <= hi, key, "%s is not within %s..%s", time.Duration(d), lo, hi)
 	}
-	check(len(c.ImageDirs) > 0, "image_dirs is empty")
-	check(len(c.Control.Servers) > 0, "control.servers is empty")
+	absolute := func(key string, names ...string) {
+		for _, name := range names {
+			check(filepath.IsAbs(name), key, "%q is not an absolute path", name)
+		}
+	}
+	check(regexp.MustCompile(`^[a-z0-9-]{1,64}$`).MatchString(c.HostID), "host_id", "%q is not 1 to 64 of [a-z0-9-]", c.HostID)
+	check(c.TEE == TEESNP || c.TEE == TEEEmulated, "tee", "%q is neither %q nor %q", c.TEE, TEESNP, TEEEmulated)
+	check((c.TEE == TEEEmulated) == (c.Emulated.PSPSocket != ""), "emulated.psp_socket", "belongs to tee = %q, and is required there", TEEEmulated)
+	absolute("state_dir", c.StateDir)
+	absolute("run_dir", c.RunDir)
+	absolute("cache_dir", c.CacheDir)
+	absolute("endorsements_dir", c.EndorsementsDir)
+	check(len(c.ImageDirs) > 0, "image_dirs", "is empty")
+	absolute("image_dirs", c.ImageDirs...)
+	if c.Emulated.PSPSocket != "" {
+		absolute("emulated.psp_socket", c.Emulated.PSPSocket)
+	}
+	check(len(c.Control.Servers) > 0, "control.servers", "is empty: name the control plane's servers, tls://host:port")
 	for _, s := range c.Control.Servers {
-		check(strings.HasPrefix(s, "tls://"), "control.servers: %q is not tls://host:port", s)
+		u, err := url.Parse(s)
+		check(err == nil && u.Scheme == "tls" && u.Port() != "" && u.User == nil && u.Path == "", "control.servers", "%q is not tls://host:port", s)
 	}
-	check(c.Control.CAFile != "" && c.Control.CredsFile != "", "control.ca_file and control.creds_file are required")
+	absolute("control.ca_file", c.Control.CAFile)
+	absolute("control.creds_file", c.Control.CredsFile)
+	if c.Blob.CAFile != "" {
+		absolute("blob.ca_file", c.Blob.CAFile)
+	}
 	if _, err := c.Issuers(); err != nil {
-		errs = append(errs, err)
+		check(false, "control.issuer_keys", "%v", err)
 	}
-	check(within(c.Control.Heartbeat, time.Second, 10*time.Minute), "control.heartbeat is not within 1s..10m")
-	check(within(c.Control.DeadMan, 5*time.Second, time.Hour), "control.dead_man is not within 5s..1h")
-	check(c.Network.GuestCIDR.Addr().Is4() && c.Network.GuestCIDR.Bits() <= 28, "network.guest_cidr %s is not IPv4 of /28 or wider", c.Network.GuestCIDR)
-	check(c.Policy.MaxGuests >= 1 && c.Policy.MaxGuests <= 1000, "policy.max_guests is not within 1..1000")
-	check(c.Policy.MaxVCPUs >= 1 && c.Policy.MaxVCPUs <= 512, "policy.max_vcpus is not within 1..512")
-	check(c.Policy.MaxMemoryMiB >= 256, "policy.max_memory_mib is below 256")
-	check(len(c.Policy.CPUModels) > 0, "policy.cpu_models is empty")
-	check(within(c.Policy.StartTimeout, time.Second, 24*time.Hour), "policy.start_timeout is not within 1s..24h")
-	check(within(c.Policy.RunTimeout, time.Second, 365*24*time.Hour), "policy.run_timeout is not within 1s..1y")
-	check(c.Policy.ResultsQuota > 0, "policy.results_quota is not positive")
-	check(c.Blob.MaxBytes > 0 && c.Blob.Parts >= 1 && c.Blob.Parts <= 64, "blob.max_bytes must be positive and blob.parts within 1..64")
+	within("control.heartbeat", c.Control.Heartbeat, time.Second, 10*time.Minute)
+	within("control.dead_man", c.Control.DeadMan, 5*time.Second, time.Hour)
+	check(c.Libvirt.URI != "", "libvirt.uri", "is empty")
+	check(c.Libvirt.QEMUUser != "", "libvirt.qemu_user", "is empty")
+	check(c.Network.GuestCIDR.Addr().Is4() && c.Network.GuestCIDR.Bits() <= 28, "network.guest_cidr", "%s is not IPv4 of /28 or wider", c.Network.GuestCIDR)
+	check(c.Policy.MaxGuests >= 1 && c.Policy.MaxGuests <= 1000, "policy.max_guests", "%d is not within 1..1000", c.Policy.MaxGuests)
+	check(c.Policy.MaxVCPUs >= 1 && c.Policy.MaxVCPUs <= 512, "policy.max_vcpus", "%d is not within 1..512", c.Policy.MaxVCPUs)
+	check(c.Policy.MaxMemoryMiB >= 256, "policy.max_memory_mib", "%d is below 256", c.Policy.MaxMemoryMiB)
+	check(len(c.Policy.CPUModels) > 0, "policy.cpu_models", "is empty: no guest could be launched")
+	within("policy.start_timeout", c.Policy.StartTimeout, time.Second, 24*time.Hour)
+	within("policy.run_timeout", c.Policy.RunTimeout, time.Second, 365*24*time.Hour)
+	check(c.Policy.ResultsQuota > 0, "policy.results_quota", "%d is not positive", c.Policy.ResultsQuota)
+	check(c.Blob.MaxBytes > 0, "blob.max_bytes", "%d is not positive", c.Blob.MaxBytes)
+	check(c.Blob.Parts >= 1 && c.Blob.Parts <= 64, "blob.parts", "%d is not within 1..64", c.Blob.Parts)
 	return errors.Join(errs...)
 }
 
@@ -296,12 +333,12 @@ func (c *Config) Issuers() ([]ed25519.PublicKey, error) {
 	for _, s := range c.Control.IssuerKeys {
 		raw, err := base64.StdEncoding.DecodeString(s)
 		if err != nil || len(raw) != ed25519.PublicKeySize {
-			return nil, fmt.Errorf("control.issuer_keys: %q is not base64 of 32 bytes", s)
+			return nil, fmt.Errorf("%q is not base64 of 32 bytes", s)
 		}
 		keys = append(keys, raw)
 	}
 	if len(keys) == 0 {
-		return nil, errors.New("control.issuer_keys is empty: no command could ever be believed")
+		return nil, errors.New("there is none: no command could ever be believed")
 	}
 	return keys, nil
 }

@@ -58,14 +58,18 @@ func TestBadConfigurationNamesFileLineAndKey(t *testing.T) {
 		"bad duration":        {minimal + "[policy]\nstart_timeout = \"soon\"\n", "soon"},
 		"bad port range":      {minimal + "[network]\npublished_ports = \"9-1\"\n", "not first-last"},
 		"host id":             {strings.Replace(minimal, "host-1", "Host 1", 1), "host_id"},
-		"no issuer":           {strings.Replace(minimal, `"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="`, "", 1), "issuer_keys is empty"},
-		"short issuer":        {strings.Replace(minimal, "AAAAAAAA", "", 1), "not base64 of 32 bytes"},
-		"plain text link":     {strings.Replace(minimal, "tls://", "nats://", 1), "not tls://"},
-		"psp without tee":     {minimal + "[emulated]\npsp_socket = \"/x\"\n", "emulated.psp_socket"},
+		"no issuer":           {strings.Replace(minimal, `"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="`, "", 1), `agent.toml:7: key "control.issuer_keys": there is none`},
+		"short issuer":        {strings.Replace(minimal, "AAAAAAAA", "", 1), `agent.toml:7: key "control.issuer_keys"`},
+		"plain text link":     {strings.Replace(minimal, "tls://", "nats://", 1), `agent.toml:4: key "control.servers"`},
+		"psp without tee":     {minimal + "[emulated]\npsp_socket = \"/x\"\n", `agent.toml:9: key "emulated.psp_socket"`},
 		"tee without psp":     {"tee = \"emulated\"\n" + minimal, "emulated.psp_socket"},
-		"unknown tee":         {"tee = \"tdx\"\n" + minimal, `tee "tdx"`},
-		"relative directory":  {"state_dir = \"x\"\n" + minimal, "state_dir"},
-		"guest range too wee": {minimal + "[network]\nguest_cidr = \"10.0.0.0/30\"\n", "guest_cidr"},
+		"unknown tee":         {"tee = \"tdx\"\n" + minimal, `agent.toml:1: key "tee": "tdx"`},
+		"relative directory":  {"state_dir = \"x\"\n" + minimal, `agent.toml:1: key "state_dir": "x" is not an absolute path`},
+		"relative file":       {strings.Replace(minimal, "/etc/nodeagent/ca.pem", "ca.pem", 1), `agent.toml:5: key "control.ca_file"`},
+		"no port":             {strings.Replace(minimal, ":4222", "", 1), `agent.toml:4: key "control.servers"`},
+		"out of range":        {minimal + "[policy]\nmax_vcpus = 2\nmax_guests = 0\n", `agent.toml:10: key "policy.max_guests": 0 is not within 1..1000`},
+		"missing":             {strings.Replace(minimal, "host_id", "# host_id", 1), `agent.toml: key "host_id"`},
+		"guest range too wee": {minimal + "[network]\nguest_cidr = \"10.0.0.0/30\"\n", `agent.toml:9: key "network.guest_cidr"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -74,6 +78,16 @@ func TestBadConfigurationNamesFileLineAndKey(t *testing.T) {
 				t.Errorf("error is %v, want it to contain %q", err, c.want)
 			}
 		})
+	}
+}
+
+func TestADropInsMistakeIsNamedWhereItStands(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path := write(t, dir, "agent.toml", minimal+"[policy]\nmax_guests = 3\n")
+	write(t, dir, "conf.d/10-a.toml", "\n[policy]\nmax_guests = 5000\n")
+	if _, err := Load(path); err == nil || !strings.Contains(err.Error(), `10-a.toml:3: key "policy.max_guests"`) {
+		t.Errorf("error is %v", err)
 	}
 }
 
@@ -94,7 +108,9 @@ func FuzzParse(f *testing.F) {
 	f.Fuzz(func(t *testing.T, data []byte) {
 		cfg := Default()
 		if parse("fuzz.toml", data, &cfg) == nil {
-			_ = cfg.Validate()
+			at := map[string]string{}
+			places("fuzz.toml", data, at)
+			_ = cfg.validate("fuzz.toml", at)
 		}
 	})
 }

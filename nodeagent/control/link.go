@@ -307,7 +307,7 @@ func (l *Link) commands(ctx context.Context, conn Conn) error {
 // lost acknowledgement costs a redelivery, which the inbox recognises.
 func (l *Link) settle(ctx context.Context, msg Message) {
 	if err := l.d.Inbox.Receive(ctx, msg.Data()); err != nil {
-		l.d.Logger.Error("command not stored, it will come again", keyError, err)
+		l.d.Logger.Error("command not stored, it will come again; see that the disk of state_dir has space and can be written", keyError, err)
 		delay := backoff(int(min(msg.Attempt(), 10)))
 		if err := msg.Nak(ctx, delay); err != nil {
 			l.d.Logger.Warn("command not handed back", keyError, err)

@@ -46,6 +46,7 @@ const (
 	keyCommand = "command_id"
 	keyVerb    = "verb"
 	keyCode    = "code"
+	keyRemedy  = "remedy"
 	keyError   = "err"
 )
 
@@ -275,7 +276,7 @@ func (x *Inbox) refuseLocked(sum [sha256.Size]byte, cmd *api.Command, r *contrac
 		return fmt.Errorf("storing refusal: %w", err)
 	}
 	x.rememberLocked(sum)
-	x.d.Logger.Warn("command refused", keyCommand, cmd.GetCommandId(), keyVerb, verb(cmd), keyCode, r.Code, keyError, r)
+	x.d.Logger.Warn("command refused", keyCommand, cmd.GetCommandId(), keyVerb, verb(cmd), keyCode, r.Code, keyRemedy, r.Remedy, keyError, r)
 	return nil
 }
 
@@ -291,7 +292,7 @@ func (x *Inbox) refuseUnsignedLocked(sum [sha256.Size]byte, r *contract.Refusal)
 		}
 	}
 	x.rememberLocked(sum)
-	x.d.Logger.Warn("message refused", keyCode, r.Code, keyError, r, "reported", waiting < maxUnsigned)
+	x.d.Logger.Warn("message refused", keyCode, r.Code, keyRemedy, r.Remedy, keyError, r, "reported", waiting < maxUnsigned)
 	return nil
 }
 

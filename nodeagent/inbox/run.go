@@ -140,7 +140,7 @@ func (x *Inbox) carryOut(ctx context.Context, cmd *api.Command, limit time.Durat
 				"the guest did not answer in time").Because(err)
 		}
 		r := contract.AsRefusal(err)
-		x.d.Logger.Warn("command not carried out", keyCommand, id, keyVerb, verb(cmd), keyCode, r.Code, keyError, err)
+		x.d.Logger.Warn("command not carried out", keyCommand, id, keyVerb, verb(cmd), keyCode, r.Code, keyRemedy, r.Remedy, keyError, err)
 		events = append(events, api.NewRefused(x.d.HostID, id, now, r, nil))
 	case len(events) == 0:
 		events = []*api.Event{api.NewDone(x.d.HostID, id, now)}
@@ -162,7 +162,7 @@ func (x *Inbox) finish(ctx context.Context, id string, events []*api.Event) {
 			x.d.Logger.Info("command finished", keyCommand, id, "events", len(events))
 			return
 		}
-		x.d.Logger.Error("recording outcome", keyCommand, id, keyError, err)
+		x.d.Logger.Error("outcome not recorded, tried again; see that the disk of state_dir has space and can be written", keyCommand, id, "pause", wait.String(), keyError, err)
 		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():

@@ -17,6 +17,7 @@ const (
 	stageStarting  stage = "starting"  // domain begun, not done
 	stageStarted   stage = "started"
 	stageUndoing   stage = "undoing"
+	stageRevoking  stage = "revoking" // undoing, domain never begun
 	stageEnded     stage = "ended"
 )
 
@@ -26,14 +27,16 @@ func stageOf(r store.Guest) stage {
 		return stageNone
 	case !r.EndedAt.IsZero():
 		return stageEnded
+	case r.Undoing && domain == nil:
+		return stageRevoking
 	case r.Undoing:
 		return stageUndoing
 	case domain == nil:
 		return stageLaunching
-	case domain.DoneAt.IsZero():
+	case domain.DoneAt.IsZero() && r.Phase == "":
 		return stageStarting
 	}
-	return stageStarted
+	return stageStarted // one that spoke has started, whether or not that could be recorded
 }
 
 func find(steps []store.Step, name string) *store.Step {
@@ -75,9 +78,9 @@ func decide(s stage, domain sight) action {
 		return actNone
 	case domain == sightUnknown:
 		return actWait
-	case domain == sightOther, s == stageNone, s == stageEnded, s == stageLaunching && domain == sightOurs:
+	case domain == sightOther, s == stageNone, s == stageEnded, (s == stageLaunching || s == stageRevoking) && domain == sightOurs:
 		return actReport
-	case s == stageUndoing, s == stageStarted && domain == sightAbsent:
+	case s == stageUndoing, s == stageRevoking, s == stageStarted && domain == sightAbsent:
 		return actFinish
 	case domain == sightOurs:
 		return actAdopt
@@ -93,6 +96,21 @@ type ending struct {
 
 func failed(code, remedy, format string, args ...any) *ending {
 	return &ending{api.GuestStatus_GUEST_STATUS_FAILED, contract.Refuse(code, remedy, format, args...)}
+}
+
+// cutShort says how a launch ends that came to no domain. fresh says that
+// this run of the agent began it.
+func cutShort(r store.Guest, bootID string, fresh bool) ending {
+	switch {
+	case r.Stop != nil:
+		return ending{final: api.GuestStatus_GUEST_STATUS_STOPPED}
+	case r.BootID != bootID:
+		return *failed("host.rebooted", "launch again", "the host was started anew before the guest was")
+	case fresh:
+		return *failed("agent.launch-interrupted", "look at the agent's log on the host (is the disk of state_dir full?), then launch again",
+			"the node's agent could not go on with the launch")
+	}
+	return *failed("agent.restarted", "launch again", "the node's agent was started anew before the guest was")
 }
 
 // verdict says how a guest ended whose domain is gone.

@@ -47,15 +47,27 @@ func (g *guest) deliver(ctx context.Context) error {
 		if settled || i < 0 {
 			continue
 		}
-		failure, err := g.upload(ctx, e, cmd.GetResults().GetUploads()[i].GetPutUrl())
-		if err != nil {
-			return err
+		failure := g.incomplete(e)
+		if failure == nil {
+			if failure, err = g.upload(ctx, e, cmd.GetResults().GetUploads()[i].GetPutUrl()); err != nil {
+				return err
+			}
 		}
 		if err := g.settle(e, failure); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// incomplete holds the signed list back when a result did not arrive.
+func (g *guest) incomplete(e Entry) *contract.Refusal {
+	lost := slices.IndexFunc(g.record().Results, func(r store.Result) bool { return !r.Uploaded })
+	if e.Name != contract.ResultsManifestName || lost < 0 {
+		return nil
+	}
+	return contract.Refuse("results.incomplete", "see why the result could not be delivered, then launch again",
+		"the list of results is not delivered, because result %s was not", g.record().Results[lost].Name)
 }
 
 // upload returns why a file could not be delivered, or an error when the
@@ -65,8 +77,9 @@ func (g *guest) upload(ctx context.Context, e Entry, putURL string) (*contract.R
 	if deadline.IsZero() {
 		deadline = g.m.now().Add(g.m.c.UploadWindow)
 	}
+	// Whatever the host's clock says of the deadline, the store is asked once.
+	left := max(deadline.Sub(g.m.now()), lastTry)
 	for wait := g.m.c.Retry; ; wait = min(2*wait, 30*g.m.c.Retry) {
-		left := deadline.Sub(g.m.now())
 		if left <= 0 {
 			return contract.Refuse("results.upload-expired", "launch again with URLs that are valid for longer",
 				"result %s could not be uploaded before its URL expired", e.Name), nil
@@ -83,12 +96,17 @@ func (g *guest) upload(ctx context.Context, e Entry, putURL string) (*contract.R
 		if r, refused := errors.AsType[*contract.Refusal](err); refused {
 			return r, nil
 		}
-		g.m.log.Warn("upload failed, tried again", keyGuest, g.id, "name", e.Name, "pause", wait.String(), "err", err)
+		g.m.log.Warn("upload failed, tried again", keyGuest, g.id, "name", e.Name, "pause", wait.String(), "until", deadline, keyError, err)
+		g.note(fmt.Sprintf("result %s waits for its object store: %v", e.Name, err))
 		if err := g.m.pause(ctx, nil, wait); err != nil {
 			return nil, err
 		}
+		left = deadline.Sub(g.m.now())
 	}
 }
+
+// lastTry bounds an upload to a URL that seems to have expired.
+const lastTry = time.Minute
 
 // settle records what became of a file. A guest whose results did not all
 // arrive has not finished.
@@ -106,6 +124,14 @@ func (g *guest) settle(e Entry, failure *contract.Refusal) error {
 		}
 		return false, true
 	}, events...)
+	switch {
+	case err != nil:
+	case failure != nil:
+		g.m.log.Warn("result given up", keyGuest, g.id, "name", e.Name, keyCode, failure.Code, keyRemedy, failure.Remedy, keyError, failure)
+	default:
+		g.note("")
+		g.m.log.Info("result uploaded", keyGuest, g.id, "name", e.Name, "size", e.Size)
+	}
 	g.m.hook("settled:" + e.Name)
 	return err
 }

@@ -34,7 +34,8 @@ type Records interface {
 }
 
 // Hypervisor starts and finds domains; *libvirt.Driver is one. An error from
-// List means that nothing is known.
+// List means that nothing is known; one from Start that is no refusal leaves
+// open whether the domain was started.
 type Hypervisor interface {
 	Start(ctx context.Context, spec vm.Spec) error
 	Shutdown(ctx context.Context, guestID string) error

@@ -12,8 +12,9 @@
 // first effect and done after its last, and undoing is decided before anything
 // is undone. After a restart records and domains decide alone (decide.go): a
 // guest that runs is adopted, a launch that was cut short is undone, and what
-// cannot be accounted for is left alone and reported. Silence of the
-// hypervisor decides nothing. The end of the agent ends no guest.
+// cannot be accounted for is left alone, reported, and counted as used for as
+// long as it is there (survey.go). Silence of the hypervisor decides nothing,
+// and a domain is started at most once. The end of the agent ends no guest.
 //
 // The package never judges evidence, never opens what guests send, and holds
 // no key. It believes a guest's word about itself for showing it, and for

@@ -67,12 +67,24 @@ func (d *domains) put(ctx context.Context, q *question) {
 	})
 }
 
+// see waits until the hypervisor says something of a guest.
+func (g *guest) see(ctx context.Context) (sight, error) {
+	for wait := g.m.c.Retry; ; wait = min(2*wait, 30*g.m.c.Retry) {
+		if domain, _ := g.look(ctx); domain != sightUnknown {
+			return domain, nil
+		}
+		if err := g.m.pause(ctx, nil, wait); err != nil {
+			return sightUnknown, err
+		}
+	}
+}
+
 // look says what the hypervisor says of a guest.
 func (g *guest) look(ctx context.Context) (s sight, crashed bool) {
 	all, err := g.m.domains.list(ctx)
 	if err != nil {
 		if ctx.Err() == nil {
-			g.m.log.Debug("hypervisor silent", keyGuest, g.id, "err", err)
+			g.m.log.Debug("hypervisor silent", keyGuest, g.id, keyError, err)
 		}
 		return sightUnknown, false
 	}

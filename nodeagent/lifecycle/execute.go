@@ -15,6 +15,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/config"
 	"github.com/confidential-node/agent/nodeagent/inbox"
 	"github.com/confidential-node/agent/nodeagent/store"
+	"github.com/confidential-node/agent/vm"
 )
 
 // keepAfterExpiry is how long after its command's expiry a guest's id is kept
@@ -71,7 +72,7 @@ func (m *Manager) launch(ctx context.Context, cmd *api.Command, l *api.LaunchGue
 	if known || err != nil {
 		return err
 	}
-	host, err := m.host(ctx)
+	host, err := m.host(ctx, l.GetGuestId())
 	if err != nil {
 		return err
 	}
@@ -88,7 +89,8 @@ func (m *Manager) launch(ctx context.Context, cmd *api.Command, l *api.LaunchGue
 			return contract.Refuse("admit.outbox-full", "let the node reach its control plane, then launch again",
 				"too many events of this node wait to be confirmed").Because(err)
 		}
-		return fmt.Errorf("recording guest: %w", err)
+		return contract.Refuse("admit.store-failed", "see that the disk of state_dir on the host has space and can be written, then launch again",
+			"the node could not record the guest").Because(err)
 	}
 	m.log.Info("guest accepted", keyGuest, rec.ID, keyCommand, rec.CommandID, "slot", rec.Slot)
 	m.hook("accepted")
@@ -142,8 +144,8 @@ func (m *Manager) newRecord(cmd *api.Command, l *api.LaunchGuest, manifest *cont
 	return rec, nil
 }
 
-// host is what the decision depends on, as it is now.
-func (m *Manager) host(ctx context.Context) (admit.Host, error) {
+// host is what the decision about a guest depends on, as it is now.
+func (m *Manager) host(ctx context.Context, guestID string) (admit.Host, error) {
 	reason, on, err := m.d.Records.Cordon()
 	if err != nil {
 		return admit.Host{}, fmt.Errorf("reading cordon: %w", err)
@@ -155,6 +157,11 @@ func (m *Manager) host(ctx context.Context) (admit.Host, error) {
 	taps, err := m.d.Network.Observe(ctx)
 	if err != nil {
 		return admit.Host{}, fmt.Errorf("listing taps: %w", err)
+	}
+	_, strangers, err := m.strangers(ctx)
+	if err != nil {
+		return admit.Host{}, contract.Refuse("admit.hypervisor-silent", "see that libvirtd (or virtqemud) runs on the host, then launch again",
+			"the host's hypervisor does not answer").Because(err)
 	}
 	const slotBits = 30 // each guest has a /30
 	h := admit.Host{
@@ -175,7 +182,16 @@ func (m *Manager) host(ctx context.Context) (admit.Host, error) {
 		h.Used.VCPUs += r.VCPUs
 		h.Used.MemoryMiB += r.MemoryMiB
 	}
-	// Taps of guests nobody remembers keep their addresses.
+	// Guests nobody remembers keep what they have.
+	for _, o := range strangers {
+		if o.GuestID == guestID {
+			return admit.Host{}, contract.Refuse("launch.domain-exists", "launch with a new guest_id; if the domain is not wanted, end it on the host (virsh destroy "+vm.NamePrefix+guestID+")",
+				"a domain of guest %s runs already, from before the node lost its records", guestID)
+		}
+		h.Used.Guests++
+		h.Used.VCPUs += o.VCPUs
+		h.Used.MemoryMiB += o.MemoryMiB
+	}
 	for _, t := range taps {
 		if slot, err := strconv.ParseUint(t.Name[min(len(t.Name), len("na")):], 16, 32); err == nil {
 			h.Used.Slots[uint32(slot)] = true
@@ -210,7 +226,7 @@ func (m *Manager) stop(commandID string, s *api.StopGuest) error {
 	if err != nil {
 		return err
 	}
-	m.log.Info("guest is to stop", keyGuest, rec.ID, keyCommand, commandID)
+	m.log.Info("guest is to stop", keyGuest, rec.ID, keyCommand, commandID, "grace", s.GetGrace().AsDuration().String())
 	m.hook("stopping")
 	g.mu.Lock()
 	cancel := g.cancel

@@ -2,6 +2,7 @@ package lifecycle
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"fmt"
@@ -30,7 +31,8 @@ type guest struct {
 	wake chan struct{}
 
 	// Only the guest's goroutine uses these.
-	fresh    bool    // accepted by this very run of the agent, not begun
+	fresh    bool    // accepted by this very run of the agent
+	begun    bool    // its launch, by this run
 	attached bool    // spool, network and metadata are this process's
 	asked    bool    // to power off
 	pending  *ending // decided, but not on disk yet
@@ -56,9 +58,11 @@ func (g *guest) record() store.Guest {
 }
 
 // poke wakes the guest's goroutine.
-func (g *guest) poke() {
+func (g *guest) poke() { poke(g.wake) }
+
+func poke(wake chan<- struct{}) {
 	select {
-	case g.wake <- struct{}{}:
+	case wake <- struct{}{}:
 	default:
 	}
 }
@@ -86,20 +90,28 @@ func (g *guest) update(change func(*store.Guest) (announce, bool), events ...*ap
 	return nil
 }
 
-// finding notes what an operator should know; "" clears it.
+// finding notes what an operator should know, and logs it when it is news; ""
+// clears it.
 func (g *guest) finding(text string) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if text != "" && text != g.find {
+	if news := g.note(text); news && text != "" {
 		g.m.log.Warn("guest needs attention", keyGuest, g.id, "finding", text)
 	}
+}
+
+// note is finding for what was logged already.
+func (g *guest) note(text string) (news bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	news = text != g.find
 	g.find = text
+	return news
 }
 
 // decideEnd records that everything is to be taken down, and why.
 func (g *guest) decideEnd(e ending) error {
+	news := false
 	err := g.update(func(r *store.Guest) (announce, bool) {
-		if r.Undoing {
+		if news = !r.Undoing; !news {
 			return false, false
 		}
 		r.Undoing, r.Final, r.Outcome = true, e.final, e.why
@@ -110,8 +122,25 @@ func (g *guest) decideEnd(e ending) error {
 		return err
 	}
 	g.pending = nil
+	if news {
+		g.m.logEnd("guest is taken down", g.record())
+	}
 	g.m.hook("undoing")
 	return nil
+}
+
+// logEnd logs how a guest ends, and what the operator can do about it.
+func (m *Manager) logEnd(message string, r store.Guest) {
+	step := ""
+	if len(r.Steps) > 0 {
+		step = r.Steps[len(r.Steps)-1].Name
+	}
+	args := []any{keyGuest, r.ID, "final", r.Final.String(), "phase", string(r.Phase), "step", step}
+	if why := r.Outcome; why != nil {
+		m.log.Warn(message, append(args, keyCode, why.Code, keyRemedy, why.Remedy, keyError, why)...)
+		return
+	}
+	m.log.Info(message, args...)
 }
 
 // command decodes what the guest was launched with.
@@ -244,7 +273,10 @@ func guestsOwn(r *contract.Refusal) *contract.Refusal {
 	if !strings.HasPrefix(code, "guest.") && !strings.HasPrefix(code, "broker.") {
 		code = "guest." + code
 	}
-	return &contract.Refusal{Code: code, Message: cut(r.Message), Remedy: cut(r.Remedy)}
+	return &contract.Refusal{
+		Code: code, Message: cmp.Or(cut(r.Message), "the guest failed and did not say why"),
+		Remedy: cmp.Or(cut(r.Remedy), "ask the publisher of the guest's image what the code means"),
+	}
 }
 
 // Result takes one sealed result.

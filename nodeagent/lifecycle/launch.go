@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"syscall"
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
@@ -17,7 +18,7 @@ import (
 // of it is decided, and an error when neither could be recorded or the agent
 // ends: what was begun stays on record and is undone by the next start.
 func (g *guest) launch(ctx context.Context) error {
-	g.fresh = false
+	g.begun = true
 	rec := g.record()
 	within, cancel := context.WithTimeout(ctx, rec.AcceptedAt.Add(rec.Limits.Start).Sub(g.m.now()))
 	defer cancel()
@@ -100,12 +101,31 @@ func (g *guest) explain(ctx context.Context, s step, err error) *ending {
 		end.why = end.why.Because(fmt.Errorf("in step %s: %w", s.name, err))
 		return end
 	}
-	if r, refused := errors.AsType[*contract.Refusal](err); refused {
-		g.m.log.Warn("launch refused", keyGuest, g.id, "step", s.name, "code", r.Code, "err", err)
-		return &ending{api.GuestStatus_GUEST_STATUS_FAILED, r}
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return &ending{api.GuestStatus_GUEST_STATUS_FAILED, contract.Refuse("host.disk-full",
+			"free space on the host (run_dir, state_dir, cache_dir), then launch again", "a disk of the host is full (step %s)", s.name).Because(err)}
 	}
-	g.m.log.Error("launch failed", keyGuest, g.id, "step", s.name, "err", err)
 	return &ending{api.GuestStatus_GUEST_STATUS_FAILED, contract.AsRefusal(err)}
+}
+
+// follow looks after a guest that runs. Time runs, and a StopGuest counts, even
+// while its network or metadata cannot be served.
+func (g *guest) follow(ctx context.Context) error {
+	rec, now := g.record(), g.m.now()
+	end, at := due(rec, g.m.c, now)
+	if end != nil {
+		return g.decideEnd(*end)
+	}
+	switch err := g.adopt(ctx); {
+	case err == nil:
+		g.finding("")
+		return g.watch(ctx)
+	case ctx.Err() != nil || errors.Is(err, store.ErrDamaged):
+		return err
+	default:
+		g.askToEnd(ctx, rec)
+		return g.hold(ctx, "it runs, but nobody serves it: "+err.Error(), min(g.m.c.Poll, at.Sub(now)))
+	}
 }
 
 // adopt makes a guest that runs this process's: its spool, network and
@@ -169,7 +189,7 @@ func (g *guest) askToEnd(ctx context.Context, rec store.Guest) {
 		return
 	}
 	if err := g.m.d.Hypervisor.Shutdown(ctx, g.id); err != nil {
-		g.m.log.Warn("guest could not be asked to end", keyGuest, g.id, "err", err)
+		g.m.log.Warn("guest could not be asked to end, it is ended when its grace is over", keyGuest, g.id, "deadline", rec.Stop.Deadline, keyError, err)
 		return
 	}
 	g.asked = true
@@ -214,7 +234,7 @@ func (g *guest) undo(ctx context.Context, s step) error {
 			return err
 		}
 		if left {
-			return errors.New("something of it is still there")
+			return errors.New("it is still there after it was removed; look for it on the host, the agent tries again")
 		}
 	}
 	err := g.update(func(r *store.Guest) (announce, bool) {
@@ -222,6 +242,9 @@ func (g *guest) undo(ctx context.Context, s step) error {
 		taken.UndoAt, taken.GoneAt = begun, g.m.now()
 		return false, true
 	})
+	if err == nil {
+		g.finding("")
+	}
 	g.m.hook("gone:" + s.name)
 	return err
 }

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -41,6 +42,10 @@ type host struct {
 	t     *testing.T
 	world *lifecycletest.World
 	store *store.Store
+	// records is store unless a test stands in between.
+	records lifecycle.Records
+	// ahead is how far the host's clock runs ahead.
+	ahead atomic.Int64
 	image admit.Image
 	cfg   lifecycle.Config
 }
@@ -54,6 +59,7 @@ func newHost(t *testing.T) *host {
 	if h.store, err = store.Open(filepath.Join(dir, "state", "state.db"), time.Now, hclog.NewNullLogger()); err != nil {
 		t.Fatal(err)
 	}
+	h.records = h.store
 	t.Cleanup(func() { _ = h.store.Close() })
 	if h.image, err = h.world.Image(); err != nil {
 		t.Fatal(err)
@@ -62,7 +68,7 @@ func newHost(t *testing.T) *host {
 	policy := config.Default().Policy
 	h.cfg = lifecycle.Config{
 		HostID: "host-1", BootID: "boot", GuestsDir: h.world.GuestsDir(), Policy: policy, Capacity: admit.Capacity{VCPUs: 64, MemoryMiB: 1 << 16},
-		Network: net, PowerOffGrace: 5 * time.Second, Poll: 5 * time.Millisecond, Retry: time.Millisecond, EvidenceTimeout: time.Second,
+		Network: net, PowerOffGrace: 5 * time.Second, Poll: 5 * time.Millisecond, Retry: time.Millisecond, EvidenceTimeout: 200 * time.Millisecond,
 	}
 	return h
 }
@@ -83,11 +89,12 @@ func (h *host) lifeUntil(ctx context.Context, hook func(string)) (_ *lifecycle.M
 		h.t.Fatal(err)
 	}
 	m, err := lifecycle.New(lifecycle.Deps{
-		Records: h.store, Hypervisor: lifecycletest.Domains{World: w}, Network: lifecycletest.Net{World: w}, Metadata: lifecycletest.Service{World: w},
+		Records: h.records, Hypervisor: lifecycletest.Domains{World: w}, Network: lifecycletest.Net{World: w}, Metadata: lifecycletest.Service{World: w},
 		Blobs: lifecycletest.Cache{World: w}, Spools: lifecycletest.Store{World: w},
 		Images: func() ([]admit.Image, error) { return []admit.Image{h.image}, nil }, Measure: lifecycletest.Measure, TEE: tee,
 		GPURule:      func(string, int) *contract.Refusal { return nil },
 		Endorsements: func() contract.Endorsements { return contract.Endorsements{} }, Logger: hclog.NewNullLogger(), Hook: hook,
+		Clock: func() time.Time { return time.Now().Add(time.Duration(h.ahead.Load())) },
 	}, h.cfg)
 	if err != nil {
 		h.t.Fatal(err)
@@ -178,6 +185,9 @@ func (h *host) ended(ctx context.Context) *api.GuestState {
 		pause(ctx)
 	}
 	guests, err := h.store.Guests()
+	for i := range guests {
+		guests[i].Launch = nil // long
+	}
 	h.t.Fatalf("guest has not ended: %+v %v, left over: %v", guests, err, h.world.Leftovers())
 	return nil
 }
@@ -260,8 +270,8 @@ func TestADigestThatDiffersIsRefusedBeforeAnythingStarts(t *testing.T) {
 	h.clean()
 }
 
-// points records every boundary of a whole life.
-func points(t *testing.T) []string {
+// points records every boundary of a launch's life.
+func points(t *testing.T, change func(*api.LaunchGuest)) []string {
 	t.Helper()
 	h := newHost(t)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -276,7 +286,7 @@ func points(t *testing.T) []string {
 		}
 	})
 	go h.guest(ctx)
-	if err := h.execute(ctx, m, h.command(nil)); err != nil {
+	if err := h.execute(ctx, m, h.command(change)); err != nil {
 		t.Fatal(err)
 	}
 	h.ended(ctx)
@@ -289,47 +299,64 @@ func points(t *testing.T) []string {
 // without anything left over. New steps are in the list by themselves.
 func TestADeathAtAnyBoundaryLeavesNothing(t *testing.T) {
 	t.Parallel()
-	all := points(t)
-	if len(all) < 20 {
-		t.Fatalf("only %d boundaries: %v", len(all), all)
-	}
-	for _, point := range all {
-		t.Run(point, func(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(*api.LaunchGuest)
+		least  int
+	}{
+		"whole":   {nil, 20},
+		"refused": {func(l *api.LaunchGuest) { l.LaunchDigest[0] ^= 1 }, 12},
+	} {
+		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			h := newHost(t)
-			ctx, cancel := context.WithCancel(t.Context())
-			defer cancel()
-			dead := make(chan struct{})
-			var once sync.Once
-			first := h.life(ctx, func(p string) {
-				if p == point {
-					once.Do(func() { close(dead) })
-					<-make(chan struct{}) // nothing of the first agent goes on
-				}
-			})
-			go h.guest(ctx)
-			go func() {
-				<-first.Ready()
-				events, err := first.Execute(ctx, h.command(nil))
-				if err == nil {
-					_ = h.store.AppendEvents(events...)
-				}
-			}()
-			select {
-			case <-dead:
-			case <-time.After(30 * time.Second):
-				t.Fatal("the boundary was not reached")
+			all := points(t, c.change)
+			if len(all) < c.least {
+				t.Fatalf("only %d boundaries: %v", len(all), all)
 			}
-			h.world.ProcessDied()
-			second := h.life(ctx, nil)
-			// The inbox carries the command out again: it is still pending.
-			if err := h.execute(ctx, second, h.command(nil)); err != nil {
-				t.Fatal(err)
+			for _, point := range all {
+				t.Run(point, func(t *testing.T) {
+					t.Parallel()
+					diesAt(t, point, c.change)
+				})
 			}
-			h.ended(ctx)
-			h.clean()
 		})
 	}
+}
+
+// diesAt ends an agent at a point, and lets the next one end the launch.
+func diesAt(t *testing.T, point string, change func(*api.LaunchGuest)) {
+	t.Helper()
+	h := newHost(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	dead := make(chan struct{})
+	var once sync.Once
+	first := h.life(ctx, func(p string) {
+		if p == point {
+			once.Do(func() { close(dead) })
+			<-make(chan struct{}) // nothing of the first agent goes on
+		}
+	})
+	go h.guest(ctx)
+	go func() {
+		<-first.Ready()
+		events, err := first.Execute(ctx, h.command(change))
+		if err == nil {
+			_ = h.store.AppendEvents(events...)
+		}
+	}()
+	select {
+	case <-dead:
+	case <-time.After(30 * time.Second):
+		t.Fatal("the boundary was not reached")
+	}
+	h.world.ProcessDied()
+	second := h.life(ctx, nil)
+	// The inbox carries the command out again: it is still pending.
+	if err := h.execute(ctx, second, h.command(change)); err != nil {
+		t.Fatal(err)
+	}
+	h.ended(ctx)
+	h.clean()
 }
 
 func TestTheAgentsEndEndsNoGuest(t *testing.T) {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -25,6 +24,9 @@ import (
 const (
 	keyGuest   = "guest_id"
 	keyCommand = "command_id"
+	keyCode    = "code"
+	keyRemedy  = "remedy"
+	keyError   = "err"
 )
 
 // forgetEvery is how often guests that ended long ago are forgotten.
@@ -40,6 +42,8 @@ type Manager struct {
 	log     hclog.Logger
 	domains domains
 	ready   chan struct{} // closed when Reconcile has decided
+	// changed has a value when a domain changed that is no guest's.
+	changed chan struct{}
 
 	// admission is held while a launch is judged and recorded.
 	admission sync.Mutex
@@ -67,7 +71,7 @@ func New(d Deps, c Config) (*Manager, error) {
 	}
 	return &Manager{
 		d: d, c: c.withDefaults(), log: d.Logger.Named("lifecycle"), domains: domains{ask: d.Hypervisor.List},
-		ready: make(chan struct{}), guests: map[string]*guest{},
+		ready: make(chan struct{}), changed: make(chan struct{}, 1), guests: map[string]*guest{},
 	}, nil
 }
 
@@ -99,18 +103,23 @@ func (m *Manager) Run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// dispatch wakes guests whose domain changed. They look for themselves: events
-// may be lost.
+// dispatch wakes guests whose domain changed, and the survey for domains of
+// nobody. They look for themselves: events may be lost.
 func (m *Manager) dispatch(ctx context.Context, events <-chan vm.Event) error {
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case e := <-events:
+			known := false
 			for _, g := range m.live() {
 				if e.GuestID == "" || e.GuestID == g.id {
 					g.poke()
+					known = e.GuestID != ""
 				}
+			}
+			if !known {
+				poke(m.changed)
 			}
 		}
 	}
@@ -154,32 +163,22 @@ func (m *Manager) reconcile(ctx context.Context) error {
 			nics = append(nics, m.c.nic(r))
 		}
 	}
-	var unaccounted []vm.Observed
-	for _, o := range observed {
-		if !accounted[o.GuestID] {
-			unaccounted = append(unaccounted, o)
-			m.log.Warn("domain of ours without a record, left alone", keyGuest, o.GuestID, "state", string(o.State))
-		}
-	}
-	m.mu.Lock()
-	m.unaccounted = unaccounted
-	m.mu.Unlock()
+	strangers := slices.DeleteFunc(slices.Clone(observed), func(o vm.Observed) bool { return accounted[o.GuestID] })
+	m.report(strangers)
 	// All at once: a network that knows only some of its guests would cut the
 	// others off meanwhile. Each guest asks for its own again.
 	if len(nics) > 0 {
 		if err := m.d.Network.Adopt(ctx, nics); err != nil {
-			m.log.Warn("adopting the guests' network", "err", err)
+			m.log.Warn("the guests' network could not be adopted at once, each guest's is tried again", keyError, err)
 		}
 	}
 	for _, r := range live {
 		m.begin(newGuest(m, r, false))
 	}
-	if err := m.giveBackForwarding(); err != nil {
-		m.log.Warn("giving back IPv4 forwarding", "err", err)
-	}
-	m.log.Info("reconciled", "guests", len(live), "unaccounted", len(unaccounted))
+	m.returnForwarding()
+	m.log.Info("reconciled", "guests", len(live), "unaccounted", len(strangers))
 	close(m.ready)
-	m.restart("sweep", m.sweep)
+	m.restart("survey", m.survey)
 	return nil
 }
 
@@ -190,7 +189,7 @@ func (m *Manager) firstLook(ctx context.Context) ([]vm.Observed, error) {
 		if err == nil {
 			return observed, nil
 		}
-		m.log.Warn("the hypervisor does not answer, nothing is decided", "err", err)
+		m.log.Warn("the hypervisor does not answer, nothing is decided; see that libvirtd (or virtqemud) runs", "pause", wait.String(), keyError, err)
 		if err := m.pause(ctx, nil, wait); err != nil {
 			return nil, err
 		}
@@ -232,9 +231,12 @@ func (g *guest) work(ctx context.Context) (err error) {
 		if errors.Is(err, store.ErrDamaged) {
 			err = supervise.Fatal(err)
 		}
-		if ctx.Err() != nil {
+		switch {
+		case ctx.Err() != nil:
 			// The listener is this process's; the guest asks again.
 			err = errors.Join(err, g.m.d.Metadata.Close(g.id))
+		case err != nil:
+			g.note(err.Error()) // the supervisor logs it
 		}
 	}()
 	if g.pending != nil {
@@ -242,7 +244,7 @@ func (g *guest) work(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	if g.fresh {
+	if g.fresh && !g.begun {
 		if err := g.launch(ctx); err != nil {
 			return err
 		}
@@ -253,20 +255,18 @@ func (g *guest) work(ctx context.Context) (err error) {
 		case actNone:
 			return nil
 		case actWait:
-			err = g.hold(ctx, "the hypervisor does not answer", g.m.c.Retry)
+			err = g.hold(ctx, "the hypervisor does not answer, nothing is decided; see that libvirtd (or virtqemud) runs", g.m.c.Retry)
 		case actReport:
 			err = g.hold(ctx, "a domain of this guest runs that its record does not account for; it is left alone: end it by hand (virsh) if it is not wanted", holdPause)
 		case actUndo:
-			err = g.decideEnd(*failed("agent.restarted", "launch again", "the node's agent was started anew before the guest was"))
+			err = g.decideEnd(cutShort(g.record(), g.m.c.BootID, g.fresh))
 		case actAdopt:
-			g.finding("")
-			if err = g.adopt(ctx); err == nil {
-				err = g.watch(ctx)
-			}
+			err = g.follow(ctx)
 		case actFinish:
-			if err = g.decideEnd(verdict(g.record(), g.m.c.BootID)); err == nil {
-				err = g.end(ctx)
+			if err := g.decideEnd(verdict(g.record(), g.m.c.BootID)); err != nil {
+				return err
 			}
+			return g.end(ctx)
 		}
 		if err != nil {
 			return err
@@ -300,53 +300,9 @@ func (m *Manager) finish(g *guest) error {
 	m.mu.Lock()
 	delete(m.guests, g.id)
 	m.mu.Unlock()
-	m.log.Info("guest ended", keyGuest, g.id, "status", g.record().Status.String())
-	if err := m.giveBackForwarding(); err != nil {
-		m.log.Warn("giving back IPv4 forwarding", "err", err)
-	}
+	m.logEnd("guest ended", g.record())
+	m.returnForwarding()
 	return nil
-}
-
-// sweep removes what nobody accounts for, from before the store was lost.
-// What belongs to a domain that runs stays.
-func (m *Manager) sweep(ctx context.Context) error {
-	m.admission.Lock()
-	defer m.admission.Unlock()
-	observed, err := m.domains.list(ctx)
-	if err != nil {
-		return err
-	}
-	keep := map[string]bool{}
-	for _, o := range observed {
-		keep[o.GuestID] = true
-	}
-	for _, g := range m.live() {
-		keep[g.id] = true
-	}
-	errs := []error{m.d.Network.Sweep(ctx, keep)}
-	each := func(ids []string, err error, remove func(string) error) {
-		errs = append(errs, err)
-		for _, id := range ids {
-			if !keep[id] {
-				m.log.Info("left-over removed", keyGuest, id)
-				errs = append(errs, remove(id))
-			}
-		}
-	}
-	owners, err := m.d.Blobs.Owners()
-	each(owners, err, m.d.Blobs.Release)
-	spools, err := m.d.Spools.List()
-	each(spools, err, m.d.Spools.Remove)
-	entries, err := os.ReadDir(m.c.GuestsDir)
-	if errors.Is(err, os.ErrNotExist) {
-		err = nil
-	}
-	dirs := make([]string, 0, len(entries))
-	for _, e := range entries {
-		dirs = append(dirs, e.Name())
-	}
-	each(dirs, err, func(id string) error { return os.RemoveAll((&guest{m: m, id: id}).dir()) })
-	return errors.Join(errs...)
 }
 
 // forget removes the records of guests that ended long ago.
@@ -359,7 +315,7 @@ func (m *Manager) forget(ctx context.Context) error {
 			}
 		}
 		if err != nil {
-			m.log.Warn("forgetting guests", "err", err)
+			m.log.Warn("guests that ended long ago could not be forgotten", keyError, err)
 		}
 		if err := m.pause(ctx, nil, forgetEvery); err != nil {
 			return err
@@ -386,6 +342,13 @@ func (m *Manager) holdForwarding() error {
 	}
 	_, err = m.d.Network.EnableForwarding()
 	return err
+}
+
+// returnForwarding tries giveBackForwarding; the survey tries again.
+func (m *Manager) returnForwarding() {
+	if err := m.giveBackForwarding(); err != nil {
+		m.log.Warn("IPv4 forwarding could not be given back, it stays on", keyError, err)
+	}
 }
 
 // giveBackForwarding undoes holdForwarding once no guest is left.
@@ -449,6 +412,7 @@ func (m *Manager) Snapshot() []GuestView {
 	for _, o := range m.unaccounted {
 		out = append(out, GuestView{
 			ID: o.GuestID, Generation: o.Generation,
+			VCPUs: o.VCPUs, MemoryMiB: o.MemoryMiB,
 			Finding: "a domain of ours without a record; it is left alone: end it by hand (virsh) if it is not wanted",
 		})
 	}

@@ -204,12 +204,31 @@ func (g *guest) serve(ctx context.Context) error {
 
 func (g *guest) endService(context.Context) error { return g.m.d.Metadata.Close(g.id) }
 
+// start starts the domain at most once. What a hypervisor did that fell silent
+// meanwhile is found out by looking, never by asking again: a guest that had
+// started and ended would start twice.
 func (g *guest) start(ctx context.Context) error {
 	spec, err := g.spec()
 	if err != nil {
 		return err
 	}
-	return g.m.d.Hypervisor.Start(ctx, spec)
+	if _, err := g.see(ctx); err != nil {
+		return err
+	}
+	err = g.m.d.Hypervisor.Start(ctx, spec)
+	if _, refused := errors.AsType[*contract.Refusal](err); err == nil || refused {
+		return err
+	}
+	g.m.log.Warn("hypervisor lost while the guest was started, looking for what it did", keyGuest, g.id, keyError, err)
+	domain, lookErr := g.see(ctx)
+	switch {
+	case lookErr != nil:
+		return errors.Join(err, lookErr)
+	case domain == sightOurs:
+		return nil
+	}
+	return contract.Refuse("vm.start-lost", "look at libvirt's log on the host if it repeats, and launch again",
+		"the hypervisor was lost while the guest was started, and does not run it").Because(err)
 }
 
 func (g *guest) destroy(ctx context.Context) error { return g.m.d.Hypervisor.Destroy(ctx, g.id) }

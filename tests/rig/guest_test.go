@@ -102,7 +102,7 @@ func TestAGuestSurvivesItsLibvirtdAndIsFoundAgain(t *testing.T) {
 		// The notice that events may be missing comes after every connect.
 		libvirttest.Await(t, events, "", "")
 		found, err := d.List(t.Context())
-		if want := (vm.Observed{GuestID: guestID, Generation: 1, State: vm.StateRunning}); err != nil || len(found) != 1 || found[0] != want {
+		if want := (vm.Observed{GuestID: guestID, Generation: 1, State: vm.StateRunning, VCPUs: spec.VCPUs, MemoryMiB: spec.MemoryMiB}); err != nil || len(found) != 1 || found[0] != want {
 			t.Fatalf("after the restart: %+v, %v", found, err)
 		}
 		if now := qemuPID(t, h); now != pid {

@@ -9,6 +9,7 @@ package domain
 import (
 	"encoding/base64"
 	"encoding/xml"
+	"errors"
 	"fmt"
 	"net"
 	"path/filepath"
@@ -75,6 +76,8 @@ func Check(s vm.Spec) error {
 		return refuse("%d vCPUs are not within 1..%d", s.VCPUs, maxVCPUs)
 	case s.MemoryMiB < minMemory || s.MemoryMiB > maxMemory:
 		return refuse("%d MiB of memory are not within %d..%d", s.MemoryMiB, minMemory, maxMemory)
+	case !regexp.MustCompile(`^[A-Za-z0-9._-]{0,64}$`).MatchString(s.CPUModel):
+		return refuse("CPU model %q is not a name", s.CPUModel)
 	case s.CPUModel == "" || strings.HasPrefix(s.CPUModel, "host") || s.CPUModel == "max":
 		return refuse("CPU model %q makes the launch digest depend on the host; use a named one (EPYC-v4)", s.CPUModel)
 	case s.Kernel == "":
@@ -86,6 +89,9 @@ func Check(s vm.Spec) error {
 		if !filepath.IsAbs(path) {
 			return refuse("path %q is not absolute", path)
 		}
+	}
+	if s.ConsoleLog != "" && !filepath.IsAbs(s.ConsoleLog) {
+		return refuse("path %q is not absolute", s.ConsoleLog)
 	}
 	// XML and shells of tools change other bytes silently, and every byte of
 	// the command line is measured.
@@ -184,11 +190,15 @@ func identity(s vm.Spec, d *libvirtxml.Domain) error {
 	return nil
 }
 
-// ParseMark reads our metadata element back.
+// ParseMark reads our metadata element back. libvirt is asked by the namespace
+// and answers without it; whoever may talk to libvirt can have written any.
 func ParseMark(text string) (guestID string, generation uint64, err error) {
 	var m mark
 	if err := xml.Unmarshal([]byte(text), &m); err != nil {
 		return "", 0, fmt.Errorf("reading domain metadata: %w", err)
+	}
+	if m.Generation == 0 {
+		return "", 0, errors.New("reading domain metadata: there is no generation")
 	}
 	return m.ID, m.Generation, nil
 }

@@ -99,6 +99,11 @@ func TestWhatLibvirtLetsThroughAndCannotWorkIsRefused(t *testing.T) {
 		"no generation":            func(s *vm.Spec) { s.Generation = 0 },
 		"no vCPU":                  func(s *vm.Spec) { s.VCPUs = 0 },
 		"little memory":            func(s *vm.Spec) { s.MemoryMiB = 1 },
+		"CPU model with options":   func(s *vm.Spec) { s.CPUModel = "EPYC-v4,+x" },
+		"no CPU model":             func(s *vm.Spec) { s.CPUModel = "" },
+		"any CPU model":            func(s *vm.Spec) { s.CPUModel = "max" },
+		"relative console":         func(s *vm.Spec) { s.ConsoleLog = "console.log" },
+		"no firmware":              func(s *vm.Spec) { s.Firmware = "" },
 		"host CPU":                 func(s *vm.Spec) { s.CPUModel = "host-passthrough" },
 		"hashes without a kernel":  func(s *vm.Spec) { s.Kernel = "" },
 		"relative path":            func(s *vm.Spec) { s.Initrd = "initrd" },
@@ -150,4 +155,15 @@ func TestMetadataComesBack(t *testing.T) {
 	if err != nil || id != spec().GuestID || generation != 3 {
 		t.Errorf("mark is %s %d %v", id, generation, err)
 	}
+}
+
+func FuzzParseMark(f *testing.F) {
+	f.Add(`<guest xmlns="` + MetadataNamespace + `" id="01234567-89ab-cdef-0123-456789abcdef" generation="3"></guest>`)
+	f.Add(`<guest id="x" generation="3"/>`)
+	f.Add(`<n:guest xmlns:n="` + MetadataNamespace + `" id="x" generation="0"/>`)
+	f.Fuzz(func(t *testing.T, text string) {
+		if _, generation, err := ParseMark(text); err == nil && (generation == 0 || !strings.Contains(text, "guest")) {
+			t.Errorf("%q is generation %d", text, generation)
+		}
+	})
 }

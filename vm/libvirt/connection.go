@@ -67,13 +67,16 @@ func (c *connection) close() {
 
 // call runs f on the connection.
 func call[T any](ctx context.Context, d *Driver, limit time.Duration, f func(*libvirt.Connect) (T, error)) (T, error) {
+	var none T
+	if err := ctx.Err(); err != nil {
+		return none, fmt.Errorf("asking libvirtd: %w", err) // or a domain might start that was called off
+	}
 	d.mu.Lock()
 	c, last := d.conn, d.lastErr
 	if c != nil {
 		c.inFlight.Add(1)
 	}
 	d.mu.Unlock()
-	var none T
 	if c == nil {
 		return none, errors.Join(ErrNoConnection, last)
 	}

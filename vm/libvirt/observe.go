@@ -37,9 +37,12 @@ func observe(dom *libvirt.Domain) (o vm.Observed, ours bool, err error) {
 			o.Generation = generation
 		}
 	}
-	state, _, err := dom.GetState()
-	o.State = stateOf(state)
-	return o, err == nil, err
+	info, err := dom.GetInfo()
+	if err != nil {
+		return o, false, err
+	}
+	o.State, o.VCPUs, o.MemoryMiB = stateOf(info.State), int(info.NrVirtCpu), info.MaxMem/1024
+	return o, true, nil
 }
 
 func stateOf(s libvirt.DomainState) vm.State {

@@ -99,6 +99,21 @@ func TestWhatLibvirtRefusesIsARefusalWithARemedy(t *testing.T) {
 	}
 }
 
+func TestACallThatWasCalledOffStartsNothing(t *testing.T) {
+	d := connected(t, "test:///default")
+	const id = "11111111-2222-4333-8444-555555555541"
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	for range 20 {
+		if err := d.StartXML(ctx, id, 1, testDomain(vm.NamePrefix+id, id, mark(id, 1))); !errors.Is(err, context.Canceled) || errors.Is(err, libvirt.ErrStuck) {
+			t.Fatalf("error is %v", err)
+		}
+	}
+	if d.Runs(t.Context(), id) {
+		t.Error("the domain was started all the same")
+	}
+}
+
 func TestWithoutADaemonEveryCallSaysSo(t *testing.T) {
 	t.Parallel()
 	d := run(t, "qemu+unix:///system?socket="+filepath.Join(t.TempDir(), "none"))

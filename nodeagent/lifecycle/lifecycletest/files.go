@@ -113,8 +113,10 @@ func (w Store) Open(id string, names []string, quota int64) (lifecycle.Spool, er
 
 // Upload implements lifecycle.Spools.
 func (w Store) Upload(ctx context.Context, id string, e lifecycle.Entry, putURL string) error {
-	if err := w.enter(ctx, "upload"); err != nil {
-		return err
+	for _, op := range []string{"upload", "upload " + e.Name} {
+		if err := w.enter(ctx, op); err != nil {
+			return err
+		}
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -40,6 +40,7 @@ type World struct {
 	objects    map[string][]byte // by URL
 	fail       map[string]error
 	block      map[string]bool
+	calls      map[string]int
 	violations []string
 	// onShutdown is a guest's answer to the power button; nil ignores it.
 	onShutdown func(id string)
@@ -55,7 +56,7 @@ func New(dir string, cfg network.Config) *World {
 	return &World{
 		Dir: dir, cfg: cfg, domains: map[string]*machine{}, listeners: map[chan vm.Event]bool{}, taps: map[string]network.Guest{},
 		sessions: map[string]metadata.Session{}, blobs: map[string][][32]byte{}, origin: map[string][]byte{},
-		spools: map[string]*spool{}, objects: map[string][]byte{}, fail: map[string]error{}, block: map[string]bool{},
+		spools: map[string]*spool{}, objects: map[string][]byte{}, fail: map[string]error{}, block: map[string]bool{}, calls: map[string]int{},
 	}
 }
 
@@ -76,12 +77,20 @@ func (w *World) Block(op string, on bool) {
 	w.block[op] = on
 }
 
+// Calls is how often an operation was called.
+func (w *World) Calls(op string) int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.calls[op]
+}
+
 // ErrSilent is how a hypervisor fails that does not answer.
 var ErrSilent = errors.New("no answer")
 
 // enter is the beginning of every operation.
 func (w *World) enter(ctx context.Context, op string) error {
 	w.mu.Lock()
+	w.calls[op]++
 	err, blocked := w.fail[op], w.block[op]
 	w.mu.Unlock()
 	if blocked {
@@ -281,7 +290,7 @@ func (w Domains) Start(ctx context.Context, spec vm.Spec) error {
 	w.domains[spec.GuestID] = &machine{spec, vm.StateRunning}
 	w.mu.Unlock()
 	w.tell(vm.Event{GuestID: spec.GuestID, State: vm.StateRunning})
-	return nil
+	return w.enter(ctx, "start-answer") // lost on its way, if told so
 }
 
 // Shutdown implements lifecycle.Hypervisor.
@@ -316,7 +325,7 @@ func (w Domains) List(ctx context.Context) ([]vm.Observed, error) {
 	defer w.mu.Unlock()
 	var out []vm.Observed
 	for id, d := range w.domains {
-		out = append(out, vm.Observed{GuestID: id, Generation: d.spec.Generation, State: d.state})
+		out = append(out, vm.Observed{GuestID: id, Generation: d.spec.Generation, State: d.state, VCPUs: d.spec.VCPUs, MemoryMiB: d.spec.MemoryMiB})
 	}
 	return out, nil
 }
@@ -408,6 +417,9 @@ func (w Net) Sweep(ctx context.Context, keep map[string]bool) error {
 	defer w.mu.Unlock()
 	for id := range w.taps {
 		if !keep[id] {
+			if w.domains[id] != nil {
+				w.brokenLocked("tap of %s swept under its domain", id)
+			}
 			delete(w.taps, id)
 		}
 	}
