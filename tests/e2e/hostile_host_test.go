@@ -32,24 +32,26 @@ func TestAHostThatSwapsFilesIsCaught(t *testing.T) {
 	h, u := hosts[0], w.tenant("alice", trial.TenantOptions{})
 	u.write("data.csv", canaryRecords)
 	for _, c := range []struct {
-		name, script string
-		code         int
-		says         []string
+		name, script, code string
+		says               []string
 	}{
 		// The firmware compares the kernel with the measured hash and stops.
-		{"swapped-kernel", `printf x | dd of="$1/kernel" bs=1 seek=4000000 conv=notrunc status=none`, 7, []string{"guest.start-timeout", "OVMF"}},
+		{"swapped-kernel", `printf x | dd of="$1/kernel" bs=1 seek=4000000 conv=notrunc status=none`, "guest.start-timeout", []string{"OVMF"}},
 		// Another firmware measures differently: the broker sees it.
-		{"swapped-firmware", `printf x | dd of="$1/firmware" bs=1 seek=16 conv=notrunc status=none`, 5, []string{"guest.broker-refused", "broker.launch-digest"}},
+		{"swapped-firmware", `printf x | dd of="$1/firmware" bs=1 seek=16 conv=notrunc status=none`, "guest.broker-refused", []string{"broker.launch-digest"}},
 		// Another ciphertext of the same size: the guest sees it.
-		{"resealed-input", `for f in $(find ` + trial.CacheDir + ` -type f); do printf xxxx | dd of="$f" bs=1 seek=150 conv=notrunc status=none; done`, 5, []string{"guest.input-digest-mismatch"}},
+		{
+			"resealed-input", `for f in $(find ` + trial.CacheDir + ` -type f); do printf xxxx | dd of="$f" bs=1 seek=150 conv=notrunc status=none; done`,
+			"guest.input-digest-mismatch", nil,
+		},
 	} {
 		w.tamper(h, c.script)
-		a := u.run(c.code, "deploy", "confidential", "--name", c.name, "--image", trial.Repository+":1", "--memory", "1024", "--vcpus", "1", "--start-timeout", "20s",
-			"--dataset", "file://data.csv", "--result", "summary.json", "--command", "/workload", "--command", "batch", "--wait")
-		says(t, a, append(c.says, "remedy:")...)
-		if d := u.deployment(c.name); w.ended(d.GuestID).GetStatus() != api.GuestStatus_GUEST_STATUS_FAILED {
-			t.Errorf("%s: the guest did not fail", c.name)
+		d := u.deploy(c.name, "--start-timeout", "30s", "--dataset", "file://data.csv", "--result", "summary.json", "--command", "/workload", "--command", "batch")
+		s := w.ended(d.GuestID)
+		if s.GetStatus() != api.GuestStatus_GUEST_STATUS_FAILED || s.GetRefusal().GetCode() != c.code || s.GetRefusal().GetRemedy() == "" {
+			t.Errorf("%s: the guest ended as %v", c.name, s)
 		}
+		says(t, u.run(0, "status", c.name), append(c.says, c.code, "remedy:")...)
 		w.clean(h)
 	}
 	// The same host, honest: it was the swapping that was refused.
