@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -123,14 +124,8 @@ func Boot(tb testing.TB, s Setup) *Machine {
 
 // has says whether the kernel was started with one of the parameters.
 func (m *Machine) has(parameters ...string) bool {
-	for _, word := range strings.Fields(m.setup.Cmdline) {
-		for _, p := range parameters {
-			if word == p {
-				return true
-			}
-		}
-	}
-	return false
+	kernel, _, _ := strings.Cut(m.setup.Cmdline, " -- ") // the rest is init's
+	return slices.ContainsFunc(strings.Fields(kernel), func(word string) bool { return slices.Contains(parameters, word) })
 }
 
 func (m *Machine) atLeast(major, minor int) bool {
