@@ -47,7 +47,7 @@ func TestAGoodHostIsEnabledWithEverythingKnown(t *testing.T) {
 	if *r.Processor != (host.Processor{Name: "Genoa", Generation: "Zen 4", Product: "Genoa"}) || r.Firmware.Version != "1.55.49" || r.Firmware.State != "initialized" {
 		t.Errorf("%+v %+v", r.Processor, r.Firmware)
 	}
-	if r.CurrentTCB.Parts != (contract.TCB{BootLoader: 10, SNP: 0x1b, Microcode: 0x56}) || r.CurrentTCB.Raw != "0x561b00000000000a" {
+	if r.CurrentTCB.Parts != (contract.TCB{BootLoader: 10, SNP: 0x1b, Microcode: 0x56}) || r.CurrentTCB.Raw != 0x561b00000000000a {
 		t.Errorf("%+v", r.CurrentTCB)
 	}
 	if a := r.ASIDs; a.Total != 99 || *a.Used != 4 || *a.Free != 95 || *a.Returning != 1 || a.Source != "misc controller" {
@@ -109,6 +109,7 @@ func TestEveryCauseIsNamed(t *testing.T) {
 		"amd_iommu=pgtbl_v2":     {parameter("amd_iommu=pgtbl_v2"), "cmdline.trap", "remove amd_iommu=pgtbl_v2"},
 		"sev=nosnp":              {parameter("sev=nosnp"), "cmdline.trap", "remove sev=nosnp"},
 		"kvm_amd.sev_snp=0":      {parameter("kvm_amd.sev_snp=0"), "module.parameter-off", "kvm_amd.sev_snp"},
+		"kvm_amd.sev=0":          {parameter("kvm_amd.sev=0"), "module.parameter-off", "kvm_amd.sev "},
 		"kvm_amd.npt=0":          {parameter("kvm_amd.npt=0"), "module.parameter-off", "kvm_amd.npt"},
 		"kvm.mmio_caching=0":     {parameter("kvm.mmio_caching=0"), "module.parameter-off", "kvm.mmio_caching"},
 		"SEV-ES off by command":  {parameter("kvm_amd.sev_es=0"), "cmdline.trap", "remove kvm_amd.sev_es=0"},
@@ -167,6 +168,15 @@ func TestWhatDoesNotBlockIsSaidToo(t *testing.T) {
 	}
 	if r := report(t, setup(hosttest.Genoa(), func(s *hosttest.Setup) { s.PatchedForES = false })); len(r.Findings) != 0 {
 		t.Errorf("a host with nothing to say says %+v", r.Findings)
+	}
+}
+
+// A BIOS that gives all ASIDs to SNP leaves none to plain SEV.
+func TestPlainSEVIsNotDemanded(t *testing.T) {
+	t.Parallel()
+	r := report(t, setup(hosttest.Genoa(), func(s *hosttest.Setup) { s.MinSEVASID = s.MaxASID + 1 }))
+	if !r.Enabled || r.Facts.Modules.KVMAMD["sev"] != "N" || !slices.Equal(codes(r), []string{"sev-es.off"}) || r.ASIDs.Total != 1006 {
+		t.Errorf("%v %+v %+v", r.Enabled, r.Findings, r.ASIDs)
 	}
 }
 

@@ -4,6 +4,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/confidential-node/agent/firmware/snp/host/psp"
 )
 
 func TestTrapsAreFoundAsTheKernelReadsThem(t *testing.T) {
@@ -57,7 +59,7 @@ func TestTrapsAreFoundAsTheKernelReadsThem(t *testing.T) {
 func TestRMPCoverageFollowsTheKernelsArithmetic(t *testing.T) {
 	t.Parallel()
 	const gib = 1 << 30
-	cfg := func(v uint64) *uint64 { return &v }
+	cfg := func(v psp.Hex) *psp.Hex { return &v }
 	leaf := &RMPSegmentsLeaf{MinSizeBits: 36, MaxSizeBits: 42, Cached: 4}
 	limited := &RMPSegmentsLeaf{MinSizeBits: 36, MaxSizeBits: 42, Cached: 4, HardLimit: true}
 	// 64 GiB have 16 Mi pages of 16 bytes: 256 MiB and the bookkeeping.
@@ -181,7 +183,8 @@ func FuzzRegisters(f *testing.F) {
 		registers := decodeRegisters([cpuidSize]byte(raw))
 		_ = decodeEncryptionLeaf(registers)
 		leaf := decodeRMPSegmentsLeaf(registers)
-		r := rmpOf(MSRs{RMPBase: base, RMPEnd: end, RMPCfg: &cfg}, &leaf, memory%(1<<maxPhysicalBits))
+		register := psp.Hex(cfg)
+		r := rmpOf(MSRs{RMPBase: psp.Hex(base), RMPEnd: psp.Hex(end), RMPCfg: &register}, &leaf, memory%(1<<maxPhysicalBits))
 		if r.Why == "" || !slices.Contains([]string{CoversYes, CoversNo, CoversUnknown}, r.Covers) {
 			t.Errorf("%+v", r)
 		}

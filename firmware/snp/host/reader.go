@@ -206,19 +206,19 @@ func (g *gather) msrs() error {
 	}
 	defer file.Close() //nolint:errcheck // read only
 	var m MSRs
-	read := func(number uint32, into *uint64) error {
+	read := func(number uint32, into *psp.Hex) error {
 		var b [msrSize]byte
 		if _, err := g.kernel.ReadAt(file, b[:], int64(number)); err != nil {
 			return fmt.Errorf("reading MSR %#x: %w", number, err)
 		}
-		*into = binary.LittleEndian.Uint64(b[:])
+		*into = psp.Hex(binary.LittleEndian.Uint64(b[:]))
 		return nil
 	}
 	if err := errors.Join(read(msrSYSCFG, &m.SYSCFG), read(msrRMPBase, &m.RMPBase), read(msrRMPEnd, &m.RMPEnd)); err != nil {
 		return err
 	}
 	if g.facts.Encryption != nil && g.facts.Encryption.SegmentedRMP {
-		m.RMPCfg = new(uint64)
+		m.RMPCfg = new(psp.Hex)
 		if err := read(msrRMPCfg, m.RMPCfg); err != nil {
 			return err
 		}

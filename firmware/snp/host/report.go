@@ -6,6 +6,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp"
+	"github.com/confidential-node/agent/firmware/snp/host/psp"
 )
 
 // Level is how much a finding weighs.
@@ -49,7 +50,7 @@ type Firmware struct {
 
 // TCB is a TCB_VERSION, raw and in parts.
 type TCB struct {
-	Raw   string       `json:"raw"`
+	Raw   psp.Hex      `json:"raw"`
 	Parts contract.TCB `json:"parts"`
 }
 
@@ -124,8 +125,8 @@ func (r *Report) derive() {
 		r.Firmware = &Firmware{Version: fmt.Sprintf("%d.%d.%d", s.APIMajor, s.APIMinor, s.Build), State: s.State.String()}
 		r.VLEKLoaded = &s.VLEKLoaded
 		if known {
-			r.CurrentTCB = &TCB{hexTCB(s.CurrentTCB), processor.Product.TCB(s.CurrentTCB)}
-			r.ReportedTCB = &TCB{hexTCB(s.ReportedTCB), processor.Product.TCB(s.ReportedTCB)}
+			r.CurrentTCB = &TCB{s.CurrentTCB, processor.Product.TCB(uint64(s.CurrentTCB))}
+			r.ReportedTCB = &TCB{s.ReportedTCB, processor.Product.TCB(uint64(s.ReportedTCB))}
 		}
 	case f.SEVFirmware != nil:
 		s := f.SEVFirmware
@@ -139,8 +140,6 @@ func (r *Report) derive() {
 }
 
 const vendorAMD = "AuthenticAMD"
-
-func hexTCB(v uint64) string { return fmt.Sprintf("%#016x", v) }
 
 // asidsOf counts: SEV-ES and SNP guests get the ASIDs below the first one of
 // plain SEV, and with ciphertext hiding SNP guests only the first part of

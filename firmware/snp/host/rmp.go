@@ -6,6 +6,8 @@ import (
 	"io"
 	"strconv"
 	"strings"
+
+	"github.com/confidential-node/agent/firmware/snp/host/psp"
 )
 
 // Model-specific registers (AMD PPR of family 19h and 1Ah; Linux
@@ -47,11 +49,11 @@ const (
 
 // MSRs are the registers about memory encryption, of processor 0.
 type MSRs struct {
-	SYSCFG  uint64 `json:"syscfg"`
-	RMPBase uint64 `json:"rmp_base"`
-	RMPEnd  uint64 `json:"rmp_end"`
+	SYSCFG  psp.Hex `json:"syscfg"`
+	RMPBase psp.Hex `json:"rmp_base"`
+	RMPEnd  psp.Hex `json:"rmp_end"`
 	// RMPCfg is nil where the processor has no segmented RMP.
-	RMPCfg *uint64 `json:"rmp_cfg,omitempty"`
+	RMPCfg *psp.Hex `json:"rmp_cfg,omitempty"`
 }
 
 // RMP modes.
@@ -63,8 +65,8 @@ const (
 
 // RMP is the reverse map table against the memory it must cover.
 type RMP struct {
-	Mode string `json:"mode"`
-	Base uint64 `json:"base"`
+	Mode string  `json:"mode"`
+	Base psp.Hex `json:"base"`
 	// Size is what the BIOS reserved, Required what all memory needs; both
 	// only for a contiguous table.
 	Size     uint64 `json:"size,omitempty"`
@@ -101,13 +103,13 @@ func rmpOf(m MSRs, leaf *RMPSegmentsLeaf, memoryEnd uint64) RMP {
 		r.Covers, r.Why = CoversNo, "the table ends before it begins"
 		return r
 	}
-	r.Size = m.RMPEnd - m.RMPBase + 1
+	r.Size = uint64(m.RMPEnd - m.RMPBase + 1)
 	if memoryEnd == 0 {
 		r.Covers, r.Why = CoversUnknown, "the memory map could not be read"
 		return r
 	}
 	// The table must also cover itself.
-	pages := (max(memoryEnd, m.RMPEnd+1) + pageSize - 1) / pageSize
+	pages := (max(memoryEnd, uint64(m.RMPEnd)+1) + pageSize - 1) / pageSize
 	r.Required = pages*rmpEntry + rmpBookkeeping
 	r.Covers, r.Why = CoversYes, "the table is large enough for all memory"
 	if r.Size < r.Required {

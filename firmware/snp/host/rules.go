@@ -45,12 +45,18 @@ func rules() []rule {
 func verdict(r *Report) *Finding {
 	if k := r.Facts.KVM; k != nil && !k.SNP() {
 		return &Finding{
-			Code: "kvm.no-snp", Message: "KVM offers no SEV-SNP guests", Observed: fmt.Sprintf("KVM_CAP_VM_TYPES = %#x, bit %d is clear", k.VMTypes, vmTypeSNP),
-			Remedy: "follow the other findings; when there are none, look for \"SEV\" and \"SNP\" in the kernel log",
+			Code:     "kvm.no-snp",
+			Message:  "KVM offers no SEV-SNP guests",
+			Observed: fmt.Sprintf("KVM_CAP_VM_TYPES = %#x, bit %d is clear", k.VMTypes, vmTypeSNP),
+			Remedy:   "follow the other findings; when there are none, look for \"SEV\" and \"SNP\" in the kernel log",
 		}
 	}
 	if r.Facts.KVM == nil {
-		return &Finding{Code: "kvm.unknown", Message: "KVM could not be asked whether it offers SEV-SNP guests", Remedy: "make " + kvmDevice + " usable: see the finding about it"}
+		return &Finding{
+			Code:    "kvm.unknown",
+			Message: "KVM could not be asked whether it offers SEV-SNP guests",
+			Remedy:  "make " + kvmDevice + " usable: see the finding about it",
+		}
 	}
 	return nil
 }
@@ -77,8 +83,10 @@ func virtualMachine(r *Report) *Finding {
 		return nil
 	}
 	return &Finding{
-		Code: "machine.virtual", Message: "this machine is itself a virtual machine; SNP hosting needs bare metal", Observed: "CPUID 1 ECX bit 31 (cpuinfo flag \"hypervisor\") is set",
-		Remedy: "use a bare-metal server with EPYC 9004, 8004 (Genoa, Bergamo, Siena) or 9005 (Turin)",
+		Code:     "machine.virtual",
+		Message:  "this machine is itself a virtual machine; SNP hosting needs bare metal",
+		Observed: "CPUID 1 ECX bit 31 (cpuinfo flag \"hypervisor\") is set",
+		Remedy:   "use a bare-metal server with EPYC 9004, 8004 (Genoa, Bergamo, Siena) or 9005 (Turin)",
 	}
 }
 
@@ -107,8 +115,10 @@ func noSNP(r *Report) *Finding {
 func encryptionOff(r *Report) *Finding {
 	if m := r.Facts.MSRs; silicon(r) && m != nil && m.SYSCFG&syscfgMemoryEncryption == 0 {
 		return &Finding{
-			Code: "bios.memory-encryption-off", Message: "the BIOS left memory encryption off", Observed: fmt.Sprintf("SYSCFG = %#x, bit 23 is clear", m.SYSCFG),
-			Remedy: "in the BIOS set CBS > CPU Common > SMEE to Enabled",
+			Code:     "bios.memory-encryption-off",
+			Message:  "the BIOS left memory encryption off",
+			Observed: fmt.Sprintf("SYSCFG = %#x, bit 23 is clear", m.SYSCFG),
+			Remedy:   "in the BIOS set CBS > CPU Common > SMEE to Enabled",
 		}
 	}
 	return nil
@@ -142,19 +152,34 @@ func rmpMissing(r *Report) *Finding {
 	if !silicon(r) || r.RMP == nil || r.RMP.Mode != RMPNone {
 		return nil
 	}
-	return &Finding{Code: "bios.rmp-not-reserved", Message: "the BIOS reserved no memory for the reverse map table (RMP)", Observed: observedRMP(r), Remedy: remedyCoverage}
+	return &Finding{
+		Code:     "bios.rmp-not-reserved",
+		Message:  "the BIOS reserved no memory for the reverse map table (RMP)",
+		Observed: observedRMP(r),
+		Remedy:   remedyCoverage,
+	}
 }
 
 func rmpSmall(r *Report) *Finding {
 	if !silicon(r) || r.RMP == nil || r.RMP.Mode == RMPNone || r.RMP.Covers != CoversNo {
 		return nil
 	}
-	return &Finding{Code: "bios.rmp-not-covering", Message: "the reverse map table (RMP) does not cover all memory: " + r.RMP.Why, Observed: observedRMP(r), Remedy: remedyCoverage}
+	return &Finding{
+		Code:     "bios.rmp-not-covering",
+		Message:  "the reverse map table (RMP) does not cover all memory: " + r.RMP.Why,
+		Observed: observedRMP(r),
+		Remedy:   remedyCoverage,
+	}
 }
 
 func legacyBoot(r *Report) *Finding {
 	if !silicon(r) || r.Facts.UEFI {
 		return nil
 	}
-	return &Finding{Code: "bios.legacy-boot", Message: "the machine was booted by legacy BIOS, with which the SEV firmware does not start", Observed: "there is no /" + efiDir, Remedy: "boot with UEFI"}
+	return &Finding{
+		Code:     "bios.legacy-boot",
+		Message:  "the machine was booted by legacy BIOS, with which the SEV firmware does not start",
+		Observed: "there is no /" + efiDir,
+		Remedy:   "boot with UEFI",
+	}
 }

@@ -11,7 +11,12 @@ func iommuOff(r *Report) *Finding {
 	if !silicon(r) || r.Facts.IOMMU.Groups > 0 {
 		return nil
 	}
-	return &Finding{Code: "iommu.off", Message: "the IOMMU is off, and SNP needs it", Observed: "there are no IOMMU groups", Remedy: "in the BIOS set NBIO Common > IOMMU to Enabled, and remove iommu=off and amd_iommu=off from the kernel command line"}
+	return &Finding{
+		Code:     "iommu.off",
+		Message:  "the IOMMU is off, and SNP needs it",
+		Observed: "there are no IOMMU groups",
+		Remedy:   "in the BIOS set NBIO Common > IOMMU to Enabled, and remove iommu=off and amd_iommu=off from the kernel command line",
+	}
 }
 
 // iommuPassthrough looks at what the kernel did, not at its command line,
@@ -22,8 +27,10 @@ func iommuPassthrough(r *Report) *Finding {
 		return nil
 	}
 	f := &Finding{
-		Code: "iommu.passthrough", Message: "every IOMMU group is in passthrough mode, with which the kernel silently leaves SNP off", Observed: fmt.Sprintf("%d of %d IOMMU groups have type identity", i.Types["identity"], i.Groups),
-		Remedy: "remove iommu=pt and iommu.passthrough=1 from the kernel command line and reboot",
+		Code:     "iommu.passthrough",
+		Message:  "every IOMMU group is in passthrough mode, with which the kernel silently leaves SNP off",
+		Observed: fmt.Sprintf("%d of %d IOMMU groups have type identity", i.Types["identity"], i.Groups),
+		Remedy:   "remove iommu=pt and iommu.passthrough=1 from the kernel command line and reboot",
 	}
 	if r.Facts.Kernel.Config[configPassthrough] == "y" {
 		f.Observed += ", kernel has " + configPassthrough + "=y"
@@ -45,7 +52,12 @@ func iommuWithoutSNP(r *Report) *Finding {
 		first, _, _ := strings.Cut(text, ":")
 		features, err := strconv.ParseUint(first, 16, 64)
 		if err == nil && features&iommuFeatureSNP == 0 {
-			return &Finding{Code: "iommu.no-snp", Message: "an IOMMU does not support SNP", Observed: "amd-iommu features " + text + ", bit 63 is clear", Remedy: "in the BIOS set NBIO Common > SEV-SNP Support to Enabled"}
+			return &Finding{
+				Code:     "iommu.no-snp",
+				Message:  "an IOMMU does not support SNP",
+				Observed: "amd-iommu features " + text + ", bit 63 is clear",
+				Remedy:   "in the BIOS set NBIO Common > SEV-SNP Support to Enabled",
+			}
 		}
 	}
 	return nil
@@ -71,14 +83,24 @@ func oldKernel(r *Report) *Finding {
 	if _, err := fmt.Sscanf(release, "%d.%d", &major, &minor); err != nil || major > kernelMajor || major == kernelMajor && minor >= kernelMinor {
 		return nil
 	}
-	return &Finding{Code: "kernel.too-old", Message: "the kernel is older than 6.11, the first that hosts SNP guests", Observed: "kernel " + release, Remedy: "install a kernel of 6.11 or later; with GPUs 6.17 or later"}
+	return &Finding{
+		Code:     "kernel.too-old",
+		Message:  "the kernel is older than 6.11, the first that hosts SNP guests",
+		Observed: "kernel " + release,
+		Remedy:   "install a kernel of 6.11 or later; with GPUs 6.17 or later",
+	}
 }
 
 func kernelWithoutSEV(r *Report) *Finding {
 	if r.Facts.Kernel.Config[configKVMSEV] != "n" {
 		return nil
 	}
-	return &Finding{Code: "kernel.without-sev", Message: "the kernel was built without SEV hosting", Observed: configKVMSEV + " is not set", Remedy: "install a kernel with " + configKVMSEV + "=y"}
+	return &Finding{
+		Code:     "kernel.without-sev",
+		Message:  "the kernel was built without SEV hosting",
+		Observed: configKVMSEV + " is not set",
+		Remedy:   "install a kernel with " + configKVMSEV + "=y",
+	}
 }
 
 func flagCleared(r *Report) *Finding {
@@ -86,8 +108,10 @@ func flagCleared(r *Report) *Finding {
 		return nil
 	}
 	return &Finding{
-		Code: "kernel.cleared-snp", Message: "the kernel withdrew SNP while it booted, although the processor has it", Observed: "cpuinfo flags " + strings.Join(r.Facts.CPU.Flags, " ") + ", CPUID 0x8000001f " + r.Facts.Encryption.Raw,
-		Remedy: "follow the findings about the BIOS; the kernel log says why after \"SEV-SNP:\"",
+		Code:     "kernel.cleared-snp",
+		Message:  "the kernel withdrew SNP while it booted, although the processor has it",
+		Observed: "cpuinfo flags " + strings.Join(r.Facts.CPU.Flags, " ") + ", CPUID 0x8000001f " + r.Facts.Encryption.Raw,
+		Remedy:   "follow the findings about the BIOS; the kernel log says why after \"SEV-SNP:\"",
 	}
 }
 
@@ -106,11 +130,17 @@ func moduleMissing(r *Report) *Finding {
 	if !bare(r) || r.Facts.Modules.KVMAMD != nil {
 		return nil
 	}
-	return &Finding{Code: "module.kvm-amd-missing", Message: "the module kvm_amd is not loaded", Observed: "there is no /" + kvmAMDParams, Remedy: "run `modprobe kvm_amd`; if that fails, enable SVM Mode in the BIOS"}
+	return &Finding{
+		Code:     "module.kvm-amd-missing",
+		Message:  "the module kvm_amd is not loaded",
+		Observed: "there is no /" + kvmAMDParams,
+		Remedy:   "run `modprobe kvm_amd`; if that fails, enable SVM Mode in the BIOS",
+	}
 }
 
-// parametersOff does not look at sev_es: patched firmware turns SEV-ES off
-// and SNP stays.
+// parametersOff does not look at sev_es, which patched firmware turns off, and
+// at sev only where SNP is off too: a BIOS may give every ASID to SNP. Either
+// way SNP stays.
 func parametersOff(r *Report) []Finding {
 	var out []Finding
 	check := func(module, name string, values map[string]string) {
@@ -125,7 +155,11 @@ func parametersOff(r *Report) []Finding {
 	if !bare(r) {
 		return nil
 	}
-	for _, name := range []string{"sev", "sev_snp", "npt", "nrips"} {
+	names := []string{"sev_snp", "npt", "nrips"}
+	if on, _ := parseBool(r.Facts.Modules.KVMAMD["sev_snp"]); !on {
+		names = append(names, "sev")
+	}
+	for _, name := range names {
 		check("kvm_amd", name, r.Facts.Modules.KVMAMD)
 	}
 	check("kvm", "mmio_caching", r.Facts.Modules.KVM)

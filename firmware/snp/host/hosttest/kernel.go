@@ -117,8 +117,11 @@ func (m *Machine) kvm(request uint, capability uintptr) (int, error) {
 		return 0, nil // an extension that is not there
 	}
 	types := 1
+	if m.kvmSEV {
+		types |= 1 << 2
+	}
 	if m.kvmES {
-		types |= 1<<2 | 1<<3
+		types |= 1 << 3
 	}
 	if m.kvmSNP {
 		types |= 1 << 4
@@ -206,7 +209,7 @@ func (m *Machine) command(issue psp.Issue, writable bool) error {
 }
 
 // report sets the reported TCB. A VLEK is for one TCB and goes with it.
-func (m *Machine) report(tcb uint64) {
+func (m *Machine) report(tcb psp.Hex) {
 	if tcb != m.firmware.ReportedTCB {
 		m.firmware.ReportedTCB, m.firmware.VLEKLoaded = tcb, false
 	}

@@ -108,9 +108,9 @@ type Machine struct {
 	tb    testing.TB
 	setup Setup
 	// What the kernel made of the causes.
-	snpFlag, hostSNP, kvmSNP, kvmES bool
-	firmware                        psp.SNPStatus
-	committed                       bool
+	snpFlag, hostSNP, kvmSNP, kvmES, kvmSEV bool
+	firmware                                psp.SNPStatus
+	committed                               bool
 }
 
 // Boot starts the machine.
@@ -186,8 +186,10 @@ func (m *Machine) initialize() {
 	if up {
 		m.firmware.State, m.firmware.RMPInitialized = psp.Initialized, true
 	}
-	es := !s.NoKVM && !s.EncryptionOff && !s.NoSNP && !s.VirtualMachine && !s.WithoutSEV && s.MinSEVASID > 1 &&
-		!m.has("kvm_amd.sev=0", "kvm_amd.sev_es=0", "kvm_amd.npt=0", "kvm_amd.nrips=0", "kvm.mmio_caching=0")
+	sev := !s.NoKVM && !s.EncryptionOff && !s.NoSNP && !s.VirtualMachine && !s.WithoutSEV &&
+		!m.has("kvm_amd.sev=0", "kvm_amd.npt=0", "kvm_amd.nrips=0")
+	es := sev && s.MinSEVASID > 1 && !m.has("kvm_amd.sev_es=0", "kvm.mmio_caching=0")
+	m.kvmSEV = sev && s.MinSEVASID <= s.MaxASID
 	m.kvmSNP = es && up && !m.has("kvm_amd.sev_snp=0")
 	m.kvmES = es && !s.PatchedForES
 }
@@ -239,7 +241,7 @@ func (m *Machine) tree() {
 	}
 	if !s.NoKVM {
 		for name, on := range map[string]bool{
-			"sev": m.kvmES || m.kvmSNP, "sev_es": m.kvmES, "sev_snp": m.kvmSNP,
+			"sev": m.kvmSEV, "sev_es": m.kvmES, "sev_snp": m.kvmSNP,
 			"npt": !m.has("kvm_amd.npt=0"), "nrips": !m.has("kvm_amd.nrips=0"),
 		} {
 			m.write("sys/module/kvm_amd/parameters/"+name, yes(on))

@@ -3,6 +3,7 @@ package psp_test
 import (
 	"bytes"
 	"encoding/hex"
+	"encoding/json"
 	"strings"
 	"testing"
 
@@ -115,4 +116,20 @@ func FuzzDecode(f *testing.F) {
 		e6 := load.Encode()
 		same("VLEK load", e6[:], err)
 	})
+}
+
+func TestHexSurvivesJSONWhole(t *testing.T) {
+	t.Parallel()
+	for _, v := range []psp.Hex{0, 0x561b00000000000a, ^psp.Hex(0)} {
+		text, err := json.Marshal(v)
+		var back psp.Hex
+		if err != nil || json.Unmarshal(text, &back) != nil || back != v || !strings.HasPrefix(string(text), `"0x`) {
+			t.Errorf("%#x: %s, back %#x (%v)", uint64(v), text, uint64(back), err)
+		}
+	}
+	for _, text := range []string{`"12"`, `"0x"`, `"0x1_0"`, `"0x11112222333344445"`, `12`} {
+		if json.Unmarshal([]byte(text), new(psp.Hex)) == nil {
+			t.Errorf("%s is accepted", text)
+		}
+	}
 }

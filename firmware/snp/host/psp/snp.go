@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"strconv"
+	"strings"
 )
 
 // Bits of SNP_PLATFORM_STATUS, byte 3 (56860, SNP_PLATFORM_STATUS, table
@@ -56,8 +58,26 @@ type SNPStatus struct {
 	UnknownConfig           uint32 `json:"unknown_config,omitempty"`
 
 	Guests      uint32 `json:"guests"`
-	CurrentTCB  uint64 `json:"current_tcb"`
-	ReportedTCB uint64 `json:"reported_tcb"`
+	CurrentTCB  Hex    `json:"current_tcb"`
+	ReportedTCB Hex    `json:"reported_tcb"`
+}
+
+// Hex is a register or version of 64 bits. In JSON it is a string in hex:
+// numbers above 2^53 do not survive every reader.
+type Hex uint64
+
+// MarshalText writes 0x and digits.
+func (h Hex) MarshalText() ([]byte, error) { return fmt.Appendf(nil, "%#x", uint64(h)), nil }
+
+// UnmarshalText is the inverse of MarshalText.
+func (h *Hex) UnmarshalText(text []byte) error {
+	digits, ok := strings.CutPrefix(string(text), "0x")
+	v, err := strconv.ParseUint(digits, 16, 64)
+	if !ok || err != nil {
+		return fmt.Errorf("decoding %q: want 0x and up to 16 hex digits", text)
+	}
+	*h = Hex(v)
+	return nil
 }
 
 func bit[T uint8 | uint32](on bool, mask T) T {
@@ -79,8 +99,8 @@ func (s SNPStatus) Encode() [SNPStatusSize]byte {
 	binary.LittleEndian.PutUint32(b[4:], s.Build)
 	binary.LittleEndian.PutUint32(b[8:], config)
 	binary.LittleEndian.PutUint32(b[12:], s.Guests)
-	binary.LittleEndian.PutUint64(b[16:], s.CurrentTCB)
-	binary.LittleEndian.PutUint64(b[24:], s.ReportedTCB)
+	binary.LittleEndian.PutUint64(b[16:], uint64(s.CurrentTCB))
+	binary.LittleEndian.PutUint64(b[24:], uint64(s.ReportedTCB))
 	return b
 }
 
@@ -103,8 +123,8 @@ func DecodeSNPStatus(b []byte) (SNPStatus, error) {
 		RAPLDisabled: config&configRAPLDisabled != 0, CiphertextHidingCapable: config&configCiphertextHiding != 0,
 		CiphertextHidingEnabled: config&configCiphertextHidden != 0, UnknownConfig: config &^ configKnown,
 		Guests:      binary.LittleEndian.Uint32(b[12:]),
-		CurrentTCB:  binary.LittleEndian.Uint64(b[16:]),
-		ReportedTCB: binary.LittleEndian.Uint64(b[24:]),
+		CurrentTCB:  Hex(binary.LittleEndian.Uint64(b[16:])),
+		ReportedTCB: Hex(binary.LittleEndian.Uint64(b[24:])),
 	}, nil
 }
 
@@ -112,7 +132,7 @@ func DecodeSNPStatus(b []byte) (SNPStatus, error) {
 type Config struct {
 	// ReportedTCB is the TCB_VERSION that reports state and VCEKs are derived
 	// from; 0 means the current one (56860, SNP_CONFIG).
-	ReportedTCB uint64
+	ReportedTCB Hex
 	// MaskChipID zeroes the chip id in reports, MaskChipKey leaves them
 	// unsigned. Either makes a host useless for attestation by VCEK.
 	MaskChipID, MaskChipKey bool
@@ -121,7 +141,7 @@ type Config struct {
 // Encode returns the structure's bytes.
 func (c Config) Encode() [ConfigSize]byte {
 	var b [ConfigSize]byte
-	binary.LittleEndian.PutUint64(b[0:], c.ReportedTCB)
+	binary.LittleEndian.PutUint64(b[0:], uint64(c.ReportedTCB))
 	binary.LittleEndian.PutUint32(b[8:], bit[uint32](c.MaskChipID, configMaskChipID)|bit[uint32](c.MaskChipKey, configMaskChipKey))
 	return b
 }
@@ -136,7 +156,7 @@ func DecodeConfig(b []byte) (Config, error) {
 		return Config{}, fmt.Errorf("decoding sev_user_data_snp_config: reserved bits are set")
 	}
 	return Config{
-		ReportedTCB: binary.LittleEndian.Uint64(b[0:]),
+		ReportedTCB: Hex(binary.LittleEndian.Uint64(b[0:])),
 		MaskChipID:  flags&configMaskChipID != 0, MaskChipKey: flags&configMaskChipKey != 0,
 	}, nil
 }
