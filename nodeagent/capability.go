@@ -129,7 +129,7 @@ func vlekText(loaded *bool) string {
 func asidsText(a *host.ASIDs) string {
 	switch {
 	case a == nil:
-		return "none"
+		return "none known"
 	case a.Used == nil:
 		return fmt.Sprintf("%d, how many are free is unknown", a.Total)
 	}

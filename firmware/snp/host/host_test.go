@@ -222,6 +222,25 @@ func TestWhatCannotBeReadIsUnknown(t *testing.T) {
 	}
 }
 
+// Distributions do not load the module cpuid by themselves.
+func TestCausesAreNamedWithoutCPUIDToo(t *testing.T) {
+	t.Parallel()
+	without := func(m *hosttest.Machine) { m.Remove("dev/cpu/0/cpuid") }
+	r := report(t, setup(hosttest.Genoa(), func(s *hosttest.Setup) { s.Cmdline, s.RMPSize = "iommu=pt", 0 }), without)
+	for _, code := range []string{"iommu.passthrough", "bios.rmp-not-reserved", "kernel.cleared-snp"} {
+		if !slices.Contains(codes(r, host.Blocking), code) {
+			t.Errorf("no %s in %+v", code, r.Findings)
+		}
+	}
+	r = report(t, hosttest.Turin(), without)
+	if !r.Enabled || r.RMP.Mode != host.RMPSegmented || !slices.Equal(codes(r), []string{"unread.dev.cpu.0.cpuid", "sev-es.off"}) {
+		t.Errorf("%+v %+v", r.RMP, r.Findings)
+	}
+	if r := report(t, hosttest.Genoa(), without); !r.Enabled || r.RMP.Mode != host.RMPContiguous || r.ASIDs != nil {
+		t.Errorf("%+v %+v", r.RMP, r.Findings)
+	}
+}
+
 func TestASIDsAreCountedByTheBestSource(t *testing.T) {
 	t.Parallel()
 	r := report(t, setup(hosttest.Genoa(), func(s *hosttest.Setup) { s.NoMiscController, s.Firmware.Guests = true, 5 }))

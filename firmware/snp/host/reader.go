@@ -217,9 +217,13 @@ func (g *gather) msrs() error {
 	if err := errors.Join(read(msrSYSCFG, &m.SYSCFG), read(msrRMPBase, &m.RMPBase), read(msrRMPEnd, &m.RMPEnd)); err != nil {
 		return err
 	}
-	if g.facts.Encryption != nil && g.facts.Encryption.SegmentedRMP {
-		m.RMPCfg = new(psp.Hex)
-		if err := read(msrRMPCfg, m.RMPCfg); err != nil {
+	// Without CPUID only the attempt tells whether there is this register.
+	if e := g.facts.Encryption; e == nil || e.SegmentedRMP {
+		var cfg psp.Hex
+		switch err := read(msrRMPCfg, &cfg); {
+		case err == nil:
+			m.RMPCfg = &cfg
+		case e != nil:
 			return err
 		}
 	}

@@ -73,9 +73,13 @@ func unread(r *Report) []Finding {
 // machine everything is the outer hypervisor's.
 func bare(r *Report) bool { return !r.Facts.CPU.Hypervisor }
 
-// silicon says that the processor has SNP.
+// silicon says that the processor has SNP: by CPUID, or where that could not
+// be read, by its name, since every processor with a name here has it.
 func silicon(r *Report) bool {
-	return bare(r) && r.Facts.Encryption != nil && r.Facts.Encryption.SEVSNP
+	if r.Facts.Encryption == nil {
+		return bare(r) && r.Processor != nil
+	}
+	return bare(r) && r.Facts.Encryption.SEVSNP
 }
 
 func virtualMachine(r *Report) *Finding {
@@ -125,7 +129,7 @@ func encryptionOff(r *Report) *Finding {
 }
 
 func noASIDs(r *Report) *Finding {
-	if !silicon(r) || r.Facts.Encryption.MinSEVASID > 1 {
+	if !silicon(r) || r.Facts.Encryption == nil || r.Facts.Encryption.MinSEVASID > 1 {
 		return nil
 	}
 	return &Finding{

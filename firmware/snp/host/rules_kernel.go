@@ -107,10 +107,14 @@ func flagCleared(r *Report) *Finding {
 	if !silicon(r) || slices.Contains(r.Facts.CPU.Flags, "sev_snp") {
 		return nil
 	}
+	observed := "cpuinfo flags: " + strings.Join(r.Facts.CPU.Flags, " ")
+	if e := r.Facts.Encryption; e != nil {
+		observed += "; CPUID 0x8000001f " + e.Raw
+	}
 	return &Finding{
 		Code:     "kernel.cleared-snp",
 		Message:  "the kernel withdrew SNP while it booted, although the processor has it",
-		Observed: "cpuinfo flags " + strings.Join(r.Facts.CPU.Flags, " ") + ", CPUID 0x8000001f " + r.Facts.Encryption.Raw,
+		Observed: observed,
 		Remedy:   "follow the findings about the BIOS; the kernel log says why after \"SEV-SNP:\"",
 	}
 }
