@@ -124,7 +124,7 @@ Exit codes: 0 success, 1 failed, 2 usage, 3 agent unreachable, 4 not found,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError("%w; see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(newRunCommand(), newStatusCommand(), newMeasureCommand(), newVerifyCommand(), newVersionCommand(), newSchemaCommand())
+	root.AddCommand(newRunCommand(), newStatusCommand(), newMeasureCommand(), newVerifyCommand(), newCapabilityCommand(), newVersionCommand(), newSchemaCommand())
 	return root
 }
 

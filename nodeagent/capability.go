@@ -1,0 +1,148 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/confidential-node/agent/firmware/snp/host"
+	"github.com/confidential-node/agent/nodeagent/output"
+)
+
+// capability is the document of `nodeagent capability`.
+type capability struct {
+	output.Header
+	SEVSNP host.Report `json:"sev_snp"`
+}
+
+func newCapabilityCommand() *cobra.Command {
+	var format output.Format
+	cmd := &cobra.Command{
+		Use: "capability", Short: "Show what this host can do, and why not more", Args: exactArgs(),
+		Long: `Show what this host has of AMD SEV-SNP: processor, firmware, TCB, ASIDs, whether
+guests can be started and, when not, every reason with what to do about it and the
+raw value behind it. Nothing is changed. Run it as root: anybody else sees less, and
+is told what. The exit code is 0 whatever the host can do.`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			doc := readCapability("/", host.Linux{})
+			return format.Print(cmd.OutOrStdout(), doc, func(w io.Writer) error { return printCapability(w, doc) })
+		},
+	}
+	cmd.Flags().VarP(&format, "output", "o", "how to print")
+	return cmd
+}
+
+func readCapability(root string, kernel host.Syscalls) capability {
+	return capability{Header: output.NewHeader("Capability"), SEVSNP: host.Judge(host.New(root, kernel).Facts())}
+}
+
+func printCapability(out io.Writer, c capability) error {
+	r := c.SEVSNP
+	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
+	usable := "usable"
+	if !r.Enabled {
+		usable = "not usable: " + r.Why()
+	}
+	fmt.Fprintf(w, "sev-snp\t%s\n", usable)
+	cpu := r.Facts.CPU
+	fmt.Fprintf(w, "processor\t%s\t%s, %s family %#x model %#x stepping %d, microcode %s\n", processorText(r.Processor), cpu.Brand, cpu.Vendor, cpu.Family, cpu.Model, cpu.Stepping, cpu.Microcode)
+	fmt.Fprintf(w, "kernel\t%s\t%s\n", r.Facts.Kernel.Release, orNone("SNP parameters", r.Facts.Kernel.Parameters))
+	vmTypes := "could not be asked"
+	if k := r.Facts.KVM; k != nil {
+		vmTypes = fmt.Sprintf("VM types %#x", k.VMTypes)
+	}
+	fmt.Fprintf(w, "kvm\t%s\t%s\n", vmTypes, orNone("kvm_amd", parameterList(r.Facts.Modules.KVMAMD)))
+	firmware := "unknown"
+	if f := r.Firmware; f != nil {
+		firmware = f.Version
+		if f.State != "" {
+			firmware += ", " + f.State
+		}
+	}
+	fmt.Fprintf(w, "firmware\t%s\t%s\n", firmware, orNone("chip ids", r.Facts.ChipIDs))
+	fmt.Fprintf(w, "tcb current\t%s\n", tcbText(r.CurrentTCB))
+	fmt.Fprintf(w, "tcb reported\t%s\n", tcbText(r.ReportedTCB))
+	fmt.Fprintf(w, "vlek\t%s\n", vlekText(r.VLEKLoaded))
+	fmt.Fprintf(w, "asids\t%s\n", asidsText(r.ASIDs))
+	fmt.Fprintf(w, "rmp\t%s\n", rmpText(r.RMP))
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	for _, f := range r.Findings {
+		fmt.Fprintf(out, "\n%s  %s\n  %s\n", strings.ToUpper(string(f.Level)), f.Code, f.Message)
+		if f.Observed != "" {
+			fmt.Fprintf(out, "  seen: %s\n", f.Observed)
+		}
+		if f.Remedy != "" {
+			fmt.Fprintf(out, "  what to do: %s\n", f.Remedy)
+		}
+	}
+	return nil
+}
+
+func orNone(what string, values []string) string {
+	if len(values) == 0 {
+		return what + ": none"
+	}
+	return what + ": " + strings.Join(values, " ")
+}
+
+// parameterList keeps an order that does not change between runs.
+func parameterList(values map[string]string) []string {
+	var list []string
+	for _, name := range slices.Sorted(maps.Keys(values)) {
+		list = append(list, name+"="+values[name])
+	}
+	return list
+}
+
+func processorText(p *host.Processor) string {
+	if p == nil {
+		return "not known"
+	}
+	return fmt.Sprintf("%s, %s, product line %s", p.Name, p.Generation, p.Product)
+}
+
+func tcbText(t *host.TCB) string {
+	if t == nil {
+		return "unknown"
+	}
+	p := t.Parts
+	return fmt.Sprintf("boot-loader=%d tee=%d snp=%d microcode=%d fmc=%d\t%#x", p.BootLoader, p.TEE, p.SNP, p.Microcode, p.FMC, uint64(t.Raw))
+}
+
+func vlekText(loaded *bool) string {
+	switch {
+	case loaded == nil:
+		return "unknown"
+	case *loaded:
+		return "loaded"
+	}
+	return "not loaded"
+}
+
+func asidsText(a *host.ASIDs) string {
+	switch {
+	case a == nil:
+		return "none known"
+	case a.Used == nil:
+		return fmt.Sprintf("%d, how many are free is unknown", a.Total)
+	}
+	text := fmt.Sprintf("%d of %d free", *a.Free, a.Total)
+	if a.Returning != nil {
+		text += fmt.Sprintf(", %d starting, ending or SEV-ES", *a.Returning)
+	}
+	return text + "\tfrom the " + a.Source
+}
+
+func rmpText(r *host.RMP) string {
+	if r == nil {
+		return "unknown"
+	}
+	return fmt.Sprintf("%s, covers memory: %s\t%s; base %#x, memory ends at %#x", r.Mode, r.Covers, r.Why, uint64(r.Base), r.MemoryEnd)
+}
