@@ -275,8 +275,8 @@ func TestOnlyACertificateThatSaysEmulatedIsAnEmulatedRoot(t *testing.T) {
 			t.Errorf("%v %v", root, err)
 		}
 	}
-	_, real := captured(t, "genoa")
-	for _, data := range [][]byte{real.ARK, nil, []byte("no certificate")} {
+	_, genuine := captured(t, "genoa")
+	for _, data := range [][]byte{genuine.ARK, nil, []byte("no certificate")} {
 		if _, err := snp.ParseEmulatedRoot(data); err == nil {
 			t.Errorf("accepted: %.20q", data)
 		}

@@ -128,16 +128,24 @@ func TestWhenAGuestsTimeIsUp(t *testing.T) {
 	}{
 		"not ready": {base(func(r *store.Guest) { r.Steps = nil }), 7 * time.Minute, api.GuestStatus_GUEST_STATUS_FAILED, "guest.start-timeout", "not ready"},
 		"silent":    {base(func(*store.Guest) {}), 7 * time.Minute, api.GuestStatus_GUEST_STATUS_FAILED, "guest.start-timeout", "OVMF"},
-		"half-way": {base(func(r *store.Guest) { r.Phase, r.Phases = contract.PhaseInputs, at(contract.PhaseInputs) }), 7 * time.Minute,
-			api.GuestStatus_GUEST_STATUS_FAILED, "guest.start-timeout", "last word was inputs"},
+		"half-way": {
+			base(func(r *store.Guest) { r.Phase, r.Phases = contract.PhaseInputs, at(contract.PhaseInputs) }), 7 * time.Minute,
+			api.GuestStatus_GUEST_STATUS_FAILED, "guest.start-timeout", "last word was inputs",
+		},
 		"running": {base(func(r *store.Guest) { r.Phases = at(contract.PhaseRunning) }), 11 * time.Hour, api.GuestStatus_GUEST_STATUS_FAILED, "guest.run-timeout", ""},
-		"collecting": {base(func(r *store.Guest) { r.Phases = at(contract.PhaseRunning, contract.PhaseCollecting) }), c.CollectTimeout,
-			api.GuestStatus_GUEST_STATUS_FAILED, "guest.collect-timeout", ""},
+		"collecting": {
+			base(func(r *store.Guest) { r.Phases = at(contract.PhaseRunning, contract.PhaseCollecting) }), c.CollectTimeout,
+			api.GuestStatus_GUEST_STATUS_FAILED, "guest.collect-timeout", "",
+		},
 		"done": {base(func(r *store.Guest) { r.Phases = at(contract.PhaseRunning, contract.PhaseDone) }), c.PowerOffGrace, api.GuestStatus_GUEST_STATUS_FINISHED, "", ""},
-		"done, to stop soon": {base(func(r *store.Guest) { r.Phases, r.Stop = at(contract.PhaseDone), stop(time.Second) }), time.Second,
-			api.GuestStatus_GUEST_STATUS_FINISHED, "", ""},
-		"done, to stop late": {base(func(r *store.Guest) { r.Phases, r.Stop = at(contract.PhaseDone), stop(time.Hour) }), c.PowerOffGrace,
-			api.GuestStatus_GUEST_STATUS_FINISHED, "", ""},
+		"done, to stop soon": {
+			base(func(r *store.Guest) { r.Phases, r.Stop = at(contract.PhaseDone), stop(time.Second) }), time.Second,
+			api.GuestStatus_GUEST_STATUS_FINISHED, "", "",
+		},
+		"done, to stop late": {
+			base(func(r *store.Guest) { r.Phases, r.Stop = at(contract.PhaseDone), stop(time.Hour) }), c.PowerOffGrace,
+			api.GuestStatus_GUEST_STATUS_FINISHED, "", "",
+		},
 		"to stop": {base(func(r *store.Guest) { r.Phases, r.Stop = at(contract.PhaseRunning), stop(time.Hour) }), time.Hour, api.GuestStatus_GUEST_STATUS_STOPPED, "", ""},
 		"refused": {base(func(r *store.Guest) {
 			r.Phases, r.GuestRefusal = at(contract.PhaseBooted, contract.PhaseFailed), contract.Refuse("broker.no", "r", "m")

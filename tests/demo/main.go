@@ -39,5 +39,5 @@ func main() {
 		fmt.Fprintf(os.Stderr, "\ndemo: failed after %.1f s: %v\n", s.elapsed(), err)
 		os.Exit(1)
 	}
-	fmt.Println("demo: ok")
+	fmt.Fprintln(os.Stdout, "demo: ok")
 }

@@ -108,7 +108,7 @@ func (d *show) host(ctx context.Context) (err error) {
 	if err := d.agent(ctx, 0, "status"); err != nil {
 		return err
 	}
-	_, err = d.run(d.controlplane(ctx, "nodes"), 0)
+	_, err = d.run(d.controlplane(ctx, "nodes"))
 	return err
 }
 
@@ -127,7 +127,7 @@ func (d *show) seal(ctx context.Context) (err error) {
 		{"seal", modelFile, "--encryption-key", "file://data.key"},
 		{"upload", modelFile + ".age", "--to", trial.Bucket + "/" + modelFile + ".age"},
 	} {
-		if _, err := d.run(d.t.Command(ctx, args...), 0); err != nil {
+		if _, err := d.run(d.t.Command(ctx, args...)); err != nil {
 			return err
 		}
 	}
@@ -138,7 +138,7 @@ func (d *show) deploy(ctx context.Context) error {
 	a, err := d.run(d.t.Command(ctx, "deploy", "confidential", "--name", "demo", "--image", trial.Repository+":1", "--confidential", "--attestation-required",
 		"--model", "encrypted://"+trial.Bucket+"/"+modelFile+".age", "--encryption-key", "file://data.key", "--key-management", "file",
 		"--dataset", "file://"+recordsFile, "--secret-env", "API_TOKEN=token", "--port", workloadPort, "--result", "summary.json", "--command", "/workload", "--command", "serve",
-		"--memory", "1024", "--wait-running"), 0)
+		"--memory", "1024", "--wait-running"))
 	if err != nil {
 		return err
 	}
@@ -156,10 +156,10 @@ func (d *show) deploy(ctx context.Context) error {
 }
 
 func (d *show) call(ctx context.Context) error {
-	if _, err := d.run(d.t.Command(ctx, "confidential", "attest", "demo", "--expected-image", trial.Repository+":1"), 0); err != nil {
+	if _, err := d.run(d.t.Command(ctx, "confidential", "attest", "demo", "--expected-image", trial.Repository+":1")); err != nil {
 		return err
 	}
-	a, err := d.run(d.t.Command(ctx, "confidential", "call", "demo", "/v1/infer", "-X", "POST", "-d", "What is confidential?"), 0)
+	a, err := d.run(d.t.Command(ctx, "confidential", "call", "demo", "/v1/infer", "-X", "POST", "-d", "What is confidential?"))
 	if err == nil && !strings.Contains(a.Stdout, "answer") {
 		err = errors.New("the workload gave no answer")
 	}
@@ -173,7 +173,7 @@ func (d *show) verify(ctx context.Context) error {
 	}
 	file, root := filepath.Join(d.p.Dir, "evidence.json"), d.h.RootFile()
 	challenge := hex.EncodeToString(nonce)
-	if _, err := d.run(d.controlplane(ctx, "evidence", d.guest, "--nonce", challenge, "--out", file), 0); err != nil {
+	if _, err := d.run(d.controlplane(ctx, "evidence", d.guest, "--nonce", challenge, "--out", file)); err != nil {
 		return err
 	}
 	judge := func(wanted int, more ...string) error {
@@ -193,7 +193,7 @@ func (d *show) results(ctx context.Context) error {
 		{"wait", "demo"},
 		{"results", "demo", "--out", "opened"},
 	} {
-		if _, err := d.run(d.t.Command(ctx, args...), 0); err != nil {
+		if _, err := d.run(d.t.Command(ctx, args...)); err != nil {
 			return err
 		}
 	}
@@ -213,10 +213,10 @@ func (d *show) results(ctx context.Context) error {
 		return fmt.Errorf("the workload saw something else: %s", raw)
 	}
 	d.say("the workload saw the model and the secret, and answered %d prompt", summary.Served)
-	if _, err := d.run(d.t.Command(ctx, "status", "demo"), 0); err != nil {
+	if _, err := d.run(d.t.Command(ctx, "status", "demo")); err != nil {
 		return err
 	}
-	_, err = d.run(d.controlplane(ctx, "events"), 0)
+	_, err = d.run(d.controlplane(ctx, "events"))
 	return err
 }
 

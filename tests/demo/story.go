@@ -53,12 +53,13 @@ func (s *story) say(format string, args ...any) {
 }
 
 // run shows a command as a user would type it, runs it, and shows its answer.
-// Any exit code but the wanted one is an error.
-func (s *story) run(cmd *exec.Cmd, wanted int) (trial.Answer, error) {
-	return s.runAs(cmd, wanted, append([]string{filepath.Base(cmd.Path)}, cmd.Args[1:]...)...)
+// Any exit code but 0 is an error.
+func (s *story) run(cmd *exec.Cmd) (trial.Answer, error) {
+	return s.runAs(cmd, 0, append([]string{filepath.Base(cmd.Path)}, cmd.Args[1:]...)...)
 }
 
-// runAs is run for a command that a user would type otherwise.
+// runAs is run for a command that a user would type otherwise, and for one
+// that ends with another exit code.
 func (s *story) runAs(cmd *exec.Cmd, wanted int, typed ...string) (trial.Answer, error) {
 	for i, word := range typed {
 		typed[i] = shorten(word)

@@ -442,7 +442,7 @@ func FuzzReadEvidence(f *testing.F) {
 	f.Add([]byte("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"))
 	f.Add([]byte("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}HTTP/1.1 200 OK\r\n\r\n"))
 	f.Add([]byte("HTTP/1.1 404 Not Found\r\n\r\n"))
-	req := httptest.NewRequest(http.MethodGet, evidencePath, nil)
+	req := httptest.NewRequestWithContext(f.Context(), http.MethodGet, evidencePath, nil)
 	f.Fuzz(func(t *testing.T, data []byte) {
 		body, err := readEvidence(bytes.NewReader(data), req)
 		if (body == nil) == (err == nil) || len(body) > contract.MaxEvidenceBytes {

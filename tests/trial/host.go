@@ -224,7 +224,7 @@ pgrep -l -x qemu-system-x86 --ns $$ --nslist net | sed 's/^/process /' || true
 		return nil, fmt.Errorf("looking for leftovers: %w", err)
 	}
 	var left []string
-	for _, line := range strings.Split(strings.TrimSpace(out), "\n") {
+	for line := range strings.SplitSeq(strings.TrimSpace(out), "\n") {
 		if line != "" {
 			left = append(left, line)
 		}
@@ -259,5 +259,5 @@ func (h *Host) close() error {
 	if h.psp != nil {
 		h.psp.Kill()
 	}
-	return errors.Join(append(errs, h.Host.Close(), h.log.Close())...)
+	return errors.Join(append(errs, h.Close(), h.log.Close())...)
 }

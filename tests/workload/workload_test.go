@@ -22,7 +22,7 @@ func TestTheSameBinaryIsAlwaysTheSameImage(t *testing.T) {
 		}
 		return d.String()
 	}
-	if digest("program") != digest("program") || digest("program") == digest("other") {
+	if first, second := digest("program"), digest("program"); first != second || first == digest("other") {
 		t.Error("an image does not stand for its binary")
 	}
 }

@@ -34,9 +34,12 @@ func run(t *testing.T, uri string) *libvirt.Driver {
 	return d
 }
 
-func connected(t *testing.T, uri string) *libvirt.Driver {
+// testURI is libvirt's own driver for tests.
+const testURI = "test:///default"
+
+func connected(t *testing.T) *libvirt.Driver {
 	t.Helper()
-	d := run(t, uri)
+	d := run(t, testURI)
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	if err := d.WaitConnected(ctx); err != nil {
@@ -57,7 +60,7 @@ func mark(id string, generation uint64) string {
 }
 
 func TestConformanceOnLibvirtsTestDriver(t *testing.T) {
-	d := connected(t, "test:///default")
+	d := connected(t)
 	libvirttest.Conformance(t, libvirttest.World{
 		Driver: d,
 		Start: func(ctx context.Context, id string, generation uint64) error {
@@ -70,7 +73,7 @@ func TestConformanceOnLibvirtsTestDriver(t *testing.T) {
 }
 
 func TestAMarkOfAnotherGuestIsNoMark(t *testing.T) {
-	d := connected(t, "test:///default")
+	d := connected(t)
 	const id, other = "11111111-2222-4333-8444-555555555511", "11111111-2222-4333-8444-555555555512"
 	for name, metadata := range map[string]string{
 		"another guest's": mark(other, 1), "no number": strings.Replace(mark(id, 1), "'1'", "'x'", 1), "empty": "",
@@ -86,7 +89,7 @@ func TestAMarkOfAnotherGuestIsNoMark(t *testing.T) {
 }
 
 func TestWhatLibvirtRefusesIsARefusalWithARemedy(t *testing.T) {
-	d := connected(t, "test:///default")
+	d := connected(t)
 	const id = "11111111-2222-4333-8444-555555555521"
 	for name, text := range map[string]string{
 		"no domain": "<domain/>",
@@ -100,7 +103,7 @@ func TestWhatLibvirtRefusesIsARefusalWithARemedy(t *testing.T) {
 }
 
 func TestACallThatWasCalledOffStartsNothing(t *testing.T) {
-	d := connected(t, "test:///default")
+	d := connected(t)
 	const id = "11111111-2222-4333-8444-555555555541"
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()

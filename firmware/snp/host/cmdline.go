@@ -42,7 +42,7 @@ func cmdlineTraps(parameters []string) []trap {
 		_, value, _ := strings.Cut(parameter, "=")
 		switch key := parameterKey(parameter); key {
 		case "iommu":
-			for _, option := range strings.Split(value, ",") {
+			for option := range strings.SplitSeq(value, ",") {
 				switch option {
 				case "pt":
 					passthrough = parameter
@@ -58,7 +58,7 @@ func cmdlineTraps(parameters []string) []trap {
 				passthrough = parameter
 			}
 		case "amd_iommu":
-			for _, option := range strings.Split(value, ",") {
+			for option := range strings.SplitSeq(value, ",") {
 				switch option {
 				case "off":
 					add(parameter, "it switches the IOMMU off, and SNP needs the IOMMU")

@@ -128,7 +128,7 @@ func parseCPUInfo(r io.Reader) (CPU, error) {
 		case "microcode":
 			c.Microcode = value
 		case "flags":
-			for _, flag := range strings.Fields(value) {
+			for flag := range strings.FieldsSeq(value) {
 				switch flag {
 				case "hypervisor":
 					c.Hypervisor = true

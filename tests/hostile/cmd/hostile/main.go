@@ -104,7 +104,7 @@ func report(ctx context.Context, m *contract.Manifest, facts contract.NetworkFac
 	r := hostile.Report{LaunchID: m.LaunchID, Address: facts.Address, Reached: map[string]string{}, Disks: disks(), Neighbours: neighbours(device), LinkLocal: linkLocal(device)}
 	var mu sync.Mutex // guards r.Reached
 	var tries sync.WaitGroup
-	for _, entry := range strings.Split(m.Env[hostile.EnvTargets], ",") {
+	for entry := range strings.SplitSeq(m.Env[hostile.EnvTargets], ",") {
 		if name, target, ok := strings.Cut(entry, "="); ok {
 			tries.Go(func() {
 				what := reach(ctx, target)

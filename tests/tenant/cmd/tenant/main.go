@@ -68,7 +68,7 @@ func explain(w io.Writer, err error) {
 
 // parts takes apart what errors.Join put together, and nothing else.
 func parts(err error) (out []error) {
-	joined, ok := err.(interface{ Unwrap() []error }) //nolint:errorlint // the outermost error is meant
+	joined, ok := err.(interface{ Unwrap() []error })
 	if !ok || err.Error() != errors.Join(joined.Unwrap()...).Error() {
 		return []error{err}
 	}
