@@ -14,8 +14,7 @@ setup: ## install what building and testing need (root)
 	@.ci/setup.sh
 
 demo: setup ## run the main job on this machine, step by step with times; cleans up after itself
-	@go build -tags $(EMULATED_TAGS) -o .cache/trial/bin/demo ./tests/demo
-	@.cache/trial/bin/demo build
+	@go run -tags $(EMULATED_TAGS) ./tests/demo build
 	@.cache/trial/bin/demo
 
 build: setup ## build the agent into bin/

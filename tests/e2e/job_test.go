@@ -197,7 +197,15 @@ func TestAnAttestedServiceOutlivesItsAgent(t *testing.T) {
 		t.Errorf("the guest's process was %s and is %s", qemu, now)
 	}
 	says(t, u.run(0, "confidential", "attest", "llm"), "the evidence holds")
+	// Asked to end, as by an upgrade, it leaves the guest alone too.
+	if err := h.Agent().Stop(); err != nil {
+		t.Fatal(err)
+	}
 	infer()
+	if err := h.StartAgent(w.ctx); err != nil {
+		t.Fatal(err)
+	}
+	w.adopted(h, d.GuestID)
 	u.run(0, "confidential", "call", "llm", "/quit", "-X", "POST")
 	u.run(0, "wait", "llm")
 	if s := u.results("llm"); s.Served != 3 {

@@ -44,22 +44,29 @@ type world struct {
 	commands [][]byte   // every command envelope that was sent
 }
 
-// newWorld starts the outside and one host per option.
-func newWorld(t *testing.T, hosts ...trial.HostOptions) (*world, []*trial.Host) {
+// built returns the programs; it skips where they cannot run.
+func built(t *testing.T) *trial.Programs {
 	t.Helper()
 	if !rig.Capable() {
 		skip.Missing(t, "root")
 	}
-	built, err := programs()
+	p, err := programs()
 	if errors.Is(err, trial.ErrNoPackages) {
 		skip.Missing(t, "the guest's kernel and firmware in .cache/debs (make setup)")
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
+	return p
+}
+
+// newWorld starts the outside and one host per option.
+func newWorld(t *testing.T, hosts ...trial.HostOptions) (*world, []*trial.Host) {
+	t.Helper()
+	programs := built(t)
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	t.Cleanup(cancel)
-	p, err := trial.New(ctx, built)
+	p, err := trial.New(ctx, programs)
 	if err != nil {
 		t.Fatal(err)
 	}

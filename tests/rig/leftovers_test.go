@@ -6,21 +6,14 @@ import (
 	"bufio"
 	"context"
 	"fmt"
-	"os"
 	"os/exec"
-	"path/filepath"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/confidential-node/agent/tests/rig"
-	"github.com/confidential-node/agent/tests/skip"
+	"github.com/confidential-node/agent/tests/rig/rigtest"
 )
-
-// The tests here run a rig inside this one: what the inner one leaves behind
-// shows in the outer, where nobody else makes links, processes or files.
 
 const scenarioEnv = "NODEAGENT_TEST_SCENARIO"
 
@@ -74,80 +67,10 @@ func makeMess() error {
 	return nil
 }
 
-// inner returns a command that runs this binary with an empty, private /tmp
-// and lists what is left in it at the end. It does not know of our rig.
+// inner runs this binary's scenario in a rig of its own.
 func inner(t *testing.T, scenario string) *exec.Cmd {
 	t.Helper()
-	if !rig.Capable() {
-		skip.Missing(t, "root")
-	}
-	self, err := os.ReadFile("/proc/self/exe")
-	if err != nil {
-		t.Fatal(err)
-	}
-	binary := filepath.Join(t.TempDir(), "inner") // /tmp, where it lies, is covered
-	if err := os.WriteFile(binary, self, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.CommandContext(t.Context(), "unshare", "--mount", "bash", "-c",
-		`mount -t tmpfs tmpfs /tmp && { "$0" & pid=$!; trap 'kill -TERM $pid' TERM; echo "inner $pid"; wait $pid; wait $pid; code=$?; ls -A /tmp; exit $code; }`, binary)
-	cmd.Env = append(slices.DeleteFunc(os.Environ(), func(e string) bool {
-		return strings.HasPrefix(e, "NODEAGENT_RIG_") || strings.HasPrefix(e, "TMPDIR=")
-	}), scenarioEnv+"="+scenario)
-	cmd.Stderr = os.Stderr
-	return cmd
-}
-
-// world lists everything a run could leave behind.
-func world(t *testing.T) string {
-	t.Helper()
-	out, err := exec.CommandContext(t.Context(), "bash", "-c", `set -e
-ip -o link | sed 's/^[0-9]*: //'
-nft list ruleset
-find /run -path `+rig.ScratchDir+` -prune -o -print | sort
-ls -A `+rig.ScratchDir+` | grep -v ^Test || true
-find /etc /var/lib /var/cache /var/log -maxdepth 2 \( -name '*nodeagent*' -o -name '*libvirt*' -o -name left \) | sort
-find /etc/libvirt /var/lib/libvirt /var/log/libvirt /var/cache/libvirt | sort
-cut -d' ' -f2- /proc/self/mounts`).Output()
-	if err != nil {
-		t.Fatalf("listing: %v", err)
-	}
-	return string(out)
-}
-
-// processes are the commands of all others in our process namespace.
-func processes(t *testing.T) []string {
-	t.Helper()
-	dirs, err := filepath.Glob("/proc/[0-9]*")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var all []string
-	for _, dir := range dirs {
-		if text, err := os.ReadFile(filepath.Join(dir, "cmdline")); err == nil && len(text) > 0 {
-			all = append(all, strings.ReplaceAll(string(text), "\x00", " "))
-		}
-	}
-	slices.Sort(all)
-	return all
-}
-
-// nothingLeft waits for the last processes to end, and compares.
-func nothingLeft(t *testing.T, before string, running []string) {
-	t.Helper()
-	tick := time.NewTicker(10 * time.Millisecond)
-	defer tick.Stop()
-	limit := time.After(10 * time.Second)
-	for !slices.Equal(processes(t), running) {
-		select {
-		case <-tick.C:
-		case <-limit:
-			t.Fatalf("processes were\n%q\nand are\n%q", running, processes(t))
-		}
-	}
-	if after := world(t); after != before {
-		t.Errorf("before:\n%s\nafter:\n%s", before, after)
-	}
+	return rigtest.Inner(t, "/proc/self/exe", scenarioEnv+"="+scenario)
 }
 
 func TestTheExitCodeIsPassedOn(t *testing.T) {
@@ -166,7 +89,7 @@ func exitStatus(err error) int {
 
 func TestNothingIsLeftBehind(t *testing.T) {
 	cmd := inner(t, "mess")
-	before, running := world(t), processes(t)
+	before := rigtest.Look(t)
 	out, err := cmd.Output()
 	if code := exitStatus(err); code != 9 {
 		t.Fatalf("exit code %d: %v\n%s", code, err, out)
@@ -174,7 +97,7 @@ func TestNothingIsLeftBehind(t *testing.T) {
 	if lines := strings.Split(strings.TrimSpace(string(out)), "\n"); len(lines) != 1 {
 		t.Errorf("left in /tmp: %q", lines[1:])
 	}
-	nothingLeft(t, before, running)
+	before.NothingLeft()
 }
 
 func TestNothingIsLeftBehindHoweverItEnds(t *testing.T) {
@@ -188,7 +111,7 @@ func TestNothingIsLeftBehindHoweverItEnds(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			cmd := inner(t, "wait")
-			before, running := world(t), processes(t)
+			before := rigtest.Look(t)
 			stdout, err := cmd.StdoutPipe()
 			if err != nil {
 				t.Fatal(err)
@@ -214,7 +137,7 @@ func TestNothingIsLeftBehindHoweverItEnds(t *testing.T) {
 			if code := exitStatus(cmd.Wait()); code != c.code {
 				t.Errorf("exit code %d, want %d", code, c.code)
 			}
-			nothingLeft(t, before, running)
+			before.NothingLeft()
 		})
 	}
 }

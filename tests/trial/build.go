@@ -15,8 +15,8 @@ import (
 
 // Programs are the built programs and guest images of a trial.
 type Programs struct {
-	// Agent, PSP, Broker, ControlPlane and Tenant are executables.
-	Agent, PSP, Broker, ControlPlane, Tenant string
+	// Agent, PSP, Broker, ControlPlane, Tenant and Demo are executables.
+	Agent, PSP, Broker, ControlPlane, Tenant, Demo string
 	// Workload is the program that runs in guests, Hostile the init of a guest
 	// that attacks; both static.
 	Workload, Hostile string
@@ -45,7 +45,7 @@ func Build(ctx context.Context) (*Programs, error) {
 	dir := filepath.Join(root, ".cache", "trial")
 	bin := func(name string) string { return filepath.Join(dir, "bin", name) }
 	p := &Programs{
-		Agent: bin("nodeagent"), PSP: bin("psp"), Broker: bin("keybroker"), ControlPlane: bin("controlplane"), Tenant: bin("tenant"),
+		Agent: bin("nodeagent"), PSP: bin("psp"), Broker: bin("keybroker"), ControlPlane: bin("controlplane"), Tenant: bin("tenant"), Demo: bin("demo"),
 		Workload: bin("workload"), Hostile: bin("hostile"),
 		Images: filepath.Join(dir, "images"), Image: filepath.Join(dir, "images", "emulated"), Stranger: filepath.Join(dir, "images", "hostile"),
 		Debs: filepath.Join(root, ".cache", "debs"),
@@ -63,7 +63,7 @@ func Build(ctx context.Context) (*Programs, error) {
 	}
 	err = errors.Join(
 		goBuild(nil, "-trimpath", "-tags", "libvirt_dlopen,emulated", "./nodeagent", "./tests/emulator/psp/cmd/psp", "./tests/keybroker/cmd/keybroker",
-			"./tests/controlplane/cmd/controlplane", "./tests/tenant/cmd/tenant", "./firmware/image/cmd/mkimage"),
+			"./tests/controlplane/cmd/controlplane", "./tests/tenant/cmd/tenant", "./tests/demo", "./firmware/image/cmd/mkimage"),
 		goBuild([]string{"CGO_ENABLED=0"}, append(static(), "-tags", "emulated", "./vm/guest", "./tests/hostile/cmd/hostile", "./tests/workload/cmd/workload")...),
 	)
 	if err != nil {

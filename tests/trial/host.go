@@ -18,8 +18,9 @@ import (
 
 // Where things are on a host.
 const (
-	agentConfig = "/etc/nodeagent/agent.toml"
-	pspSocket   = "/run/psp.sock"
+	pspSocket = "/run/psp.sock"
+	// AgentConfig is the agent's configuration.
+	AgentConfig = "/etc/nodeagent/agent.toml"
 	// EndorsementsDir is where the agent finds its certificates.
 	EndorsementsDir = "/var/lib/nodeagent/endorsements"
 	// GuestsDir, CacheDir and StateDir are the agent's.
@@ -80,7 +81,7 @@ func (h *Host) install(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, dir := range []string{filepath.Dir(agentConfig), EndorsementsDir} {
+	for _, dir := range []string{filepath.Dir(AgentConfig), EndorsementsDir} {
 		if err := os.MkdirAll(h.Path(dir), 0o755); err != nil { //nolint:gosec // as a package makes them
 			return err
 		}
@@ -94,7 +95,7 @@ func (h *Host) install(ctx context.Context) error {
 		return err
 	}
 	if err := errors.Join(
-		os.WriteFile(h.Path(agentConfig), []byte(text.String()), 0o600),
+		os.WriteFile(h.Path(AgentConfig), []byte(text.String()), 0o600),
 		os.WriteFile(h.Path("/etc/nodeagent/ca.pem"), h.p.CA.PEM, 0o600),
 		os.WriteFile(h.Path("/etc/nodeagent/host.creds"), creds, 0o600),
 	); err != nil {
@@ -163,8 +164,14 @@ func (h *Host) StartPSP(ctx context.Context, flags ...string) (err error) {
 func (h *Host) RootFile() string { return h.Path(filepath.Join(EndorsementsDir, "root.pem")) }
 
 // StartAgent starts the agent and returns when it takes commands.
-func (h *Host) StartAgent(ctx context.Context) (err error) {
-	cmd := h.Command(context.WithoutCancel(ctx), h.p.Programs.Agent, "run", "--config", agentConfig, "--log-level", "debug")
+func (h *Host) StartAgent(ctx context.Context) error {
+	return h.StartAgentWith(ctx, nil, "--log-level", "debug")
+}
+
+// StartAgentWith is StartAgent with more environment and with flags.
+func (h *Host) StartAgentWith(ctx context.Context, env []string, flags ...string) (err error) {
+	cmd := h.Command(context.WithoutCancel(ctx), h.p.Programs.Agent, append([]string{"run", "--config", AgentConfig}, flags...)...)
+	cmd.Env = append(cmd.Env, env...)
 	if h.agent, err = start(h.ID+"-agent", h.p.Logs, cmd); err != nil {
 		return err
 	}

@@ -79,17 +79,23 @@ type Evidence func(ctx context.Context, nonce []byte) ([]byte, error)
 // Handler answers evidence requests and passes everything else on. It is
 // shared by all ports, so that they share one rate limit.
 type Handler struct {
+	// WarmUp is how long a workload may take from its start until it listens
+	// before requests are told that it does not answer. Default 30 s.
+	WarmUp time.Duration
+
 	evidence Evidence
 	limit    *rate.Limiter
 }
 
 // NewHandler returns a handler.
 func NewHandler(evidence Evidence) *Handler {
-	return &Handler{evidence, rate.NewLimiter(evidencePerSecond, evidenceBurst)}
+	return &Handler{WarmUp: warmUp, evidence: evidence, limit: rate.NewLimiter(evidencePerSecond, evidenceBurst)}
 }
 
 // Port returns the handler of one port, whose workload side dial connects to.
-func (h *Handler) Port(dial func(context.Context) (net.Conn, error)) http.Handler {
+// A workload that was just started is given some time to listen.
+func (h *Handler) Port(dial Dial) http.Handler {
+	dial = patient(dial, time.Now().Add(h.WarmUp))
 	proxy := &httputil.ReverseProxy{
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.Out.URL.Scheme, r.Out.URL.Host = "http", "workload"

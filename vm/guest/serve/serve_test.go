@@ -29,6 +29,7 @@ func port(t *testing.T, workload http.Handler) (url string, client *http.Client)
 		}
 		return []byte("evidence " + hex.EncodeToString(nonce)), nil
 	})
+	h.WarmUp = 0
 	dial := func(context.Context) (net.Conn, error) { return nil, errors.New("a secret reason") }
 	if workload != nil {
 		s := httptest.NewServer(workload)

@@ -1,0 +1,112 @@
+package e2e_test
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/confidential-node/agent/tests/rig/rigtest"
+	"github.com/confidential-node/agent/tests/trial"
+)
+
+// The agent as systemd runs it: told when it is ready and when it ends, logs
+// for machines, and a configuration that is read strictly.
+func TestTheAgentIsAGoodService(t *testing.T) {
+	w, hosts := newWorld(t, trial.HostOptions{})
+	h := hosts[0]
+	if err := h.Agent().Stop(); err != nil {
+		t.Fatal(err)
+	}
+	const socket = "/run/notify"
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: h.Path(socket), Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close() //nolint:errcheck // a test
+	told := func() string {
+		t.Helper()
+		buffer := make([]byte, 1024)
+		if err := conn.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+			t.Fatal(err)
+		}
+		n, err := conn.Read(buffer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(buffer[:n])
+	}
+	if err := h.StartAgentWith(w.ctx, []string{"NOTIFY_SOCKET=" + socket}, "--log-format", "json", "--log-level", "info"); err != nil {
+		t.Fatal(err)
+	}
+	if got := told(); got != "READY=1" {
+		t.Errorf("systemd was told %q", got)
+	}
+	if err := h.Agent().Stop(); err != nil {
+		t.Error(err)
+	}
+	if got := told(); got != "STOPPING=1" {
+		t.Errorf("systemd was told %q", got)
+	}
+	jsonLines(t, h.Agent().Log)
+	config, err := os.ReadFile(h.Path(trial.AgentConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(h.Path(trial.AgentConfig), append([]byte("colour = \"red\"\n"), config...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	a, err := trial.Ask(h.AgentCommand(w.ctx, "run", "--config", trial.AgentConfig), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := fmt.Sprintf("%s:1: unknown key %q", trial.AgentConfig, "colour"); a.Code == 0 || !strings.Contains(a.Stderr, want) {
+		t.Errorf("no %q in: %s", want, a)
+	}
+}
+
+// jsonLines checks that what the agent logged last is one JSON object a line.
+func jsonLines(t *testing.T, file string) {
+	t.Helper()
+	f, err := os.Open(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close() //nolint:errcheck // only read from
+	n := 0
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		var entry struct {
+			Level   string `json:"@level"`
+			Message string `json:"@message"`
+		}
+		if !strings.HasPrefix(lines.Text(), "{") && n == 0 {
+			continue // of the run before, for people
+		}
+		if err := json.Unmarshal(lines.Bytes(), &entry); err != nil || entry.Message == "" {
+			t.Errorf("logged %q: %v", lines.Text(), err)
+		}
+		if entry.Level == "debug" {
+			t.Errorf("logged below the level: %s", lines.Text())
+		}
+		n++
+	}
+	if n < 3 {
+		t.Errorf("only %d lines were logged", n)
+	}
+}
+
+// What a newcomer runs first: it goes its whole way and leaves nothing.
+func TestTheDemoEndsWellAndLeavesNothing(t *testing.T) {
+	demo := built(t).Demo
+	before := rigtest.Look(t)
+	out, err := rigtest.Inner(t, demo).Output()
+	lines := strings.Split(strings.TrimSpace(string(out)), "\n")
+	if err != nil || lines[len(lines)-1] != "demo: ok" {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	before.NothingLeft()
+}
