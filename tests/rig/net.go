@@ -1,12 +1,17 @@
 package rig
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
+	"os"
+	"runtime"
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // Addresses of the run: documentation range TEST-NET-2 (RFC 5737).
@@ -116,4 +121,53 @@ func hostAddr(n int) netip.Addr {
 	a := prefix.Addr().As4()
 	a[3] = byte(firstHost + n)
 	return netip.AddrFrom4(a)
+}
+
+// Listen opens a TCP port in the host's network namespace, as a service of the
+// operator would.
+func (h *Host) Listen(ctx context.Context, address string) (net.Listener, error) {
+	type result struct {
+		listener net.Listener
+		err      error
+	}
+	out := make(chan result, 1)
+	go func() {
+		// A socket belongs to the namespace of the thread that makes it. The
+		// thread is never unlocked, so it ends with this goroutine.
+		runtime.LockOSThread()
+		ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", h.holder.Process.Pid))
+		if err != nil {
+			out <- result{nil, fmt.Errorf("entering the host's network: %w", err)}
+			return
+		}
+		defer ns.Close() //nolint:errcheck // read only
+		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+			out <- result{nil, fmt.Errorf("entering the host's network: %w", err)}
+			return
+		}
+		listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
+		out <- result{listener, err}
+	}()
+	r := <-out
+	return r.listener, r.err
+}
+
+// Processes are the names of the programs that run in the host's namespaces.
+func (h *Host) Processes() ([]string, error) {
+	inode, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", h.holder.Process.Pid))
+	if err != nil {
+		return nil, fmt.Errorf("listing the host's processes: %w", err)
+	}
+	pids, err := members(inode, h.holder.Process.Pid)
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, pid := range pids {
+		// One that has ended meanwhile has no name.
+		if name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid)); err == nil {
+			names = append(names, strings.TrimSpace(string(name)))
+		}
+	}
+	return names, nil
 }

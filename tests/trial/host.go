@@ -224,7 +224,6 @@ ip -o link | sed -n 's/^[0-9]*: \(na[^:@]*\).*/link \1/p'
 ls -A ` + GuestsDir + ` 2>/dev/null | sed 's/^/boot copies /'
 find ` + CacheDir + ` -type f 2>/dev/null | sed 's/^/cached /'
 ls -A ` + StateDir + `/spool 2>/dev/null | sed 's/^/spool /'
-pgrep -l -x qemu-system-x86 --ns $$ --nslist net | sed 's/^/process /' || true
 [ "$(cat /proc/sys/net/ipv4/ip_forward)" = 0 ] || echo forwarding`
 	out, err := h.Output(ctx, "bash", "-c", script)
 	if err != nil {
@@ -236,7 +235,13 @@ pgrep -l -x qemu-system-x86 --ns $$ --nslist net | sed 's/^/process /' || true
 			left = append(left, line)
 		}
 	}
-	return left, nil
+	names, err := h.Processes()
+	for _, name := range names {
+		if strings.HasPrefix(name, "qemu-system") {
+			left = append(left, "process "+name)
+		}
+	}
+	return left, err
 }
 
 // WaitClean waits until no guest has left anything but cached ciphertext.
