@@ -74,15 +74,27 @@ func (s *store) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func serve(tb testing.TB, data []byte) (*store, string) {
 	tb.Helper()
 	s := &store{data: data, etag: `"1"`}
-	server := httptest.NewServer(s)
+	server := httptest.NewTLSServer(s)
 	tb.Cleanup(server.Close)
 	return s, server.URL + "/object?X-Amz-Signature=SECRETSIGNATURE"
+}
+
+// client trusts httptest's servers.
+func client(tb testing.TB) *http.Client {
+	tb.Helper()
+	server := httptest.NewTLSServer(http.NotFoundHandler())
+	tb.Cleanup(server.Close)
+	transport, ok := server.Client().Transport.(*http.Transport)
+	if !ok {
+		tb.Fatal("httptest's client has another transport")
+	}
+	return blob.Client(transport)
 }
 
 func open(tb testing.TB, dir string) *blob.Cache {
 	tb.Helper()
 	c, err := blob.Open(dir, blob.Config{MaxBytes: 1 << 20, Parts: 4, PartSize: 64 << 10, CheckHeader: sealed.CheckHeader, Stall: 300 * time.Millisecond},
-		blob.Client(http.DefaultTransport.(*http.Transport)), hclog.NewNullLogger()) //nolint:errcheck,forcetypeassert // it is one
+		client(tb), hclog.NewNullLogger())
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -158,9 +170,20 @@ func TestWhatIsNotTheSealedBlobIsRefusedAndNothingIsLeft(t *testing.T) {
 			return true
 		}, code: "blob.no-ranges"},
 		"elsewhere": {serve: data, bad: func(_ int, w http.ResponseWriter, r *http.Request) bool {
-			http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusFound)
+			http.Redirect(w, r, "https://127.0.0.1:1/", http.StatusFound)
 			return true
 		}, code: "blob.redirected"},
+		"nowhere": {serve: data, bad: func(_ int, w http.ResponseWriter, r *http.Request) bool {
+			w.Header().Set("Location", "%zz?"+r.URL.RawQuery)
+			return status(w, http.StatusTemporaryRedirect)
+		}, code: "blob.redirected"},
+		"unsatisfied": {serve: data, bad: func(_ int, w http.ResponseWriter, _ *http.Request) bool {
+			w.Header().Set("Content-Range", "bytes */7")
+			return status(w, http.StatusRequestedRangeNotSatisfiable)
+		}, code: "blob.size-mismatch"},
+		"in the clear": {serve: data, ref: func(r *blob.Ref) { r.URL = strings.Replace(r.URL, "https:", "http:", 1) }, code: "blob.url-malformed"},
+		"with a user":  {serve: data, ref: func(r *blob.Ref) { r.URL = strings.Replace(r.URL, "https://", "https://SECRETSIGNATURE@", 1) }, code: "blob.url-malformed"},
+		"no URL":       {serve: data, ref: func(r *blob.Ref) { r.URL = "https://%zz/SECRETSIGNATURE" }, code: "blob.url-malformed"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -181,7 +204,20 @@ func TestWhatIsNotTheSealedBlobIsRefusedAndNothingIsLeft(t *testing.T) {
 			if left, err := filepath.Glob(filepath.Join(dir, "blobs", "*")); err != nil || len(left) > 0 {
 				t.Errorf("left %v %v", left, err)
 			}
+			if kept, err := os.ReadFile(filepath.Join(dir, "partial", fmt.Sprintf("%x", r.SHA256))); err == nil && bytes.Contains(kept, []byte("secret")) {
+				t.Error("plaintext is on the disk")
+			}
 		})
+	}
+}
+
+func TestAWeakETagPinsNothing(t *testing.T) {
+	t.Parallel()
+	data := seal(t, 300_000)
+	s, url := serve(t, data)
+	s.etag = `W/"1"` // ServeContent compares as RFC 9110 says: If-Match never matches it
+	if _, err := open(t, t.TempDir()).Fetch(t.Context(), ref(data, url), "guest-1", nil); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -284,7 +320,7 @@ func TestAnObjectReplacedMeanwhileIsBegunAnewOnce(t *testing.T) {
 
 func spools(t *testing.T) *blob.Spools {
 	t.Helper()
-	s, err := blob.OpenSpools(t.TempDir(), sealed.CheckHeader, blob.Client(http.DefaultTransport.(*http.Transport))) //nolint:errcheck,forcetypeassert // it is one
+	s, err := blob.OpenSpools(t.TempDir(), sealed.CheckHeader, client(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -344,6 +380,63 @@ type errorReader struct{}
 
 func (errorReader) Read([]byte) (int, error) { return 0, errors.New("broken off") }
 
+// A store that does not take the file has not got it, whatever it says.
+func TestAnUploadIsDoneOnlyWhenTheStoreTookAllOfIt(t *testing.T) {
+	t.Parallel()
+	s := spools(t)
+	s.SetStall(200 * time.Millisecond)
+	data := seal(t, 8<<20)
+	spool, err := s.Open("guest-1", []string{"a"}, 16<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := spool.Receive(t.Context(), "a", bytes.NewReader(data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	over := make(chan struct{})
+	for name, c := range map[string]struct {
+		answer http.HandlerFunc
+		code   string
+	}{
+		"redirected": {func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodPut {
+				http.Redirect(w, r, "/elsewhere", http.StatusSeeOther)
+			}
+		}, "blob.redirected"},
+		"answered early": {func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusOK)
+			w.(http.Flusher).Flush() //nolint:errcheck,forcetypeassert // it is one
+		}, "internal"},
+		"not read": {func(http.ResponseWriter, *http.Request) { <-over }, "internal"},
+	} {
+		server := httptest.NewTLSServer(c.answer)
+		err := s.Upload(t.Context(), "guest-1", e, server.URL+"?sig=SECRETSIGNATURE")
+		if err == nil || contract.AsRefusal(err).Code != c.code || strings.Contains(err.Error(), "SECRETSIGNATURE") {
+			t.Errorf("%s: %v, want %s", name, err, c.code)
+		}
+		if name == "not read" {
+			close(over)
+		}
+		server.CloseClientConnections()
+		server.Close()
+	}
+	for name, url := range map[string]string{"in the clear": "http://127.0.0.1:1/", "no URL": "https://%zz/"} {
+		if err := s.Upload(t.Context(), "guest-1", e, url); contract.AsRefusal(err).Code != "blob.url-malformed" {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	short := e
+	short.Size--
+	gone := e
+	gone.Name = "b"
+	for _, e := range []blob.Entry{short, gone} {
+		if err := s.Upload(t.Context(), "guest-1", e, "https://127.0.0.1:1/"); contract.AsRefusal(err).Code != "results.spool-damaged" {
+			t.Errorf("%+v: %v", e, err)
+		}
+	}
+}
+
 func TestUploadsSendTheFileAndSayWhatIsFinal(t *testing.T) {
 	t.Parallel()
 	s := spools(t)
@@ -358,7 +451,7 @@ func TestUploadsSendTheFileAndSayWhatIsFinal(t *testing.T) {
 	}
 	var got []byte
 	code := http.StatusOK
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		got, _ = io.ReadAll(r.Body)
 		w.WriteHeader(code)
 	}))
@@ -394,7 +487,7 @@ func BenchmarkFetch(b *testing.B) {
 	b.SetBytes(int64(len(data)))
 	for b.Loop() {
 		c, err := blob.Open(b.TempDir(), blob.Config{MaxBytes: 1 << 30, CheckHeader: sealed.CheckHeader},
-			blob.Client(http.DefaultTransport.(*http.Transport)), hclog.NewNullLogger()) //nolint:errcheck,forcetypeassert // it is one
+			client(b), hclog.NewNullLogger())
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -405,6 +498,7 @@ func BenchmarkFetch(b *testing.B) {
 }
 
 func BenchmarkPlainGet(b *testing.B) {
+	plain := client(b)
 	data := seal(b, 64<<20)
 	_, url := serve(b, data)
 	b.SetBytes(int64(len(data)))
@@ -417,7 +511,7 @@ func BenchmarkPlainGet(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		resp, err := http.DefaultClient.Do(req)
+		resp, err := plain.Do(req)
 		if err != nil {
 			b.Fatal(err)
 		}
