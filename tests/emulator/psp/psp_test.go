@@ -162,7 +162,7 @@ func TestWhoIsNoGuestGetsNoReport(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	served := make(chan error, 1)
 	go func() { served <- p.Serve(ctx, listener) }()
-	conn, err := net.Dial("unix", listener.Addr().String())
+	conn, err := (&net.Dialer{}).DialContext(t.Context(), "unix", listener.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
