@@ -188,6 +188,12 @@ func (k *kernel) setFail(verb string, err error) {
 	k.fail[verb] = err
 }
 
+func (k *kernel) snapshot() map[string]Tap {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return maps.Clone(k.taps)
+}
+
 func (k *kernel) isUp() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()

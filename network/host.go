@@ -140,6 +140,12 @@ func (h *Host) adoptLocked(ctx context.Context, guests []Guest, next map[string]
 		h.guests = before
 		if len(before) > 0 || h.written != "" {
 			err = errors.Join(err, h.writeLocked(ctx))
+			return
+		}
+		// Taps of an earlier run are up. Its table may still be there; if it
+		// is not, nothing holds them back.
+		if _, readErr := h.filter.read(ctx); readErr != nil {
+			err = h.loseLocked(errors.Join(err, readErr))
 		}
 	}()
 	for _, g := range guests {

@@ -238,6 +238,40 @@ func TestTapsAreDownWhileTheTableCannotBeRestored(t *testing.T) {
 	}
 }
 
+func TestTapsOfAnEarlierRunAreDownWhileTheirTableIsGone(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	if err := newTestHost(k).Adopt(t.Context(), []Guest{testGuest(1), testGuest(2)}); err != nil {
+		t.Fatal(err)
+	}
+	h := newTestHost(k) // the agent starts again
+	k.setFail("write", errors.New("injected"))
+	if err := h.Adopt(t.Context(), []Guest{testGuest(1)}); err == nil || !k.isUp() {
+		t.Errorf("up %v, %v: the earlier table is still in force, so nobody need be cut off", k.isUp(), err)
+	}
+	k.mu.Lock()
+	k.text = "" // nft flush ruleset while no agent ran
+	k.mu.Unlock()
+	if err := h.Adopt(t.Context(), []Guest{testGuest(1)}); err == nil {
+		t.Fatal("adopted without a table")
+	}
+	for name, tap := range k.snapshot() {
+		if tap.Up {
+			t.Errorf("tap %s is up without rules", name)
+		}
+	}
+	if codes := findingCodes(t, h); !slices.Contains(codes, FindingRulesLost) {
+		t.Errorf("findings are %q", codes)
+	}
+	k.setFail("write", nil)
+	if err := h.Adopt(t.Context(), []Guest{testGuest(1)}); err != nil || !k.isUp() {
+		t.Errorf("up %v, %v", k.isUp(), err)
+	}
+	if codes := findingCodes(t, h); slices.Contains(codes, FindingRulesLost) {
+		t.Errorf("findings are %q", codes)
+	}
+}
+
 func TestContestedTableTakesTapsDown(t *testing.T) {
 	t.Parallel()
 	k := newKernel()

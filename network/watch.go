@@ -87,18 +87,25 @@ func (h *Host) check(ctx context.Context) error {
 	return h.regainLocked()
 }
 
-// loseLocked takes every tap of a known guest down: without rules a guest
-// would reach the host's network.
+// loseLocked takes every tap of ours down, known guests' or not: without rules
+// a guest would reach the host's network.
 func (h *Host) loseLocked(cause error) error {
 	first := h.lost == nil
 	h.lost = cause
-	for id, m := range h.guests {
-		if err := h.links.down(m.link.Tap); err != nil {
+	taps, err := h.links.list()
+	if err != nil {
+		h.lost = errors.Join(h.lost, err)
+		for id, m := range h.guests {
+			taps = append(taps, Tap{Name: m.link.Tap, GuestID: id, Up: true})
+		}
+	}
+	for _, t := range taps {
+		if err := h.links.down(t.Name); err != nil {
 			h.lost = errors.Join(h.lost, err)
 			continue
 		}
-		if first {
-			h.log.Error("nft table is not in force; tap taken down", "guest_id", id, "tap", m.link.Tap, "err", cause)
+		if first && t.Up {
+			h.log.Error("nft table is not in force; tap taken down", "guest_id", t.GuestID, "tap", t.Name, "err", cause)
 		}
 	}
 	return h.lost

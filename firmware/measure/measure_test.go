@@ -2,70 +2,24 @@ package measure
 
 import (
 	"crypto/sha256"
-	"encoding/binary"
 	"encoding/hex"
 	"testing"
 
 	"github.com/google/uuid"
 
+	"github.com/confidential-node/agent/firmware/measure/measuretest"
 	"github.com/confidential-node/agent/firmware/ovmf"
 )
-
-func put32(image []byte, at int, words ...uint32) {
-	for i, w := range words {
-		binary.LittleEndian.PutUint32(image[at+4*i:], w)
-	}
-}
-
-// synthetic builds an image of n bytes by the recipe whose digests were
-// cross-checked with an independent implementation.
-func synthetic(n int, hashes bool) []byte {
-	image := make([]byte, n)
-	for i := range image {
-		image[i] = byte(7*i + i/256)
-	}
-	sections := []uint32{0x800000, 0x9000, 1, 0x80a000, 0x3000, 1, 0x80d000, 0x1000, 2, 0x80e000, 0x1000, 3, 0x80f000, 0x1000, 4}
-	if hashes {
-		sections = append(sections, 0x811000, 0xf000, 1, 0x810000, 0x1000, 0x10)
-	} else {
-		sections = append(sections, 0x810000, 0x10000, 1)
-	}
-	meta := n - 1024
-	copy(image[meta:], "ASEV")
-	put32(image, meta+4, uint32(16+4*len(sections)), 1, uint32(len(sections)/3))
-	put32(image, meta+16, sections...)
-	var table []byte
-	entry := func(guid string, words ...uint32) {
-		for _, w := range words {
-			table = binary.LittleEndian.AppendUint32(table, w)
-		}
-		table = binary.LittleEndian.AppendUint16(table, uint16(4*len(words)+18))
-		var g [16]byte
-		putGUID(g[:], guid)
-		table = append(table, g[:]...)
-	}
-	entry("dc886566-984a-4798-a75e-5585a7bf67cc", 1024)
-	if hashes {
-		entry("7255371f-3a3b-4b04-927b-1da6efa8d454", 0x810c00, 0x400)
-	}
-	entry("00f771de-1a7e-4fcb-890e-68c77e2fb44e", 0x80b004)
-	table = binary.LittleEndian.AppendUint16(table, uint16(len(table)+18))
-	var g [16]byte
-	putGUID(g[:], "96b582de-1fb2-45f7-baea-a366c55a082d")
-	table = append(table, g[:]...)
-	copy(image[n-32-len(table):], table)
-	return image
-}
 
 func sum(s string) [32]byte { return sha256.Sum256([]byte(s)) }
 
 func TestSyntheticImagesAreTheRecipesImages(t *testing.T) {
 	t.Parallel()
 	for want, image := range map[string][]byte{
-		"c8a5532fce30b699480052561a4094d3e9e0a78879e29d5dc04f038012316071": synthetic(4096, true),
-		"bcf04e5479e0ec38482872d56ee817061e06b3306f50310f02d2a082319efab4": synthetic(4096, false),
-		"56bbec35a73c060d8bd17ec3bb124d6043c0e67ebd4553b8a9625d5b676e5851": synthetic(65536, true),
-		"f2668b5c6dfedcb8e803e93f9f92742d51484a7879546bfd8fe6759ba1a02bd4": synthetic(65536, false),
+		"c8a5532fce30b699480052561a4094d3e9e0a78879e29d5dc04f038012316071": measuretest.Firmware(4096, true),
+		"bcf04e5479e0ec38482872d56ee817061e06b3306f50310f02d2a082319efab4": measuretest.Firmware(4096, false),
+		"56bbec35a73c060d8bd17ec3bb124d6043c0e67ebd4553b8a9625d5b676e5851": measuretest.Firmware(65536, true),
+		"f2668b5c6dfedcb8e803e93f9f92742d51484a7879546bfd8fe6759ba1a02bd4": measuretest.Firmware(65536, false),
 	} {
 		got := sha256.Sum256(image)
 		if hex.EncodeToString(got[:]) != want {
@@ -100,17 +54,21 @@ func TestLaunchDigestsMatchTheSyntheticVectors(t *testing.T) {
 		{65536, true, kernel, 240, "EPYC-v4", 1, "a5539f2c911c3f57c1bd0591a1ba8f129f2bdbc66bd34a4407346e9875cf34d4e026756d3d74b9d01e3182d690425276"},
 		{65536, false, nil, 1, "EPYC-v4", 1, "436747ecdfdc5d8b3717090e9d94cfd4482b4e14866176f24bcb7178910a89dc4ef020de8698ec052e457691d38aed06"},
 	} {
-		got, err := Digest(Input{Firmware: synthetic(c.size, c.hashes), Kernel: c.kernel, VCPUs: c.vcpus, CPUModel: c.model, GuestFeatures: c.features})
+		got, err := Digest(Input{Firmware: measuretest.Firmware(c.size, c.hashes), Kernel: c.kernel, VCPUs: c.vcpus, CPUModel: c.model, GuestFeatures: c.features})
 		if err != nil || hex.EncodeToString(got[:]) != c.want {
 			t.Errorf("%d bytes, kernel %v, %d × %s, %#x: %x (%v), want %s", c.size, c.kernel != nil, c.vcpus, c.model, c.features, got, err, c.want)
 		}
 	}
 }
 
-// The upstream fixtures, as parsed inputs: digest after the firmware page,
-// sections and addresses.
-func TestLaunchDigestsMatchTheUpstreamFixtures(t *testing.T) {
-	t.Parallel()
+// The digests of the upstream fixtures after their firmware page.
+const (
+	amdSevStart = "086e2e9149ebf45abdc3445fba5b2da8270bdbb04094d7a2c37faaa4b24af3aa16aff8c374c2a55c467a50da6d466b74"
+	x64Start    = "b91e6fec73d2bcc57ad5fd400a426ce02731c22ea92bc894ce675e7c9921a822977d6cf025b85f8ef4f264bff8839d20"
+)
+
+// fixtures are the upstream fixtures, as parsed inputs.
+func fixtures() (amdSev, x64 *ovmf.Firmware) {
 	common := []ovmf.Section{
 		{GPA: 0x800000, Size: 0x9000, Type: 1},
 		{GPA: 0x80a000, Size: 0x3000, Type: 1},
@@ -118,13 +76,16 @@ func TestLaunchDigestsMatchTheUpstreamFixtures(t *testing.T) {
 		{GPA: 0x80e000, Size: 0x1000, Type: 3},
 		{GPA: 0x80f000, Size: 0x1000, Type: 4},
 	}
-	amdSev := &ovmf.Firmware{
+	amdSev = &ovmf.Firmware{
 		ResetEIP: 0x80b004, HashTable: &ovmf.Area{Base: 0x810c00, Size: 0x400},
 		Sections: append(common[:5:5], ovmf.Section{GPA: 0x810000, Size: 0x1000, Type: 0x10}, ovmf.Section{GPA: 0x811000, Size: 0xf000, Type: 1}),
 	}
-	x64 := &ovmf.Firmware{ResetEIP: 0x80b004, Sections: append(common[:5:5], ovmf.Section{GPA: 0x810000, Size: 0x10000, Type: 1})}
-	const amdSevStart = "086e2e9149ebf45abdc3445fba5b2da8270bdbb04094d7a2c37faaa4b24af3aa16aff8c374c2a55c467a50da6d466b74"
-	const x64Start = "b91e6fec73d2bcc57ad5fd400a426ce02731c22ea92bc894ce675e7c9921a822977d6cf025b85f8ef4f264bff8839d20"
+	return amdSev, &ovmf.Firmware{ResetEIP: 0x80b004, Sections: append(common[:5:5], ovmf.Section{GPA: 0x810000, Size: 0x10000, Type: 1})}
+}
+
+func TestLaunchDigestsMatchTheUpstreamFixtures(t *testing.T) {
+	t.Parallel()
+	amdSev, x64 := fixtures()
 	cmdline := func(s string) *[ovmf.HashTableSize]byte {
 		table := HashTable(sum(""), sum(""), s)
 		return &table
@@ -177,10 +138,10 @@ func TestWhatCannotBeMeasuredIsRefused(t *testing.T) {
 	t.Parallel()
 	kernel := &KernelDigests{}
 	for name, in := range map[string]Input{
-		"kernel without hash area": {Firmware: synthetic(4096, false), Kernel: kernel, VCPUs: 1, CPUModel: "EPYC-v4"},
-		"no vCPU":                  {Firmware: synthetic(4096, true), VCPUs: 0, CPUModel: "EPYC-v4"},
-		"too many vCPUs":           {Firmware: synthetic(4096, true), VCPUs: 513, CPUModel: "EPYC-v4"},
-		"unknown model":            {Firmware: synthetic(4096, true), VCPUs: 1, CPUModel: "host"},
+		"kernel without hash area": {Firmware: measuretest.Firmware(4096, false), Kernel: kernel, VCPUs: 1, CPUModel: "EPYC-v4"},
+		"no vCPU":                  {Firmware: measuretest.Firmware(4096, true), VCPUs: 0, CPUModel: "EPYC-v4"},
+		"too many vCPUs":           {Firmware: measuretest.Firmware(4096, true), VCPUs: 513, CPUModel: "EPYC-v4"},
+		"unknown model":            {Firmware: measuretest.Firmware(4096, true), VCPUs: 1, CPUModel: "host"},
 		"no firmware":              {VCPUs: 1, CPUModel: "EPYC-v4"},
 	} {
 		if _, err := Digest(in); err == nil {
@@ -199,8 +160,8 @@ func TestGUIDsRoundTripMixedEndian(t *testing.T) {
 }
 
 func FuzzDigest(f *testing.F) {
-	f.Add(synthetic(4096, true))
-	f.Add(synthetic(4096, false))
+	f.Add(measuretest.Firmware(4096, true))
+	f.Add(measuretest.Firmware(4096, false))
 	f.Fuzz(func(_ *testing.T, image []byte) {
 		_, _ = Digest(Input{Firmware: image, Kernel: &KernelDigests{}, VCPUs: 2, CPUModel: "EPYC-v4", GuestFeatures: 1})
 	})

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/confidential-node/agent/firmware/measure/measuretest"
 	"github.com/confidential-node/agent/firmware/ovmf"
 	"github.com/confidential-node/agent/tests/skip"
 )
@@ -16,7 +17,7 @@ import (
 func TestEveryStepOfALaunchMatchesTheTrace(t *testing.T) {
 	t.Parallel()
 	table := HashTable(sum("kernel-bytes"), sum("initrd-bytes"), "console=ttyS0 ro")
-	image := synthetic(4096, true)
+	image := measuretest.Firmware(4096, true)
 	firmware, err := ovmf.Parse(image)
 	if err != nil {
 		t.Fatal(err)
@@ -63,7 +64,7 @@ func TestStepsWithoutHashesMatchTheTrace(t *testing.T) {
 		{4096, false, "9bdd2fb2d239da9b99e8c459fe25288fa35e0d09289feb2f9c8a7070a27f21d6809ab6c902be0353de3272a89f5d5a39", "3cba787bf49718fb9f74b64f93ea3ef06d0de4ef779dd449d273f0c1166c8ef726190d0b9abb35063c657ffa99a7c0d3"},
 		{65536, true, "769e6c1c76dd749919c4bb3d5f904511ea2f3a0fa50a6a098c99df840ac92accef70805ea2291f6bf4b74308fc51a249", ""},
 	} {
-		image := synthetic(c.size, c.hashes)
+		image := measuretest.Firmware(c.size, c.hashes)
 		firmware, err := ovmf.Parse(image)
 		if err != nil {
 			t.Fatal(err)
@@ -102,7 +103,7 @@ func TestTheFooterTableIsByteForByteTheRecipes(t *testing.T) {
 	t.Parallel()
 	const want = "0004000016006665" + "88dc4a989847a75e" + "5585a7bf67cc000c" + "8100000400001a00" + "1f3755723b3a044b" + "927b1da6efa8d454" +
 		"04b080001600de71" + "f7007e1acb4f890e" + "68c77e2fb44e5800" + "de82b596b21ff745" + "baeaa366c55a082d"
-	if got := hex.EncodeToString(synthetic(4096, true)[3976 : 4096-32]); got != want {
+	if got := hex.EncodeToString(measuretest.Firmware(4096, true)[3976 : 4096-32]); got != want {
 		t.Errorf("footer table is %s", got)
 	}
 }

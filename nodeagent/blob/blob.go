@@ -10,13 +10,17 @@
 // # Layout
 //
 //	blobs/DIGEST           complete, 0444
-//	partial/DIGEST{,.json} being fetched, and which parts are there
+//	partial/DIGEST{,.json} being fetched, and how much of it is there
 //	owners/OWNER/DIGEST    who needs it; unowned blobs are evicted, oldest first
 package blob
 
 import (
+	"bufio"
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/url"
 	"slices"
@@ -28,28 +32,53 @@ import (
 	"github.com/confidential-node/agent/firmware/contract"
 )
 
-// Timing of conversations with an object store.
+// Limits of conversations with an object store.
 const (
-	// stallTimeout is how long no byte may come.
+	// stallTimeout is how long no byte may come or go.
 	stallTimeout = 30 * time.Second
-	// attempts per part or upload before giving up for now.
-	attempts = 5
+	// attempts per part before the launch is refused, about half a minute in
+	// all. Who uploads decides by itself how long to go on.
+	attempts = 8
 	// retryPause doubles from attempt to attempt.
 	retryPause = 200 * time.Millisecond
+	// maxHeaders bounds the headers of an answer; stores send about 1 KiB.
+	maxHeaders = 64 << 10
+	// headBytes of a file are looked at before any of it is kept. The longest
+	// header that firmware/sealed accepts fits.
+	headBytes = 64 << 10
 )
 
-// Client returns a client that follows no redirect to another host and never
-// transforms bodies.
+// Client returns a client that follows no redirect and never transforms
+// bodies.
 func Client(transport *http.Transport) *http.Client {
 	t := transport.Clone()
 	t.DisableCompression = true
 	t.ResponseHeaderTimeout = stallTimeout
-	return &http.Client{Transport: t, CheckRedirect: func(req *http.Request, via []*http.Request) error {
-		if len(via) > 3 || req.URL.Host != via[0].URL.Host || req.URL.Scheme != via[0].URL.Scheme {
-			return contract.Refuse("blob.redirected", "give a URL of the store itself", "the object store redirects to another host")
-		}
-		return nil
-	}}
+	t.MaxResponseHeaderBytes = maxHeaders
+	return &http.Client{Transport: noRedirects{t}}
+}
+
+// noRedirects takes away where an answer points to: a presigned URL is good
+// at its own host only, a redirected PUT would come back as a GET, and
+// net/http quotes a malformed target, signature and all, in its error.
+type noRedirects struct{ next http.RoundTripper }
+
+func (n noRedirects) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := n.next.RoundTrip(r)
+	if err == nil && resp.StatusCode/100 == 3 {
+		resp.Header.Del("Location")
+	}
+	return resp, err
+}
+
+// request makes a request for a presigned URL, of which nothing gets into the
+// error.
+func request(ctx context.Context, method, presigned string, body io.Reader) (*http.Request, error) {
+	req, err := http.NewRequestWithContext(ctx, method, presigned, body)
+	if err != nil || req.URL.Scheme != "https" || req.URL.Host == "" || req.URL.User != nil {
+		return nil, contract.Refuse("blob.url-malformed", "give a presigned https URL", "a URL for the object store is malformed or not https")
+	}
+	return req, nil
 }
 
 // withoutURL removes the URL that net/http puts into its errors.
@@ -66,6 +95,9 @@ func answered(resp *http.Response, want ...int) error {
 		return nil
 	}
 	const again = "launch again with fresh URLs"
+	if resp.StatusCode/100 == 3 {
+		return contract.Refuse("blob.redirected", "give a URL of the store itself", "the object store redirects with %s", resp.Status)
+	}
 	switch resp.StatusCode {
 	case http.StatusUnauthorized, http.StatusForbidden:
 		return contract.Refuse("blob.url-expired", again, "the object store does not accept the URL: it has expired or was not made for this")
@@ -79,15 +111,63 @@ func answered(resp *http.Response, want ...int) error {
 	return contract.Refuse("blob.store-answer", "check the URL and the store", "the object store answers %s", resp.Status)
 }
 
-// errReplaced means that the object changed while it was read.
-var errReplaced = errors.New("the object was replaced while it was fetched")
+// sealedHead checks the start of a file before any of it is kept, and returns
+// a reader of the whole; no is the answer to what is not sealed.
+func sealedHead(r io.Reader, check func(io.Reader) error, no *contract.Refusal) (io.Reader, error) {
+	buffered := bufio.NewReaderSize(r, headBytes)
+	head, err := buffered.Peek(headBytes)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	if err := check(bytes.NewReader(head)); err != nil {
+		return nil, no.Because(err)
+	}
+	return buffered, nil
+}
+
+// watched ends a transfer when no byte moved for too long.
+type watched struct {
+	r     io.Reader
+	stall time.Duration
+	dog   *time.Timer
+}
+
+// errStalled is the cause of a context that watch ended.
+var errStalled = errors.New("no byte moved for too long")
+
+func watch(r io.Reader, stall time.Duration, cancel context.CancelCauseFunc) *watched {
+	return &watched{r, stall, time.AfterFunc(stall, func() { cancel(errStalled) })}
+}
+
+func (w *watched) Read(b []byte) (int, error) {
+	n, err := w.r.Read(b)
+	if n > 0 {
+		w.dog.Reset(w.stall)
+	}
+	if err != nil {
+		w.dog.Stop()
+	}
+	return n, err
+}
+
+const codeDiskFull = "blob.disk-full"
 
 // diskError makes a full disk a refusal.
 func diskError(err error) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return contract.Refuse("blob.disk-full", "free space on the host, or lower blob.max_bytes", "the host's disk is full").Because(err)
+		return contract.Refuse(codeDiskFull, "free space on the host, or lower blob.max_bytes", "the host's disk is full").Because(err)
 	}
 	return err
+}
+
+// parseUnsatisfied reads TOTAL from "bytes */TOTAL"; -1 when it does not say.
+func parseUnsatisfied(text string) int64 {
+	size, ok := strings.CutPrefix(text, "bytes */")
+	total, err := strconv.ParseUint(size, 10, 63)
+	if !ok || err != nil {
+		return -1
+	}
+	return int64(total)
 }
 
 // parseContentRange reads "bytes FIRST-LAST/TOTAL".
@@ -99,7 +179,7 @@ func parseContentRange(text string) (first, last, total int64, err error) {
 	last, errLast := strconv.ParseInt(to, 10, 64)
 	total, errTotal := strconv.ParseInt(size, 10, 64)
 	if err := errors.Join(errFirst, errLast, errTotal); !ok || !okSize || !okSpan || err != nil || first < 0 || last < first || total <= last {
-		return 0, 0, 0, fmt.Errorf("object store answers with content range %q", text)
+		return 0, 0, 0, fmt.Errorf("object store answers with content range %.100q", text)
 	}
 	return first, last, total, nil
 }

@@ -2,7 +2,6 @@ package blob_test
 
 import (
 	"bytes"
-	"context"
 	"crypto/rand"
 	"crypto/sha256"
 	"errors"
@@ -74,15 +73,27 @@ func (s *store) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func serve(tb testing.TB, data []byte) (*store, string) {
 	tb.Helper()
 	s := &store{data: data, etag: `"1"`}
-	server := httptest.NewServer(s)
+	server := httptest.NewTLSServer(s)
 	tb.Cleanup(server.Close)
 	return s, server.URL + "/object?X-Amz-Signature=SECRETSIGNATURE"
+}
+
+// client trusts httptest's servers.
+func client(tb testing.TB) *http.Client {
+	tb.Helper()
+	server := httptest.NewTLSServer(http.NotFoundHandler())
+	tb.Cleanup(server.Close)
+	transport, ok := server.Client().Transport.(*http.Transport)
+	if !ok {
+		tb.Fatal("httptest's client has another transport")
+	}
+	return blob.Client(transport)
 }
 
 func open(tb testing.TB, dir string) *blob.Cache {
 	tb.Helper()
 	c, err := blob.Open(dir, blob.Config{MaxBytes: 1 << 20, Parts: 4, PartSize: 64 << 10, CheckHeader: sealed.CheckHeader, Stall: 300 * time.Millisecond},
-		blob.Client(http.DefaultTransport.(*http.Transport)), hclog.NewNullLogger()) //nolint:errcheck,forcetypeassert // it is one
+		client(tb), hclog.NewNullLogger())
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -158,9 +169,20 @@ func TestWhatIsNotTheSealedBlobIsRefusedAndNothingIsLeft(t *testing.T) {
 			return true
 		}, code: "blob.no-ranges"},
 		"elsewhere": {serve: data, bad: func(_ int, w http.ResponseWriter, r *http.Request) bool {
-			http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusFound)
+			http.Redirect(w, r, "https://127.0.0.1:1/", http.StatusFound)
 			return true
 		}, code: "blob.redirected"},
+		"nowhere": {serve: data, bad: func(_ int, w http.ResponseWriter, r *http.Request) bool {
+			w.Header().Set("Location", "%zz?"+r.URL.RawQuery)
+			return status(w, http.StatusTemporaryRedirect)
+		}, code: "blob.redirected"},
+		"unsatisfied": {serve: data, bad: func(_ int, w http.ResponseWriter, _ *http.Request) bool {
+			w.Header().Set("Content-Range", "bytes */7")
+			return status(w, http.StatusRequestedRangeNotSatisfiable)
+		}, code: "blob.size-mismatch"},
+		"in the clear": {serve: data, ref: func(r *blob.Ref) { r.URL = strings.Replace(r.URL, "https:", "http:", 1) }, code: "blob.url-malformed"},
+		"with a user":  {serve: data, ref: func(r *blob.Ref) { r.URL = strings.Replace(r.URL, "https://", "https://SECRETSIGNATURE@", 1) }, code: "blob.url-malformed"},
+		"no URL":       {serve: data, ref: func(r *blob.Ref) { r.URL = "https://%zz/SECRETSIGNATURE" }, code: "blob.url-malformed"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -181,7 +203,20 @@ func TestWhatIsNotTheSealedBlobIsRefusedAndNothingIsLeft(t *testing.T) {
 			if left, err := filepath.Glob(filepath.Join(dir, "blobs", "*")); err != nil || len(left) > 0 {
 				t.Errorf("left %v %v", left, err)
 			}
+			if kept, err := os.ReadFile(filepath.Join(dir, "partial", fmt.Sprintf("%x", r.SHA256))); err == nil && bytes.Contains(kept, []byte("secret")) {
+				t.Error("plaintext is on the disk")
+			}
 		})
+	}
+}
+
+func TestAWeakETagPinsNothing(t *testing.T) {
+	t.Parallel()
+	data := seal(t, 300_000)
+	s, url := serve(t, data)
+	s.etag = `W/"1"` // ServeContent compares as RFC 9110 says: If-Match never matches it
+	if _, err := open(t, t.TempDir()).Fetch(t.Context(), ref(data, url), "guest-1", nil); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -282,111 +317,6 @@ func TestAnObjectReplacedMeanwhileIsBegunAnewOnce(t *testing.T) {
 	}
 }
 
-func spools(t *testing.T) *blob.Spools {
-	t.Helper()
-	s, err := blob.OpenSpools(t.TempDir(), sealed.CheckHeader, blob.Client(http.DefaultTransport.(*http.Transport))) //nolint:errcheck,forcetypeassert // it is one
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s
-}
-
-func TestResultsAreTakenWholeSealedAndUnderTheQuota(t *testing.T) {
-	t.Parallel()
-	s := spools(t)
-	data := seal(t, 10_000)
-	names := []string{"a", "b", contract.ResultsManifestName}
-	spool, err := s.Open("guest-1", names, int64(len(data))+100)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for range 2 { // again replaces
-		e, err := spool.Receive(t.Context(), "a", bytes.NewReader(data))
-		if err != nil || e.SHA256 != sha256.Sum256(data) || e.Size != int64(len(data)) {
-			t.Errorf("%+v %v", e, err)
-		}
-	}
-	broken := io.MultiReader(bytes.NewReader(data[:100]), errorReader{})
-	for name, c := range map[string]struct {
-		file string
-		r    io.Reader
-		code string
-	}{
-		"unknown":      {"c", bytes.NewReader(data), "results.unknown-name"},
-		"path":         {"../x", bytes.NewReader(data), "results.unknown-name"},
-		"over quota":   {"b", bytes.NewReader(data), "results.quota"},
-		"plaintext":    {"b", strings.NewReader("plain"), "results.not-sealed"},
-		"broken off":   {"b", broken, "internal"},
-		"endless list": {contract.ResultsManifestName, bytes.NewReader(make([]byte, 1000)), "results.quota"},
-	} {
-		if _, err := spool.Receive(t.Context(), c.file, c.r); contract.AsRefusal(err).Code != c.code {
-			t.Errorf("%s: %v, want %s", name, err, c.code)
-		}
-	}
-	again, err := s.Open("guest-1", names, int64(len(data))+100)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if entries, err := again.Entries(); err != nil || len(entries) != 1 || entries[0].SHA256 != sha256.Sum256(data) {
-		t.Errorf("after a restart: %+v %v", entries, err)
-	}
-	if ids, err := s.List(); err != nil || len(ids) != 1 {
-		t.Errorf("%v %v", ids, err)
-	}
-	for range 2 {
-		if err := s.Remove("guest-1"); err != nil {
-			t.Error(err)
-		}
-	}
-}
-
-type errorReader struct{}
-
-func (errorReader) Read([]byte) (int, error) { return 0, errors.New("broken off") }
-
-func TestUploadsSendTheFileAndSayWhatIsFinal(t *testing.T) {
-	t.Parallel()
-	s := spools(t)
-	data := seal(t, 100_000)
-	spool, err := s.Open("guest-1", []string{"a"}, 1<<20)
-	if err != nil {
-		t.Fatal(err)
-	}
-	e, err := spool.Receive(t.Context(), "a", bytes.NewReader(data))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var got []byte
-	code := http.StatusOK
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		got, _ = io.ReadAll(r.Body)
-		w.WriteHeader(code)
-	}))
-	t.Cleanup(server.Close)
-	url := server.URL + "?sig=SECRETSIGNATURE"
-	if err := s.Upload(t.Context(), "guest-1", e, url); err != nil || !bytes.Equal(got, data) {
-		t.Errorf("uploaded %d bytes, %v", len(got), err)
-	}
-	code = http.StatusForbidden
-	if err := s.Upload(t.Context(), "guest-1", e, url); contract.AsRefusal(err).Code != "blob.url-expired" {
-		t.Errorf("expired: %v", err)
-	}
-	code = http.StatusServiceUnavailable
-	if err := s.Upload(t.Context(), "guest-1", e, url); err == nil || contract.AsRefusal(err).Code != "internal" {
-		t.Errorf("may pass: %v", err)
-	}
-	code = http.StatusOK
-	e.SHA256[0] ^= 1
-	if err := s.Upload(t.Context(), "guest-1", e, url); contract.AsRefusal(err).Code != "results.spool-damaged" {
-		t.Errorf("damaged: %v", err)
-	}
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if err := s.Upload(ctx, "guest-1", e, url); err == nil || strings.Contains(err.Error(), "SECRETSIGNATURE") {
-		t.Errorf("cancelled: %v", err)
-	}
-}
-
 // BenchmarkFetch against BenchmarkPlainGet shows what verification costs.
 func BenchmarkFetch(b *testing.B) {
 	data := seal(b, 64<<20)
@@ -394,7 +324,7 @@ func BenchmarkFetch(b *testing.B) {
 	b.SetBytes(int64(len(data)))
 	for b.Loop() {
 		c, err := blob.Open(b.TempDir(), blob.Config{MaxBytes: 1 << 30, CheckHeader: sealed.CheckHeader},
-			blob.Client(http.DefaultTransport.(*http.Transport)), hclog.NewNullLogger()) //nolint:errcheck,forcetypeassert // it is one
+			client(b), hclog.NewNullLogger())
 		if err != nil {
 			b.Fatal(err)
 		}
@@ -405,6 +335,7 @@ func BenchmarkFetch(b *testing.B) {
 }
 
 func BenchmarkPlainGet(b *testing.B) {
+	plain := client(b)
 	data := seal(b, 64<<20)
 	_, url := serve(b, data)
 	b.SetBytes(int64(len(data)))
@@ -417,7 +348,7 @@ func BenchmarkPlainGet(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		resp, err := http.DefaultClient.Do(req)
+		resp, err := plain.Do(req)
 		if err != nil {
 			b.Fatal(err)
 		}

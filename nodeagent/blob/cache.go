@@ -53,8 +53,8 @@ type Cache struct {
 	mu sync.Mutex
 	// fetching has a lock per digest that somebody fetches.
 	fetching map[string]*turn
-	// reserved bytes of fetches that run.
-	reserved int64
+	// reserved are the bytes of blobs whose fetches run, complete or not.
+	reserved map[string]int64
 }
 
 type turn struct {
@@ -76,10 +76,12 @@ func Open(dir string, cfg Config, client *http.Client, logger hclog.Logger) (*Ca
 	if cfg.Stall == 0 {
 		cfg.Stall = stallTimeout
 	}
-	c := &Cache{dir: dir, cfg: cfg, client: client, log: logger.Named("blob"), fetching: map[string]*turn{}}
-	for _, sub := range []string{"", "blobs", "partial", "owners"} {
-		// QEMU runs as another user and opens blobs by their names.
-		if err := os.MkdirAll(filepath.Join(dir, sub), 0o711); err != nil {
+	c := &Cache{dir: dir, cfg: cfg, client: client, log: logger.Named("blob"), fetching: map[string]*turn{}, reserved: map[string]int64{}}
+	// QEMU runs as another user and opens blobs by their names, whatever the
+	// umask of the agent.
+	for sub, mode := range map[string]fs.FileMode{"": 0o711, "blobs": 0o711, "partial": 0o700, "owners": 0o700} {
+		path := filepath.Join(dir, sub)
+		if err := errors.Join(os.MkdirAll(path, mode), os.Chmod(path, mode)); err != nil {
 			return nil, fmt.Errorf("making blob cache: %w", err)
 		}
 	}
@@ -116,7 +118,7 @@ func (c *Cache) Fetch(ctx context.Context, ref Ref, owner string, progress func(
 	case !errors.Is(err, fs.ErrNotExist):
 		return "", fmt.Errorf("looking for blob: %w", err)
 	}
-	giveBack, err := c.reserve(ref.Size)
+	giveBack, err := c.reserve(name, ref.Size)
 	if err != nil {
 		return "", err
 	}
@@ -124,8 +126,11 @@ func (c *Cache) Fetch(ctx context.Context, ref Ref, owner string, progress func(
 	if progress == nil {
 		progress = func(int64, int64) {}
 	}
-	if err := c.fetch(ctx, ref, progress); err != nil {
-		return "", diskError(err)
+	if err := diskError(c.fetch(ctx, ref, progress)); err != nil {
+		if contract.AsRefusal(err).Code == codeDiskFull {
+			err = errors.Join(err, c.discard(name)) // make room for everybody else
+		}
+		return "", err
 	}
 	return c.final(name), nil
 }
@@ -156,7 +161,11 @@ func (c *Cache) wait(ctx context.Context, name string) (release func(), err erro
 	}
 }
 
+// claim holds mu: an eviction under way has either seen the claim, or has taken
+// the blob before anybody looks for it.
 func (c *Cache) claim(owner, name string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	dir := filepath.Join(c.dir, "owners", owner)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return diskError(fmt.Errorf("claiming blob: %w", err))
@@ -193,63 +202,78 @@ func (c *Cache) Owners() ([]string, error) {
 }
 
 // reserve makes room for a blob, evicting what nobody claims, oldest first.
-func (c *Cache) reserve(size int64) (giveBack func(), err error) {
+func (c *Cache) reserve(name string, size int64) (giveBack func(), err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	used, free, err := c.usage()
+	used, free, err := c.usage(name)
 	if err != nil {
 		return nil, err
 	}
 	for _, victim := range free {
-		if used+c.reserved+size <= c.cfg.MaxBytes {
+		if size <= c.cfg.MaxBytes-used {
 			break
 		}
-		if err := os.Remove(victim.path); err != nil {
+		if err := errors.Join(removed(c.final(victim.name)), c.discard(victim.name)); err != nil {
 			return nil, fmt.Errorf("evicting blob: %w", err)
 		}
-		c.log.Info("evicted", "blob", filepath.Base(victim.path), "bytes", victim.size)
+		c.log.Info("evicted", "blob", victim.name, "bytes", victim.size)
 		used -= victim.size
 	}
-	if used+c.reserved+size > c.cfg.MaxBytes {
+	if size > c.cfg.MaxBytes-used {
 		return nil, contract.Refuse("blob.cache-full", "wait for a guest to end, or raise blob.max_bytes",
-			"%d bytes do not fit the cache of %d: %d are in use", size, c.cfg.MaxBytes, used+c.reserved)
+			"%d bytes do not fit the cache of %d: %d are in use", size, c.cfg.MaxBytes, used)
 	}
-	c.reserved += size
+	c.reserved[name] = size
 	return func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		c.reserved -= size
+		delete(c.reserved, name)
 	}, nil
 }
 
 type victim struct {
-	path string
+	name string
 	size int64
 	used time.Time
 }
 
-// usage sums complete blobs and returns those nobody claims, oldest first.
-func (c *Cache) usage() (used int64, free []victim, err error) {
-	claimed := map[string]bool{}
-	claims, err := filepath.Glob(filepath.Join(c.dir, "owners", "*", "*"))
+// usage sums what is on disk, complete or not, and what fetches that run will
+// add, all but the blob that wants room. It returns what nobody claims, oldest
+// first. Caller holds mu.
+func (c *Cache) usage(wants string) (used int64, free []victim, err error) {
+	claimed := map[string]bool{wants: true}
+	owners, err := c.Owners()
 	if err != nil {
 		return 0, nil, err
 	}
-	for _, path := range claims {
-		claimed[filepath.Base(path)] = true
-	}
-	entries, err := os.ReadDir(filepath.Join(c.dir, "blobs"))
-	if err != nil {
-		return 0, nil, fmt.Errorf("reading blob cache: %w", err)
-	}
-	for _, e := range entries {
-		info, err := e.Info()
-		if err != nil {
-			continue // gone meanwhile
+	for _, owner := range owners {
+		claims, err := os.ReadDir(filepath.Join(c.dir, "owners", owner))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) { // given up meanwhile
+			return 0, nil, fmt.Errorf("reading claims on blobs: %w", err)
 		}
-		used += info.Size()
-		if !claimed[e.Name()] {
-			free = append(free, victim{c.final(e.Name()), info.Size(), info.ModTime()})
+		for _, claim := range claims {
+			claimed[claim.Name()] = true
+		}
+	}
+	for name, size := range c.reserved {
+		claimed[name] = true
+		used += size
+	}
+	for _, sub := range []string{"blobs", "partial"} {
+		entries, err := os.ReadDir(filepath.Join(c.dir, sub))
+		if err != nil {
+			return 0, nil, fmt.Errorf("reading blob cache: %w", err)
+		}
+		for _, e := range entries {
+			info, err := e.Info()
+			_, reserved := c.reserved[e.Name()]
+			if err != nil || e.Name() == wants || reserved || filepath.Ext(e.Name()) != "" {
+				continue // gone meanwhile, counted already, or a journal
+			}
+			used += info.Size()
+			if !claimed[e.Name()] {
+				free = append(free, victim{e.Name(), info.Size(), info.ModTime()})
+			}
 		}
 	}
 	sort.Slice(free, func(i, j int) bool { return free[i].used.Before(free[j].used) })

@@ -12,25 +12,42 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
-	"github.com/google/renameio/v2"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/confidential-node/agent/firmware/contract"
 )
 
-// journal says which parts of a partial blob are on disk.
+// Reasons to begin a fetch anew.
+var (
+	// errReplaced means that the object changed while it was read.
+	errReplaced = errors.New("the object was replaced while it was fetched")
+	// errStale means that what an earlier attempt left is no part of the blob:
+	// the object was another one then, or the disk lost something.
+	errStale = errors.New("what an earlier attempt left is of no use")
+)
+
+// journal says how much of a partial blob can be taken over by a later
+// attempt. It is written without fsync, and the blob's own bytes too: what a
+// power failure makes untrue is found by the digest and begun anew.
 type journal struct {
-	ETag     string `json:"etag"`
+	// ETag is the object's, when it has one that a store can compare.
+	ETag     string `json:"etag,omitempty"`
 	Size     int64  `json:"size"`
 	PartSize int64  `json:"part_size"`
-	Done     []bool `json:"done"`
+	// Parts from the beginning that are complete. What lies beyond is
+	// fetched again.
+	Parts int `json:"parts"`
 }
 
-// maxJournal bounds the file: a byte per part and some more.
-const maxJournal = 64 << 20
+const (
+	maxJournal = 8 << 10
+	maxETag    = 1 << 10
+)
 
 // download is one fetch.
 type download struct {
@@ -38,21 +55,23 @@ type download struct {
 	ref      Ref
 	file     *os.File
 	progress func(done, total int64)
+	// resumed says that parts of an earlier attempt were taken over.
+	resumed bool
 
 	mu      sync.Mutex
 	journal journal
-	hash    hash.Hash
-	// hashed is how many parts, in order, went into hash.
-	hashed int
-	done   int64
+	// there are the parts on disk; those in journal.Parts are in hash.
+	there []bool
+	hash  hash.Hash
+	done  int64
 }
 
-// fetch makes the blob appear. An object replaced meanwhile is begun anew,
-// once.
+// fetch makes the blob appear. What turns out to be of another object is begun
+// anew, once.
 func (c *Cache) fetch(ctx context.Context, ref Ref, progress func(done, total int64)) error {
 	err := c.fetchOnce(ctx, ref, progress)
-	if errors.Is(err, errReplaced) {
-		c.log.Warn("object replaced while it was fetched, beginning anew", "blob", ref.name())
+	if errors.Is(err, errReplaced) || errors.Is(err, errStale) {
+		c.log.Warn("fetch begun anew", "blob", ref.name(), "err", err)
 		if err = c.discard(ref.name()); err == nil {
 			err = c.fetchOnce(ctx, ref, progress)
 		}
@@ -63,8 +82,11 @@ func (c *Cache) fetch(ctx context.Context, ref Ref, progress func(done, total in
 	return err
 }
 
+func (c *Cache) journalFile(name string) string { return c.partial(name) + ".json" }
+
+// discard removes what is there of an incomplete blob.
 func (c *Cache) discard(name string) error {
-	return errors.Join(removed(c.partial(name)), removed(c.partial(name)+".json"))
+	return errors.Join(removed(c.partial(name)), removed(c.journalFile(name)), removed(c.journalFile(name)+".new"))
 }
 
 func removed(path string) error {
@@ -84,28 +106,33 @@ func (c *Cache) fetchOnce(ctx context.Context, ref Ref, progress func(done, tota
 		return fmt.Errorf("preparing partial blob: %w", err)
 	}
 	d := &download{c: c, ref: ref, file: file, progress: progress, hash: sha256.New()}
-	if err := d.resume(); err != nil {
+	if err := d.resume(ctx); err != nil {
 		return err
 	}
 	// The first part alone: it pins the object and shows whether it is sealed.
 	if err := d.part(ctx, 0); err != nil {
 		return err
 	}
-	if err := c.cfg.CheckHeader(io.NewSectionReader(file, 0, min(ref.Size, d.journal.PartSize))); err != nil {
-		return errors.Join(contract.Refuse("blob.not-sealed", "seal the input with age and upload that", "the input is not sealed: plaintext is never handled").Because(err), c.discard(ref.name()))
-	}
 	work, workCtx := errgroup.WithContext(ctx)
 	work.SetLimit(c.cfg.Parts)
-	for i := 1; i < len(d.journal.Done); i++ {
+	for i := d.journal.Parts; i < len(d.there) && workCtx.Err() == nil; i++ {
 		work.Go(func() error { return d.part(workCtx, i) })
 	}
 	if err := work.Wait(); err != nil {
 		return err
 	}
-	if got := d.hash.Sum(nil); !bytes.Equal(got, ref.SHA256[:]) {
-		return errors.Join(contract.Refuse("blob.digest-mismatch", "upload the very file the manifest names", "the object's content is not what the manifest says: SHA-256 is %x", got), c.discard(ref.name()))
+	if err := ctx.Err(); err != nil {
+		return err
 	}
-	return d.publish()
+	got := d.hash.Sum(nil)
+	switch {
+	case bytes.Equal(got, ref.SHA256[:]):
+		return d.publish()
+	case d.resumed:
+		return errStale
+	}
+	return errors.Join(contract.Refuse("blob.digest-mismatch", "upload the very file the manifest names",
+		"the object's content is not what the manifest says: SHA-256 is %x", got), c.discard(ref.name()))
 }
 
 // publish moves a checked blob to its name.
@@ -117,7 +144,7 @@ func (d *download) publish() error {
 	if err := os.Rename(d.c.partial(name), d.c.final(name)); err != nil {
 		return fmt.Errorf("publishing blob: %w", err)
 	}
-	return errors.Join(syncDir(filepath.Join(d.c.dir, "blobs")), removed(d.c.partial(name)+".json"))
+	return errors.Join(syncDir(filepath.Join(d.c.dir, "blobs")), d.c.discard(name))
 }
 
 func syncDir(path string) error {
@@ -129,23 +156,63 @@ func syncDir(path string) error {
 }
 
 // resume takes up what an earlier attempt left, when it was of the same shape.
-func (d *download) resume() error {
+func (d *download) resume(ctx context.Context) error {
 	parts := int((d.ref.Size + d.c.cfg.PartSize - 1) / d.c.cfg.PartSize)
-	d.journal = journal{Size: d.ref.Size, PartSize: d.c.cfg.PartSize, Done: make([]bool, parts)}
-	raw, err := os.ReadFile(d.c.partial(d.ref.name()) + ".json")
-	if err != nil || len(raw) > maxJournal {
-		return nil //nolint:nilerr // nothing to resume
+	d.journal = journal{Size: d.ref.Size, PartSize: d.c.cfg.PartSize}
+	d.there = make([]bool, parts)
+	old, err := readJournal(d.c.journalFile(d.ref.name()))
+	if err != nil || old.Size != d.journal.Size || old.PartSize != d.journal.PartSize || old.Parts > parts {
+		return nil //nolint:nilerr // nothing to take up
 	}
-	var old journal
-	if json.Unmarshal(raw, &old) == nil && old.Size == d.journal.Size && old.PartSize == d.journal.PartSize && len(old.Done) == parts && old.ETag != "" {
-		d.journal = old
-		for i, done := range old.Done {
-			if done {
-				d.done += d.length(i)
-			}
+	d.journal.ETag, d.resumed = old.ETag, old.Parts > 0
+	for i := range old.Parts {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		d.there[i] = true
+		d.done += d.length(i)
+		if err := d.advance(); err != nil {
+			return err
 		}
 	}
-	return d.advance()
+	return nil
+}
+
+func readJournal(path string) (journal, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return journal{}, err
+	}
+	defer file.Close() //nolint:errcheck // read only
+	raw, err := io.ReadAll(io.LimitReader(file, maxJournal+1))
+	if err != nil {
+		return journal{}, err
+	}
+	return parseJournal(raw)
+}
+
+func parseJournal(raw []byte) (journal, error) {
+	var j journal
+	if err := contract.UnmarshalStrict(raw, maxJournal, &j); err != nil {
+		return journal{}, fmt.Errorf("reading journal: %w", err)
+	}
+	if j.Size <= 0 || j.PartSize <= 0 || j.Parts < 0 || j.ETag != strongTag(j.ETag) {
+		return journal{}, errors.New("reading journal: malformed")
+	}
+	return j, nil
+}
+
+// saveLocked replaces the journal.
+func (d *download) saveLocked() error {
+	raw, err := json.Marshal(d.journal)
+	if err != nil {
+		return fmt.Errorf("encoding journal: %w", err)
+	}
+	path := d.c.journalFile(d.ref.name())
+	if err := os.WriteFile(path+".new", raw, 0o600); err != nil {
+		return fmt.Errorf("writing journal: %w", err)
+	}
+	return os.Rename(path+".new", path)
 }
 
 func (d *download) length(i int) int64 {
@@ -155,12 +222,13 @@ func (d *download) length(i int) int64 {
 // advance hashes the parts that are complete in order. Caller holds mu, or
 // nobody else runs yet.
 func (d *download) advance() error {
-	for d.hashed < len(d.journal.Done) && d.journal.Done[d.hashed] {
-		r := io.NewSectionReader(d.file, int64(d.hashed)*d.journal.PartSize, d.length(d.hashed))
+	for d.journal.Parts < len(d.there) && d.there[d.journal.Parts] {
+		i := d.journal.Parts
+		r := io.NewSectionReader(d.file, int64(i)*d.journal.PartSize, d.length(i))
 		if _, err := io.CopyBuffer(d.hash, r, make([]byte, 1<<20)); err != nil {
 			return fmt.Errorf("hashing partial blob: %w", err)
 		}
-		d.hashed++
+		d.journal.Parts++
 	}
 	return nil
 }
@@ -168,18 +236,22 @@ func (d *download) advance() error {
 // part fetches one part, with retries for what may pass.
 func (d *download) part(ctx context.Context, i int) error {
 	d.mu.Lock()
-	there := d.journal.Done[i]
+	there := d.there[i]
 	d.mu.Unlock()
 	if there {
 		return nil
 	}
-	var err error
-	for attempt := range attempts {
-		if err = d.try(ctx, i); err == nil {
+	for attempt := 0; ; attempt++ {
+		err := diskError(d.try(ctx, i))
+		if err == nil {
 			return d.complete(i)
 		}
 		if _, final := errors.AsType[*contract.Refusal](err); final || errors.Is(err, errReplaced) || ctx.Err() != nil {
 			return err
+		}
+		if attempt == attempts-1 {
+			return contract.Refuse("blob.unreachable", "check that the host reaches the object store, then launch again",
+				"the object store did not deliver part %d of blob %s", i, d.ref.name()).Because(err)
 		}
 		d.c.log.Debug("part failed, trying again", "blob", d.ref.name(), "part", i, "attempt", attempt, "err", err)
 		select {
@@ -188,38 +260,32 @@ func (d *download) part(ctx context.Context, i int) error {
 		case <-time.After(retryPause << attempt):
 		}
 	}
-	return fmt.Errorf("fetching part %d of blob %s: %w", i, d.ref.name(), err)
 }
 
-// complete records a part. The journal is written without fsync: a part it
-// claims and the disk lost makes the digest differ, which begins anew.
+// complete records a part.
 func (d *download) complete(i int) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.journal.Done[i] = true
+	d.there[i] = true
 	d.done += d.length(i)
 	d.progress(d.done, d.journal.Size)
-	raw, err := json.Marshal(d.journal)
-	if err != nil {
-		return fmt.Errorf("encoding journal: %w", err)
+	before := d.journal.Parts
+	if err := d.advance(); err != nil || d.journal.Parts == before {
+		return err
 	}
-	if err := renameio.WriteFile(d.c.partial(d.ref.name())+".json", raw, 0o600); err != nil {
-		return fmt.Errorf("writing journal: %w", err)
-	}
-	return d.advance()
+	return d.saveLocked()
 }
 
 // try asks for one part once.
 func (d *download) try(ctx context.Context, i int) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, d.ref.URL, http.NoBody)
+	req, err := request(ctx, http.MethodGet, d.ref.URL, http.NoBody)
 	if err != nil {
-		return contract.Refuse("blob.url-malformed", "give a presigned https URL", "the input's URL is malformed")
+		return err
 	}
-	first := int64(i) * d.journal.PartSize
-	last := first + d.length(i) - 1
-	req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", first, last))
+	first, length := int64(i)*d.journal.PartSize, d.length(i)
+	req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", first, first+length-1))
 	d.mu.Lock()
 	etag := d.journal.ETag
 	d.mu.Unlock()
@@ -231,27 +297,53 @@ func (d *download) try(ctx context.Context, i int) error {
 		return withoutURL(err)
 	}
 	defer resp.Body.Close() //nolint:errcheck // read only
-	if err := d.accept(resp, first, last, etag); err != nil {
+	if err := d.accept(resp, first, length, etag); err != nil {
 		return err
 	}
-	watchdog := time.AfterFunc(d.c.cfg.Stall, func() { cancel(errors.New("no byte came for too long")) })
-	defer watchdog.Stop()
-	body := io.LimitReader(&petted{resp.Body, watchdog, d.c.cfg.Stall}, last-first+1)
-	n, err := io.CopyBuffer(io.NewOffsetWriter(d.file, first), body, make([]byte, 256<<10))
+	moving := watch(resp.Body, d.c.cfg.Stall, cancel)
+	defer moving.dog.Stop()
+	err = d.keep(&exactly{moving, length}, first)
 	if cause := context.Cause(ctx); cause != nil {
 		return cause
-	}
-	if err == nil && n != last-first+1 {
-		err = io.ErrUnexpectedEOF
 	}
 	return err
 }
 
+// keep writes a part to its place.
+func (d *download) keep(body io.Reader, first int64) (err error) {
+	if first == 0 {
+		if body, err = sealedHead(body, d.c.cfg.CheckHeader, contract.Refuse("blob.not-sealed", "seal the input with age and upload that",
+			"the input is not sealed: plaintext is never handled")); err != nil {
+			return err
+		}
+	}
+	_, err = io.CopyBuffer(io.NewOffsetWriter(d.file, first), body, make([]byte, 256<<10))
+	return err
+}
+
+// exactly reads left bytes and no more; fewer are an error.
+type exactly struct {
+	r    io.Reader
+	left int64
+}
+
+func (e *exactly) Read(b []byte) (int, error) {
+	if e.left == 0 {
+		return 0, io.EOF
+	}
+	n, err := e.r.Read(b[:min(int64(len(b)), e.left)])
+	e.left -= int64(n)
+	if e.left > 0 && errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	return n, err
+}
+
 // accept checks that the answer is the part that was asked for, of the object
 // that was begun.
-func (d *download) accept(resp *http.Response, first, last int64, etag string) error {
+func (d *download) accept(resp *http.Response, first, length int64, etag string) error {
 	if resp.StatusCode == http.StatusRequestedRangeNotSatisfiable {
-		return d.wrongSize(resp.ContentLength)
+		return d.wrongSize(parseUnsatisfied(resp.Header.Get("Content-Range")))
 	}
 	if err := answered(resp, http.StatusPartialContent, http.StatusOK); err != nil {
 		return err
@@ -262,7 +354,7 @@ func (d *download) accept(resp *http.Response, first, last int64, etag string) e
 		if resp.ContentLength != d.journal.Size {
 			return d.wrongSize(resp.ContentLength)
 		}
-		if first != 0 || last != d.journal.Size-1 {
+		if length != d.journal.Size {
 			return contract.Refuse("blob.no-ranges", "use an object store that serves ranges", "the object store ignores ranges")
 		}
 	} else {
@@ -273,11 +365,11 @@ func (d *download) accept(resp *http.Response, first, last int64, etag string) e
 		if total != d.journal.Size {
 			return d.wrongSize(total)
 		}
-		if gotFirst != first || gotLast != last {
-			return fmt.Errorf("object store answers with bytes %d-%d for %d-%d", gotFirst, gotLast, first, last)
+		if gotFirst != first || gotLast != first+length-1 {
+			return fmt.Errorf("object store answers with bytes %d-%d for %d-%d", gotFirst, gotLast, first, first+length-1)
 		}
 	}
-	got := resp.Header.Get("ETag")
+	got := strongTag(resp.Header.Get("ETag"))
 	if etag != "" && got != "" && got != etag {
 		return errReplaced
 	}
@@ -289,21 +381,20 @@ func (d *download) accept(resp *http.Response, first, last int64, etag string) e
 	return nil
 }
 
-func (d *download) wrongSize(got int64) error {
-	return contract.Refuse("blob.size-mismatch", "upload the very file the manifest names", "the object has %d bytes, the manifest says %d", got, d.journal.Size)
-}
-
-// petted tells the watchdog of every byte.
-type petted struct {
-	r     io.Reader
-	dog   *time.Timer
-	stall time.Duration
-}
-
-func (p *petted) Read(b []byte) (int, error) {
-	n, err := p.r.Read(b)
-	if n > 0 {
-		p.dog.Reset(p.stall)
+// strongTag returns a tag that If-Match can carry, else "": a weak one never
+// matches (RFC 9110, 13.1.1).
+func strongTag(etag string) string {
+	if strings.HasPrefix(etag, "W/") || len(etag) > maxETag {
+		return ""
 	}
-	return n, err
+	return etag
+}
+
+// wrongSize takes a size of -1 for an unknown one.
+func (d *download) wrongSize(got int64) error {
+	found := "an unknown number of bytes"
+	if got >= 0 {
+		found = strconv.FormatInt(got, 10) + " bytes"
+	}
+	return contract.Refuse("blob.size-mismatch", "upload the very file the manifest names", "the object has %s, the manifest says %d", found, d.journal.Size)
 }

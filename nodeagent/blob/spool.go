@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"net/http"
 	"os"
@@ -31,8 +32,7 @@ type Spools struct {
 	dir         string
 	client      *http.Client
 	checkHeader func(io.Reader) error
-	// stall is how long an upload may take no byte.
-	stall time.Duration
+	stall       time.Duration
 }
 
 // OpenSpools opens or makes the folder, 0700.
@@ -110,6 +110,12 @@ func (s *Spool) Receive(_ context.Context, name string, r io.Reader) (entry Entr
 	if name == contract.ResultsManifestName {
 		room = min(room, contract.MaxResultManifestBytes)
 	}
+	if name != contract.ResultsManifestName {
+		if r, err = sealedHead(r, s.s.checkHeader, contract.Refuse("results.not-sealed", "use a guest image that seals its results",
+			"result %s is not sealed: plaintext is never handled", name)); err != nil {
+			return Entry{}, fmt.Errorf("receiving result: %w", err)
+		}
+	}
 	path := filepath.Join(s.dir, "."+name+partialSuffix)
 	file, err := os.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_RDWR, 0o600)
 	if err != nil {
@@ -128,11 +134,6 @@ func (s *Spool) Receive(_ context.Context, name string, r io.Reader) (entry Entr
 	}
 	if size > room {
 		return Entry{}, contract.Refuse("results.quota", "make the results smaller, or ask for a larger quota", "the results are larger than %d bytes", s.quota)
-	}
-	if name != contract.ResultsManifestName {
-		if err := s.s.checkHeader(io.NewSectionReader(file, 0, size)); err != nil {
-			return Entry{}, contract.Refuse("results.not-sealed", "use a guest image that seals its results", "result %s is not sealed: plaintext is never handled", name).Because(err)
-		}
 	}
 	if err := file.Sync(); err != nil {
 		return Entry{}, diskError(fmt.Errorf("receiving result: %w", err))
@@ -190,40 +191,80 @@ func (s *Spools) Upload(ctx context.Context, guestID string, e Entry, putURL str
 		return fmt.Errorf("uploading: names %q, %q are malformed", guestID, e.Name)
 	}
 	file, err := os.Open(filepath.Join(s.dir, guestID, e.Name))
+	if errors.Is(err, os.ErrNotExist) {
+		return damaged(e, "is gone")
+	}
 	if err != nil {
 		return fmt.Errorf("uploading result: %w", err)
 	}
 	defer file.Close() //nolint:errcheck // read only
-	// The client bounds the wait for an answer only; a store that stops reading
-	// would hold the upload until its URL has expired. The answer's own bound
-	// comes first.
+	info, err := file.Stat()
+	if err != nil {
+		return fmt.Errorf("uploading result: %w", err)
+	}
+	if info.Size() != e.Size {
+		return damaged(e, fmt.Sprintf("has %d bytes, not %d", info.Size(), e.Size))
+	}
+	return s.put(ctx, e, file, putURL)
+}
+
+func (s *Spools) put(ctx context.Context, e Entry, file io.Reader, putURL string) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	dog := time.AfterFunc(2*s.stall, func() { cancel(errors.New("the object store took no byte for too long")) })
-	defer dog.Stop()
-	sum := sha256.New()
-	body := &petted{io.TeeReader(io.LimitReader(file, e.Size), sum), dog, 2 * s.stall}
-	req, err := http.NewRequestWithContext(ctx, http.MethodPut, putURL, io.NopCloser(body))
+	req, err := request(ctx, http.MethodPut, putURL, http.NoBody)
 	if err != nil {
-		return contract.Refuse("blob.url-malformed", "give a presigned https URL", "the result's URL is malformed")
+		return err
 	}
-	req.ContentLength = e.Size
-	if e.Size == 0 {
-		req.Body = http.NoBody
+	body := &sending{r: io.LimitReader(file, e.Size), sum: sha256.New()}
+	if e.Size > 0 {
+		moving := watch(body, s.stall, cancel)
+		defer moving.dog.Stop()
+		req.Body, req.ContentLength = io.NopCloser(moving), e.Size
 	}
 	resp, err := s.client.Do(req)
-	if cause := context.Cause(ctx); err != nil && cause != nil {
-		err = cause
-	}
 	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
 		return fmt.Errorf("uploading result %s: %w", e.Name, withoutURL(err))
 	}
 	defer resp.Body.Close() //nolint:errcheck // read only
 	if err := answered(resp, http.StatusOK, http.StatusCreated, http.StatusNoContent); err != nil {
 		return err
 	}
-	if got := sum.Sum(nil); !bytes.Equal(got, e.SHA256[:]) {
-		return contract.Refuse("results.spool-damaged", "launch again; check the host's disk", "result %s changed on the host's disk: SHA-256 is %s", e.Name, hex.EncodeToString(got))
+	switch got, n := body.sent(); {
+	case n != e.Size:
+		return fmt.Errorf("uploading result %s: object store answers %s after %d of %d bytes", e.Name, resp.Status, n, e.Size)
+	case !bytes.Equal(got, e.SHA256[:]):
+		return damaged(e, "has another SHA-256: "+hex.EncodeToString(got))
 	}
 	return nil
+}
+
+func damaged(e Entry, how string) error {
+	return contract.Refuse("results.spool-damaged", "launch again; check the host's disk", "result %s changed on the host's disk: it %s", e.Name, how)
+}
+
+// sending hashes what is sent. net/http may go on reading a body after the
+// answer came.
+type sending struct {
+	mu  sync.Mutex
+	r   io.Reader
+	sum hash.Hash
+	n   int64
+}
+
+func (s *sending) Read(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n, err := s.r.Read(b)
+	s.sum.Write(b[:n])
+	s.n += int64(n)
+	return n, err
+}
+
+func (s *sending) sent() (sum []byte, n int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.sum.Sum(nil), s.n
 }

@@ -3,6 +3,7 @@ package psp
 import (
 	"encoding/hex"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -39,12 +40,9 @@ type arguments struct {
 // the files as that process sees them.
 func measureProcess(root string, pid int) (*launch, error) {
 	proc := filepath.Join(root, "proc", strconv.Itoa(pid))
-	raw, err := os.ReadFile(filepath.Join(proc, "cmdline"))
+	raw, err := readLimited(filepath.Join(proc, "cmdline"), maxCmdline)
 	if err != nil {
 		return nil, fmt.Errorf("reading command line of %d: %w", pid, err)
-	}
-	if len(raw) > maxCmdline {
-		return nil, fmt.Errorf("command line of %d has %d bytes", pid, len(raw))
 	}
 	args, err := parseArguments(strings.Split(strings.TrimRight(string(raw), "\x00"), "\x00"))
 	if err != nil {
@@ -54,7 +52,7 @@ func measureProcess(root string, pid int) (*launch, error) {
 	if err := l.parseItem(args.launch); err != nil {
 		return nil, err
 	}
-	firmware, err := os.ReadFile(filepath.Join(proc, "root", args.firmware))
+	firmware, err := readLimited(filepath.Join(proc, "root", args.firmware), ovmf.MaxSize)
 	if err != nil {
 		return nil, err
 	}
@@ -64,7 +62,7 @@ func measureProcess(root string, pid int) (*launch, error) {
 	}
 	var table *[ovmf.HashTableSize]byte
 	if args.kernel {
-		raw, err := os.ReadFile(filepath.Join(proc, "root", args.table))
+		raw, err := readLimited(filepath.Join(proc, "root", args.table), ovmf.HashTableSize)
 		if err != nil {
 			return nil, err
 		}
@@ -79,6 +77,20 @@ func measureProcess(root string, pid int) (*launch, error) {
 	}
 	l.digest, err = measure.DigestWithTable(firmware, table, args.vcpus, signature, guestFeatures)
 	return l, err
+}
+
+// readLimited reads a whole file of another process.
+func readLimited(path string, limit int64) ([]byte, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close() //nolint:errcheck // only read from
+	data, err := io.ReadAll(io.LimitReader(file, limit+1))
+	if err == nil && int64(len(data)) > limit {
+		err = fmt.Errorf("%s has more than %d bytes", path, limit)
+	}
+	return data, err
 }
 
 // parseItem reads "policy=0x30000;host-data=HEX".

@@ -24,6 +24,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -74,6 +75,9 @@ type PSP struct {
 
 // New makes a chip with a fresh identity and its certificate chain.
 func New(cfg Config) (*PSP, error) {
+	if !slices.Contains([]Fault{FaultNone, FaultWrongMeasurement, FaultWrongHostData, FaultBadSignature, FaultSilent}, cfg.Fault) {
+		return nil, fmt.Errorf("fault %q is not known", cfg.Fault)
+	}
 	p := &PSP{cfg: cfg, root: "/"}
 	if _, err := rand.Read(p.chip[:]); err != nil {
 		return nil, err
@@ -82,8 +86,7 @@ func New(cfg Config) (*PSP, error) {
 	if p.chain, err = snptest.NewChain(snptest.ProductEmulated, cfg.TCB, p.chip[:], time.Now()); err != nil {
 		return nil, err
 	}
-	genoa := snp.GenoaTCB(cfg.TCB)
-	p.tcb = genoa
+	p.tcb = snp.GenoaTCB(cfg.TCB)
 	return p, nil
 }
 

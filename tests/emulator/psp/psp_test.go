@@ -1,9 +1,15 @@
 package psp
 
 import (
+	"bytes"
+	"context"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/binary"
 	"encoding/hex"
+	"errors"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -111,6 +117,95 @@ func TestFaultsShowInTheReport(t *testing.T) {
 			t.Errorf("fault %q fails check %q, want %q (report %s)", fault, got, check, hex.EncodeToString(report[:16]))
 		}
 	}
+}
+
+func TestTheReportSaysTheTCBAndPolicyThatWereSet(t *testing.T) {
+	t.Parallel()
+	tcb := contract.TCB{BootLoader: 9, TEE: 1, SNP: 22, Microcode: 70}
+	p, err := New(Config{TCB: tcb, PolicyOverride: 0xb0000, Logger: hclog.NewNullLogger()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := p.Report(&launch{policy: 0x30000}, make([]byte, contract.ReportDataSize))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := snp.ParseReport(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := snp.GenoaTCB(tcb)
+	if r.Policy != 0xb0000 || r.CurrentTCB != want || r.ReportedTCB != want || r.CommittedTCB != want || r.LaunchTCB != want {
+		t.Errorf("policy %#x, TCB %#x %#x %#x %#x, want %#x", r.Policy, r.CurrentTCB, r.ReportedTCB, r.CommittedTCB, r.LaunchTCB, want)
+	}
+	for _, der := range [][]byte{p.chain.VCEK, p.chain.ASK, p.chain.ARK} {
+		if cert, err := x509.ParseCertificate(der); err != nil || !strings.Contains(cert.Subject.CommonName, "EMULATED") {
+			t.Errorf("a certificate is named %s (%v)", cert.Subject, err)
+		}
+	}
+	if _, err := New(Config{Fault: "wrong-mesurement", Logger: hclog.NewNullLogger()}); err == nil {
+		t.Error("an unknown fault is no fault")
+	}
+}
+
+// A process that is no QEMU gets no report, however it asks.
+func TestWhoIsNoGuestGetsNoReport(t *testing.T) {
+	t.Parallel()
+	p, err := New(Config{Logger: hclog.NewNullLogger()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "psp.sock"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	served := make(chan error, 1)
+	go func() { served <- p.Serve(ctx, listener) }()
+	conn, err := (&net.Dialer{}).DialContext(t.Context(), "unix", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, _ = conn.Write(frame(`{"report_data":"` + strings.Repeat("A", 86) + `=="}`)) // it may have hung up already
+	if got, err := io.ReadAll(conn); len(got) > 0 {
+		t.Errorf("got %q, %v", got, err)
+	}
+	cancel()
+	if err := errors.Join(<-served, conn.Close()); err != nil {
+		t.Error(err)
+	}
+}
+
+func frame(text string) []byte {
+	return append(binary.BigEndian.AppendUint32(nil, uint32(len(text))), text...)
+}
+
+func FuzzAnswer(f *testing.F) {
+	f.Add(frame(`{"report_data":"`+strings.Repeat("A", 86)+`=="}`), false)
+	f.Add(frame(`{"report_data":"AA=="}`), false)
+	f.Add(frame(`{}`), true)
+	f.Add([]byte{255, 255, 255, 255, 1}, false)
+	p, err := New(Config{Logger: hclog.NewNullLogger()})
+	if err != nil {
+		f.Fatal(err)
+	}
+	silent := *p
+	silent.cfg.Fault = FaultSilent
+	f.Fuzz(func(t *testing.T, raw []byte, mute bool) {
+		chip := p
+		if mute {
+			chip = &silent
+		}
+		var out bytes.Buffer
+		err := chip.answer(bytes.NewReader(raw), &out, &launch{})
+		answered := out.Len() > 0
+		if answered != (err == nil && !mute) {
+			t.Errorf("answered %v, %v", answered, err)
+		}
+		if answered && int(binary.BigEndian.Uint32(out.Bytes())) != out.Len()-4 {
+			t.Errorf("the answer's frame is %x", out.Bytes()[:4])
+		}
+	})
 }
 
 func FuzzParseArguments(f *testing.F) {

@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -135,8 +134,9 @@ func hostsFile(names map[string]string) []byte {
 	var out bytes.Buffer
 	out.WriteString("127.0.0.1 localhost\n::1 localhost\n")
 	for _, name := range slices.Sorted(maps.Keys(names)) {
-		addr, err := netip.ParseAddr(names[name])
-		if err == nil && name != "localhost" && !strings.ContainsAny(name, " \t\r\n#") {
+		addr, ok := address(names[name])
+		// Names obey the same rules as files, and are as safe in a line.
+		if ok && name != "localhost" && contract.ValidFileName(name) {
 			fmt.Fprintf(&out, "%s %s\n", addr, name)
 		}
 	}
@@ -146,11 +146,18 @@ func hostsFile(names map[string]string) []byte {
 func resolvFile(servers []string) []byte {
 	var out bytes.Buffer
 	for _, s := range servers {
-		if addr, err := netip.ParseAddr(s); err == nil {
+		if addr, ok := address(s); ok {
 			fmt.Fprintf(&out, "nameserver %s\n", addr)
 		}
 	}
 	return out.Bytes()
+}
+
+// address reads an address without a zone: netip takes anything for one, line
+// breaks too.
+func address(s string) (netip.Addr, bool) {
+	addr, err := netip.ParseAddr(s)
+	return addr, err == nil && addr.Zone() == ""
 }
 
 // The kernel's ACPI events (Linux drivers/acpi/event.c): a generic netlink

@@ -3,8 +3,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
-	"fmt"
+	"math"
 	"net"
 	"os"
 	"os/signal"
@@ -25,6 +26,10 @@ func main() {
 	fault := flag.String("fault", "", "wrong-measurement, wrong-host-data, bad-signature or silent")
 	flag.Parse()
 	logger := hclog.New(&hclog.LoggerOptions{Name: "EMULATED-psp", Output: os.Stderr})
+	if *svn > math.MaxUint8 || *microcode > math.MaxUint8 {
+		logger.Error("a component of the TCB has one byte", "snp_svn", *svn, "microcode", *microcode)
+		os.Exit(2)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, *socket, *dir, psp.Config{
 		TCB:            contract.TCB{BootLoader: 10, SNP: uint8(*svn), Microcode: uint8(*microcode)},
@@ -39,7 +44,7 @@ func main() {
 
 func run(ctx context.Context, socket, dir string, cfg psp.Config) error {
 	if socket == "" || dir == "" {
-		return fmt.Errorf("--socket and --endorsements are required")
+		return errors.New("--socket and --endorsements are required")
 	}
 	p, err := psp.New(cfg)
 	if err != nil {

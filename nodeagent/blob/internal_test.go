@@ -1,0 +1,164 @@
+package blob
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+func FuzzParseContentRange(f *testing.F) {
+	for _, seed := range []string{"bytes 0-9/10", "bytes */10", "bytes 5-4/10", "bytes 0-9/*", "bytes -1-2/3", "lines 0-1/2", "bytes 0-9223372036854775807/9223372036854775807"} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		if first, last, total, err := parseContentRange(text); err == nil && (first < 0 || last < first || total <= last) {
+			t.Errorf("%q is %d-%d/%d", text, first, last, total)
+		}
+		if total := parseUnsatisfied(text); total < -1 {
+			t.Errorf("%q has %d bytes", text, total)
+		}
+	})
+}
+
+func FuzzParseJournal(f *testing.F) {
+	f.Add([]byte(`{"etag":"\"1\"","size":100,"part_size":10,"parts":3}`))
+	f.Add([]byte(`{"size":-1,"part_size":0,"parts":-5}`))
+	f.Add([]byte(`{"size":1,"part_size":1,"done":[true]}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		j, err := parseJournal(raw)
+		if err != nil {
+			return
+		}
+		if j.Size <= 0 || j.PartSize <= 0 || j.Parts < 0 {
+			t.Errorf("%+v", j)
+		}
+		again, err := json.Marshal(j)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if k, err := parseJournal(again); err != nil || k != j {
+			t.Errorf("%+v became %+v, %v", j, k, err)
+		}
+	})
+}
+
+// hostile answers every request alike.
+type hostile struct {
+	status int
+	header http.Header
+	body   []byte
+}
+
+func (h hostile) RoundTrip(r *http.Request) (*http.Response, error) {
+	return &http.Response{
+		StatusCode: h.status, Status: http.StatusText(h.status), Header: h.header.Clone(), ContentLength: int64(len(h.body)),
+		Body: io.NopCloser(bytes.NewReader(h.body)), Request: r,
+	}, nil
+}
+
+// Whatever a store answers: a blob appears only with the content it is named
+// after, and nothing is left of the URL in an error.
+func FuzzFetch(f *testing.F) {
+	content := []byte("sealed: the very content")
+	f.Add(http.StatusPartialContent, "bytes 0-23/24", `"1"`, content)
+	f.Add(http.StatusOK, "", "", content)
+	f.Add(http.StatusOK, "", "", []byte("sealed: another content!"))
+	f.Add(http.StatusFound, "", "", []byte{})
+	f.Add(http.StatusRequestedRangeNotSatisfiable, "bytes */5", "W/\"x\"", []byte("plain"))
+	f.Fuzz(func(t *testing.T, status int, contentRange, etag string, body []byte) {
+		if status < 100 || status > 999 || status/100 == 5 || len(body) > 1<<16 || status == http.StatusTooManyRequests || status == http.StatusRequestTimeout {
+			return // what may pass is tried for half a minute
+		}
+		dir := t.TempDir()
+		header := http.Header{"Content-Range": {contentRange}, "Etag": {etag}, "Location": {"%zz?SECRETSIGNATURE"}}
+		check := func(r io.Reader) error {
+			head := make([]byte, 7)
+			if _, err := io.ReadFull(r, head); err != nil {
+				return err
+			}
+			if string(head) != "sealed:" {
+				return io.ErrUnexpectedEOF
+			}
+			return nil
+		}
+		c, err := Open(dir, Config{MaxBytes: 1 << 20, CheckHeader: check, Stall: time.Minute}, &http.Client{Transport: noRedirects{hostile{status, header, body}}}, hclog.NewNullLogger())
+		if err != nil {
+			t.Fatal(err)
+		}
+		// An answer that may pass is not tried for long.
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		ref := Ref{SHA256: sha256.Sum256(content), Size: int64(len(content)), URL: "https://store.example/o?SECRETSIGNATURE"}
+		path, err := c.Fetch(ctx, ref, "o", nil)
+		if err != nil {
+			if bytes.Contains([]byte(err.Error()), []byte("SECRETSIGNATURE")) {
+				t.Errorf("the URL is in %v", err)
+			}
+			if left, globErr := filepath.Glob(filepath.Join(dir, "blobs", "*")); globErr != nil || len(left) > 0 {
+				t.Errorf("left %v, %v", left, globErr)
+			}
+			return
+		}
+		if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, content) {
+			t.Errorf("%q, %v", got, err)
+		}
+	})
+}
+
+// An eviction that has looked at the claims takes a blob which a guest asks
+// for at that very moment: the guest gets it anew, not the name of nothing.
+func TestAClaimWaitsForAnEvictionUnderWay(t *testing.T) {
+	t.Parallel()
+	content := []byte("content")
+	ref := Ref{SHA256: sha256.Sum256(content), Size: int64(len(content)), URL: "https://store.example/"}
+	store := hostile{http.StatusOK, http.Header{}, content}
+	c, err := Open(t.TempDir(), Config{MaxBytes: 1 << 20, CheckHeader: func(io.Reader) error { return nil }}, &http.Client{Transport: store}, hclog.NewNullLogger())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Fetch(t.Context(), ref, "guest-1", nil); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Release("guest-1"); err != nil {
+		t.Fatal(err)
+	}
+	c.mu.Lock()
+	_, free, err := c.usage("another")
+	if err != nil || len(free) != 1 {
+		t.Fatalf("%v, %v", free, err)
+	}
+	fetched := make(chan string)
+	go func() {
+		path, err := c.Fetch(t.Context(), ref, "guest-2", nil)
+		if err != nil {
+			t.Error(err)
+		}
+		fetched <- path
+	}()
+	claim := filepath.Join(c.dir, "owners", "guest-2", ref.name())
+	for range 20_000 { // time enough to claim, if nothing hinders it
+		if _, err := os.Stat(claim); err == nil {
+			t.Error("claimed while an eviction was under way")
+			break
+		}
+		runtime.Gosched()
+	}
+	err = os.Remove(c.final(free[0].name))
+	c.mu.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(<-fetched); err != nil || !bytes.Equal(got, content) {
+		t.Errorf("%q, %v", got, err)
+	}
+}

@@ -1,0 +1,180 @@
+package blob_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/sealed"
+	"github.com/confidential-node/agent/nodeagent/blob"
+)
+
+func spools(t *testing.T) *blob.Spools {
+	t.Helper()
+	s, err := blob.OpenSpools(t.TempDir(), sealed.CheckHeader, client(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func TestResultsAreTakenWholeSealedAndUnderTheQuota(t *testing.T) {
+	t.Parallel()
+	s := spools(t)
+	data := seal(t, 10_000)
+	names := []string{"a", "b", contract.ResultsManifestName}
+	spool, err := s.Open("guest-1", names, int64(len(data))+100)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // again replaces
+		e, err := spool.Receive(t.Context(), "a", bytes.NewReader(data))
+		if err != nil || e.SHA256 != sha256.Sum256(data) || e.Size != int64(len(data)) {
+			t.Errorf("%+v %v", e, err)
+		}
+	}
+	broken := io.MultiReader(bytes.NewReader(data[:100]), errorReader{})
+	for name, c := range map[string]struct {
+		file string
+		r    io.Reader
+		code string
+	}{
+		"unknown":      {"c", bytes.NewReader(data), "results.unknown-name"},
+		"path":         {"../x", bytes.NewReader(data), "results.unknown-name"},
+		"over quota":   {"b", bytes.NewReader(data), "results.quota"},
+		"plaintext":    {"b", strings.NewReader("plain"), "results.not-sealed"},
+		"broken off":   {"b", broken, "internal"},
+		"endless list": {contract.ResultsManifestName, bytes.NewReader(make([]byte, 1000)), "results.quota"},
+	} {
+		if _, err := spool.Receive(t.Context(), c.file, c.r); contract.AsRefusal(err).Code != c.code {
+			t.Errorf("%s: %v, want %s", name, err, c.code)
+		}
+	}
+	again, err := s.Open("guest-1", names, int64(len(data))+100)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if entries, err := again.Entries(); err != nil || len(entries) != 1 || entries[0].SHA256 != sha256.Sum256(data) {
+		t.Errorf("after a restart: %+v %v", entries, err)
+	}
+	if ids, err := s.List(); err != nil || len(ids) != 1 {
+		t.Errorf("%v %v", ids, err)
+	}
+	for range 2 {
+		if err := s.Remove("guest-1"); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+type errorReader struct{}
+
+func (errorReader) Read([]byte) (int, error) { return 0, errors.New("broken off") }
+
+// A store that does not take the file has not got it, whatever it says.
+func TestAnUploadIsDoneOnlyWhenTheStoreTookAllOfIt(t *testing.T) {
+	t.Parallel()
+	s := spools(t)
+	s.SetStall(200 * time.Millisecond)
+	data := seal(t, 8<<20)
+	spool, err := s.Open("guest-1", []string{"a"}, 16<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := spool.Receive(t.Context(), "a", bytes.NewReader(data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	over := make(chan struct{})
+	for name, c := range map[string]struct {
+		answer http.HandlerFunc
+		code   string
+	}{
+		"redirected": {func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodPut {
+				http.Redirect(w, r, "/elsewhere", http.StatusSeeOther)
+			}
+		}, "blob.redirected"},
+		"answered early": {func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusOK)
+			w.(http.Flusher).Flush() //nolint:errcheck,forcetypeassert // it is one
+		}, "internal"},
+		"not read": {func(http.ResponseWriter, *http.Request) { <-over }, "internal"},
+	} {
+		server := httptest.NewTLSServer(c.answer)
+		err := s.Upload(t.Context(), "guest-1", e, server.URL+"?sig=SECRETSIGNATURE")
+		if err == nil || contract.AsRefusal(err).Code != c.code || strings.Contains(err.Error(), "SECRETSIGNATURE") {
+			t.Errorf("%s: %v, want %s", name, err, c.code)
+		}
+		if name == "not read" {
+			close(over)
+		}
+		server.CloseClientConnections()
+		server.Close()
+	}
+	for name, url := range map[string]string{"in the clear": "http://127.0.0.1:1/", "no URL": "https://%zz/"} {
+		if err := s.Upload(t.Context(), "guest-1", e, url); contract.AsRefusal(err).Code != "blob.url-malformed" {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	short := e
+	short.Size--
+	gone := e
+	gone.Name = "b"
+	for _, e := range []blob.Entry{short, gone} {
+		if err := s.Upload(t.Context(), "guest-1", e, "https://127.0.0.1:1/"); contract.AsRefusal(err).Code != "results.spool-damaged" {
+			t.Errorf("%+v: %v", e, err)
+		}
+	}
+}
+
+func TestUploadsSendTheFileAndSayWhatIsFinal(t *testing.T) {
+	t.Parallel()
+	s := spools(t)
+	data := seal(t, 100_000)
+	spool, err := s.Open("guest-1", []string{"a"}, 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := spool.Receive(t.Context(), "a", bytes.NewReader(data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []byte
+	code := http.StatusOK
+	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		got, _ = io.ReadAll(r.Body)
+		w.WriteHeader(code)
+	}))
+	t.Cleanup(server.Close)
+	url := server.URL + "?sig=SECRETSIGNATURE"
+	if err := s.Upload(t.Context(), "guest-1", e, url); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("uploaded %d bytes, %v", len(got), err)
+	}
+	code = http.StatusForbidden
+	if err := s.Upload(t.Context(), "guest-1", e, url); contract.AsRefusal(err).Code != "blob.url-expired" {
+		t.Errorf("expired: %v", err)
+	}
+	code = http.StatusServiceUnavailable
+	if err := s.Upload(t.Context(), "guest-1", e, url); err == nil || contract.AsRefusal(err).Code != "internal" {
+		t.Errorf("may pass: %v", err)
+	}
+	code = http.StatusOK
+	e.SHA256[0] ^= 1
+	if err := s.Upload(t.Context(), "guest-1", e, url); contract.AsRefusal(err).Code != "results.spool-damaged" {
+		t.Errorf("damaged: %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.Upload(ctx, "guest-1", e, url); err == nil || strings.Contains(err.Error(), "SECRETSIGNATURE") {
+		t.Errorf("cancelled: %v", err)
+	}
+}
