@@ -28,8 +28,12 @@ import (
 	"github.com/pelletier/go-toml/v2"
 )
 
-// maxFileBytes bounds one configuration file.
-const maxFileBytes = 1 << 20
+const (
+	// maxFileBytes bounds one configuration file.
+	maxFileBytes = 1 << 20
+	// maxPutBytes is the largest object of one PUT (S3, PutObject).
+	maxPutBytes = 5 << 30
+)
 
 // TEEs a configuration may name.
 const (
@@ -125,8 +129,8 @@ type Policy struct {
 	StartTimeout Duration `toml:"start_timeout"`
 	// RunTimeout bounds "running" to the end. Default 720h.
 	RunTimeout Duration `toml:"run_timeout"`
-	// ResultsQuota bounds the bytes of one guest's results. Default 5 GiB,
-	// the most one presigned PUT can carry.
+	// ResultsQuota bounds the bytes of one guest's results, 1 to 5 GiB, the
+	// most one presigned PUT can carry. Default 5 GiB.
 	ResultsQuota int64 `toml:"results_quota"`
 }
 
@@ -190,7 +194,7 @@ func Default() Config {
 			MaxGuests: 16, MaxVCPUs: 64, MaxMemoryMiB: 1 << 20, ReserveMemoryMiB: 4096,
 			CPUModels:    []string{"EPYC-v4"},
 			StartTimeout: Duration(15 * time.Minute), RunTimeout: Duration(720 * time.Hour),
-			ResultsQuota: 5 << 30,
+			ResultsQuota: maxPutBytes,
 		},
 		Blob: Blob{MaxBytes: 1 << 40, Parts: 8},
 	}
@@ -321,7 +325,7 @@ func (c *Config) validate(path string, at map[string]string) error {
 	check(len(c.Policy.CPUModels) > 0, "policy.cpu_models", "is empty: no guest could be launched")
 	within("policy.start_timeout", c.Policy.StartTimeout, time.Second, 24*time.Hour)
 	within("policy.run_timeout", c.Policy.RunTimeout, time.Second, 365*24*time.Hour)
-	check(c.Policy.ResultsQuota > 0, "policy.results_quota", "%d is not positive", c.Policy.ResultsQuota)
+	check(c.Policy.ResultsQuota > 0 && c.Policy.ResultsQuota <= maxPutBytes, "policy.results_quota", "%d is not within 1..%d: a result goes up in one presigned PUT", c.Policy.ResultsQuota, int64(maxPutBytes))
 	check(c.Blob.MaxBytes > 0, "blob.max_bytes", "%d is not positive", c.Blob.MaxBytes)
 	check(c.Blob.Parts >= 1 && c.Blob.Parts <= 64, "blob.parts", "%d is not within 1..64", c.Blob.Parts)
 	return errors.Join(errs...)
