@@ -44,8 +44,11 @@ generate: ## make the protobuf code (needs protoc)
 check-dirty: generate fmt ## fail when generated or formatted files differ from what is committed
 	git diff --exit-code
 
-bench: ## print benchmarks
-	go test -run '^$$' -bench . ./firmware/measure
+bench: setup ## print tables of ratios: launch, boot, digest, blob fetch, idle agent (root)
+	go test -tags $(EMULATED_TAGS) -run '^$$' -bench . ./firmware/measure ./nodeagent/blob
+	@go build -tags $(EMULATED_TAGS) -o .cache/trial/bin/bench ./tests/bench
+	@.cache/trial/bin/bench build
+	@.cache/trial/bin/bench
 
 clean: ## remove what building made
 	rm -rf bin .cache/bin

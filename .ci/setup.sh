@@ -4,7 +4,7 @@
 set -euo pipefail
 
 release=$(. /etc/os-release && echo "${VERSION_CODENAME:-unknown}")
-packages=(gcc libc6-dev nftables iproute2 util-linux qemu-system-x86 libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-daemon-system)
+packages=(gcc libc6-dev curl nftables iproute2 util-linux qemu-system-x86 libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-daemon-system)
 missing=()
 for package in "${packages[@]}"; do
 	version=$(dpkg-query -W -f '${db:Status-Abbrev}${Version}' "$package" 2>/dev/null || true)

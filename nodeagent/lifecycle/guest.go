@@ -254,7 +254,7 @@ func (g *guest) Status(_ context.Context, s contract.GuestStatus) error {
 	if err != nil || !news {
 		return err
 	}
-	g.m.log.Info("guest reports", keyGuest, g.id, "phase", string(s.Phase))
+	g.m.log.Info("guest reports", keyGuest, g.id, "phase", string(s.Phase), "uptime_ms", s.UptimeMS)
 	g.poke()
 	return nil
 }
