@@ -5,13 +5,17 @@ package rig_test
 import (
 	"bytes"
 	"encoding/base64"
+	"errors"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
 
+	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/tests/rig"
+	"github.com/confidential-node/agent/tests/skip"
+	"github.com/confidential-node/agent/vm"
 	"github.com/confidential-node/agent/vm/diagnosis"
 )
 
@@ -190,5 +194,29 @@ func TestQEMURefusesWrongWordsOnSNP(t *testing.T) {
 		if !failed || code != c.code {
 			t.Errorf("%s: QEMU says %q, which is explained as %q", name, stderr, code)
 		}
+	}
+}
+
+// The whole way: a libvirtd that believes in SEV-SNP, because it learnt so
+// before something was changed, on a host that has no security processor.
+func TestAHostWithoutSecurityProcessorSaysSo(t *testing.T) {
+	h := newHost(t)
+	if _, err := os.Stat(h.Path("/dev/kvm")); err != nil {
+		skip.Missing(t, "KVM")
+	}
+	if _, err := os.Stat(h.Path("/dev/sev")); err == nil {
+		skip.Missing(t, "host without SEV")
+	}
+	pretendSNP(t, h)
+	d := drive(t, h)
+	spec := blankSpec(t, h)
+	spec.TEE = vm.TEE{SNP: &vm.SNP{Policy: 0x30000, HostData: make([]byte, 32)}}
+	r, refused := errors.AsType[*contract.Refusal](d.Start(t.Context(), spec))
+	if !refused || r.Code != "host.psp-missing" {
+		t.Errorf("the start ends with %v", r)
+	}
+	text, err := os.ReadFile(h.Path("/var/log/libvirt/qemu/" + vm.NamePrefix + guestID + ".log"))
+	if err != nil || !strings.Contains(string(text), ": starting up libvirt version") {
+		t.Errorf("libvirt's log of the domain does not begin as the driver expects (%v):\n%s", err, text)
 	}
 }

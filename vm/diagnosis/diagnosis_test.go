@@ -37,6 +37,7 @@ func TestWhatLibvirtAndQEMUSayIsExplained(t *testing.T) {
 		"sev_common_kvm_init: cbitpos check failed, host '47' requested '51'":                                                       "host.c-bit-mismatch",
 		"sev_common_kvm_init: reduced_phys_bits check failed, it should be in the range of 1 to 63, requested '0'":                  "host.c-bit-mismatch",
 		"sev_common_kvm_init: Failed to open /dev/sev 'No such file or directory'":                                                  "host.psp-missing",
+		"internal error: child reported (status=125): unable to stat: /dev/sev: No such file or directory":                          "host.psp-missing",
 		"sev_common_kvm_init: Failed to open /dev/sev 'Permission denied'":                                                          "host.psp-permission",
 		"sev_common_kvm_init: failed to get platform status ret=-5 fw_error='1: Platform state is invalid'":                         "host.psp-not-initialised",
 		"sev_common_kvm_init: SEV-ES guests require in-kernel irqchip support":                                                      "vm.irqchip",
@@ -172,7 +173,7 @@ func TestTheInstalledQEMUHasTheTexts(t *testing.T) {
 	}
 	// Not in every version, or put together at run time.
 	elsewhere := map[string]bool{
-		"Failed to open /dev/sev": true, "vm-type SEV-SNP not supported by KVM": true, "launch security is not supported with this QEMU binary": true,
+		"Failed to open /dev/sev": true, "unable to stat: /dev/sev": true, "vm-type SEV-SNP not supported by KVM": true, "launch security is not supported with this QEMU binary": true,
 		"QEMU does not support SEV guest": true, "Domain requires SEV-SNP firmware": true, "firmware that is compatible with the current configuration": true,
 		"failed to get launch security policy": true, "Unexpected length of 'idBlock'": true, "Unexpected length of 'idAuth'": true,
 		"Unexpected length of 'hostData'": true, "That firmware name is reserved": true, "Permission denied": true,

@@ -91,7 +91,7 @@ func startTexts() []known {
 		{
 			"host.psp-missing", "the host has no usable device of the security processor",
 			"load the module ccp and look in the kernel log for why /dev/sev is missing",
-			oneOf("Failed to open /dev/sev"),
+			oneOf("Failed to open /dev/sev", "unable to stat: /dev/sev"),
 		},
 		{
 			"host.psp-not-initialised", "the security processor does not answer to a query of its state",
