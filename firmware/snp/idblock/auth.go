@@ -106,24 +106,32 @@ func Verify(block, auth []byte) (*Signed, error) {
 	if a := binary.LittleEndian.Uint32(auth[offIDKeyAlgorithm:]); a != algorithmP384 {
 		return nil, fmt.Errorf("%w: algorithm %d of the ID key is not supported, want %d", ErrMalformed, a, algorithmP384)
 	}
-	idKey := auth[offIDKey:offReserved2]
-	if err := verify(idKey, auth[offBlockSignature:offIDKey], block); err != nil {
-		return nil, fmt.Errorf("ID key over the ID block: %w", err)
+	idKey, authorKey := auth[offIDKey:offReserved2], auth[offAuthorKey:offReserved3]
+	overBlock, err := decodeSigned(idKey, auth[offBlockSignature:offIDKey], block)
+	if err != nil {
+		return nil, fmt.Errorf("ID key: %w", err)
 	}
 	s := &Signed{Block: b, RawBlock: bytes.Clone(block), RawAuth: bytes.Clone(auth), IDKeyDigest: sha512.Sum384(idKey)}
+	signed := []signedData{overBlock}
 	switch a := binary.LittleEndian.Uint32(auth[offAuthorKeyAlgorithm:]); a {
 	case algorithmNone:
 		if !zero(auth[offIDKeySignature:offReserved3]) {
 			return nil, fmt.Errorf("%w: an author key without an algorithm", ErrMalformed)
 		}
 	case algorithmP384:
-		authorKey := auth[offAuthorKey:offReserved3]
-		if err := verify(authorKey, auth[offIDKeySignature:offAuthorKey], idKey); err != nil {
-			return nil, fmt.Errorf("author key over the ID key: %w", err)
+		overKey, err := decodeSigned(authorKey, auth[offIDKeySignature:offAuthorKey], idKey)
+		if err != nil {
+			return nil, fmt.Errorf("author key: %w", err)
 		}
 		s.HasAuthorKey, s.AuthorKeyDigest = true, sha512.Sum384(authorKey)
+		signed = append(signed, overKey)
 	default:
 		return nil, fmt.Errorf("%w: algorithm %d of the author key is not supported, want %d", ErrMalformed, a, algorithmP384)
+	}
+	for i, d := range signed {
+		if !d.holds() {
+			return nil, fmt.Errorf("%w: %s", ErrSignature, [...]string{"the ID key's over the ID block", "the author key's over the ID key"}[i])
+		}
 	}
 	return s, nil
 }

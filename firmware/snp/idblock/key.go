@@ -130,25 +130,33 @@ func sign(key *ecdsa.PrivateKey, data []byte) ([]byte, error) {
 	return out, nil
 }
 
-// verify checks a laid out signature by a laid out key.
-func verify(key, signature, data []byte) error {
+// signedData is data with a signature over it.
+type signedData struct {
+	key  *ecdsa.PublicKey
+	r, s *big.Int
+	data []byte
+}
+
+// decodeSigned reads a laid out key and signature.
+func decodeSigned(key, signature, data []byte) (signedData, error) {
 	public, err := decodeKey(key)
 	if err != nil {
-		return err
+		return signedData{}, err
 	}
 	if !zero(signature[offS+fieldSize:]) {
-		return fmt.Errorf("%w: bytes behind a signature are not zero", ErrMalformed)
+		return signedData{}, fmt.Errorf("%w: bytes behind a signature are not zero", ErrMalformed)
 	}
 	r, errR := scalar(signature[offR:])
 	s, errS := scalar(signature[offS:])
 	if err := errors.Join(errR, errS); err != nil {
-		return err
+		return signedData{}, err
 	}
-	sum := sha512.Sum384(data)
-	if !ecdsa.Verify(public, sum[:], new(big.Int).SetBytes(r), new(big.Int).SetBytes(s)) {
-		return ErrSignature
-	}
-	return nil
+	return signedData{public, new(big.Int).SetBytes(r), new(big.Int).SetBytes(s), data}, nil
+}
+
+func (d signedData) holds() bool {
+	sum := sha512.Sum384(d.data)
+	return ecdsa.Verify(d.key, sum[:], d.r, d.s)
 }
 
 // putScalar writes a big-endian number of scalarSize bytes into a field.
