@@ -346,7 +346,7 @@ func TestPrivateKeysAreReadInBothForms(t *testing.T) {
 
 // Whatever is accepted is what signing makes of it, byte for byte.
 func FuzzVerify(f *testing.F) {
-	for _, author := range []*ecdsa.PrivateKey{nil, newKey(f)} {
+	for _, author := range []*ecdsa.PrivateKey{nil, rfcKey(f)} {
 		s, err := Sign(vector(f), rfcKey(f), author)
 		if err != nil {
 			f.Fatal(err)
