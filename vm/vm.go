@@ -30,6 +30,9 @@ type Spec struct {
 	Disks []Disk
 	NIC   NIC
 	TEE   TEE
+	// MMIO64MiB is the 64-bit MMIO window that the firmware opens for GPUs
+	// (domain.GPUWindowMiB); 0 leaves it to the firmware.
+	MMIO64MiB uint64
 	// ConsoleLog receives the serial console of a debug image; "" gives the
 	// guest none.
 	ConsoleLog string
@@ -60,7 +63,8 @@ type SNP struct {
 	Policy uint64
 	// HostData is 32 bytes.
 	HostData []byte
-	// IDBlock (96 bytes) and IDAuth (4096 bytes): both or neither.
+	// IDBlock (96 bytes) and IDAuth (4096 bytes), as their publisher signed
+	// them: both or neither.
 	IDBlock, IDAuth []byte
 }
 

@@ -1,9 +1,11 @@
 package measure
 
 import (
+	"bytes"
 	"crypto/sha512"
 	"encoding/hex"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -122,6 +124,26 @@ func TestTheHashPageMatchesTheVectors(t *testing.T) {
 	page := hashPage(&table, 0x810c00)
 	if got := sha512.Sum384(page[:]); hex.EncodeToString(got[:]) != "4596d237df09734d43927eceeb63325e02d7334c465ff91efe8c263da6788e942d2247f0e5d7731c5db93f0520a2b7f8" {
 		t.Errorf("page with the table at 0xc00 hashes to %x", got)
+	}
+}
+
+// QEMU builds the table only under SEV, but the GUIDs it writes are in the
+// program as they are in memory.
+func TestTheInstalledQEMUWritesTheseGUIDs(t *testing.T) {
+	t.Parallel()
+	path, err := exec.LookPath("qemu-system-x86_64")
+	if err != nil {
+		skip.Missing(t, "qemu-system-x86_64")
+	}
+	program, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	table := HashTable(sum(""), sum(""), "")
+	for _, offset := range []int{0, 18, 68, 118} {
+		if guid := table[offset : offset+16]; !bytes.Contains(program, guid) {
+			t.Errorf("QEMU knows no GUID %x, which is at %d of the table", guid, offset)
+		}
 	}
 }
 

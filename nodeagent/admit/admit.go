@@ -9,12 +9,14 @@ package admit
 import (
 	"bytes"
 	"encoding/hex"
+	"errors"
 	"slices"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/snp/idblock"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/config"
 )
@@ -161,10 +163,29 @@ func features(d *decision) *contract.Refusal {
 	return nil
 }
 
+// idBlock refuses what the firmware would refuse only once all of the guest's
+// memory was measured.
 func idBlock(d *decision) *contract.Refusal {
-	if d.host.Emulated && len(d.cmd.GetIdBlock()) > 0 {
+	block, auth, m := d.cmd.GetIdBlock(), d.cmd.GetIdAuth(), d.cmd.GetMachine()
+	if len(block) == 0 && len(auth) == 0 {
+		return nil
+	}
+	if d.host.Emulated {
 		return contract.Refuse("admit.id-block-emulated", "launch without ID block, or on a host with SEV-SNP",
 			"the emulated TEE checks no ID block")
+	}
+	const remedy = "make ID block and ID auth with nodeagent measure --id-block from the image, machine and policy of this command"
+	pair, err := idblock.Verify(block, auth)
+	switch {
+	case errors.Is(err, idblock.ErrSignature):
+		return contract.Refuse("admit.id-block-signature", remedy, "a signature of the ID block does not hold").Because(err)
+	case err != nil:
+		return contract.Refuse("admit.id-block-malformed", remedy, "id_block and id_auth are not in the firmware's layout").Because(err)
+	case !bytes.Equal(pair.Block.LaunchDigest[:], d.cmd.GetLaunchDigest()):
+		return contract.Refuse("admit.id-block-digest", remedy, "the ID block is for launch digest %x, commanded is %x",
+			pair.Block.LaunchDigest, d.cmd.GetLaunchDigest())
+	case pair.Block.Policy != m.GetPolicy():
+		return contract.Refuse("admit.id-block-policy", remedy, "the ID block is for guest policy %#x, commanded is %#x", pair.Block.Policy, m.GetPolicy())
 	}
 	return nil
 }

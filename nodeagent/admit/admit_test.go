@@ -2,6 +2,9 @@ package admit
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"encoding/hex"
 	"slices"
 	"strings"
@@ -11,6 +14,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/snp/idblock"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/config"
 )
@@ -62,6 +66,30 @@ func TestAPlanSaysWhatTheCommandLeavesOpen(t *testing.T) {
 	}
 }
 
+// identify gives a command the ID block its image's publisher would sign.
+func identify(t *testing.T, cmd *api.LaunchGuest) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.LaunchDigest = bytes.Repeat([]byte{7}, 48)
+	pair, err := idblock.Sign(idblock.Block{LaunchDigest: [48]byte(cmd.LaunchDigest), Policy: cmd.Machine.Policy}, key, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.IdBlock, cmd.IdAuth = pair.RawBlock, pair.RawAuth
+}
+
+func TestAPublishersIDBlockIsAdmitted(t *testing.T) {
+	t.Parallel()
+	cmd, manifest, host := job()
+	identify(t, cmd)
+	if _, err := Decide(cmd, manifest, host); err != nil {
+		t.Error(err)
+	}
+}
+
 // One row per rule: the smallest change that makes it refuse.
 func TestEveryRuleRefusesWithItsCodeAndARemedy(t *testing.T) {
 	t.Parallel()
@@ -89,8 +117,15 @@ func TestEveryRuleRefusesWithItsCodeAndARemedy(t *testing.T) {
 		{"guest features", "admit.guest-features", func(w world) { w.cmd.Machine.GuestFeatures = 0x21 }},
 		{"no guest features", "admit.guest-features", func(w world) { w.cmd.Machine.GuestFeatures = 0 }},
 		{"ID block on the emulated TEE", "admit.id-block-emulated", func(w world) {
-			w.host.Emulated, w.host.Images[1].Description.Emulated, w.cmd.IdBlock = true, true, make([]byte, 96)
+			w.host.Emulated, w.host.Images[1].Description.Emulated = true, true
+			identify(t, w.cmd)
 		}},
+		{"ID block of zeros", "admit.id-block-malformed", func(w world) { w.cmd.IdBlock, w.cmd.IdAuth = make([]byte, 96), make([]byte, 4096) }},
+		{"ID block alone", "admit.id-block-malformed", func(w world) { identify(t, w.cmd); w.cmd.IdAuth = nil }},
+		{"ID auth alone", "admit.id-block-malformed", func(w world) { identify(t, w.cmd); w.cmd.IdBlock = nil }},
+		{"ID block changed after signing", "admit.id-block-signature", func(w world) { identify(t, w.cmd); w.cmd.IdBlock[0x54]++ }},
+		{"ID block of another digest", "admit.id-block-digest", func(w world) { identify(t, w.cmd); w.cmd.LaunchDigest = bytes.Repeat([]byte{8}, 48) }},
+		{"ID block of another policy", "admit.id-block-policy", func(w world) { identify(t, w.cmd); w.cmd.Machine.Policy = 0x20000 }},
 		{"unknown firmware", "admit.image-unknown", func(w world) { w.cmd.Image.FirmwareSha256 = sum(7) }},
 		{"unknown kernel", "admit.image-unknown", func(w world) { w.cmd.Image.KernelSha256 = sum(7) }},
 		{"unknown initrd", "admit.image-unknown", func(w world) { w.cmd.Image.InitrdSha256 = sum(7) }},

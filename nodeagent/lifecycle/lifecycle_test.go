@@ -45,9 +45,10 @@ type host struct {
 	// records is store unless a test stands in between.
 	records lifecycle.Records
 	// ahead is how far the host's clock runs ahead.
-	ahead atomic.Int64
-	image admit.Image
-	cfg   lifecycle.Config
+	ahead   atomic.Int64
+	image   admit.Image
+	cfg     lifecycle.Config
+	measure func(lifecycle.Boot) (lifecycle.Measured, error)
 }
 
 func newHost(t *testing.T) *host {
@@ -59,7 +60,7 @@ func newHost(t *testing.T) *host {
 	if h.store, err = store.Open(filepath.Join(dir, "state", "state.db"), time.Now, hclog.NewNullLogger()); err != nil {
 		t.Fatal(err)
 	}
-	h.records = h.store
+	h.records, h.measure = h.store, lifecycletest.Measure
 	t.Cleanup(func() { _ = h.store.Close() })
 	if h.image, err = h.world.Image(); err != nil {
 		t.Fatal(err)
@@ -91,7 +92,7 @@ func (h *host) lifeUntil(ctx context.Context, hook func(string)) (_ *lifecycle.M
 	m, err := lifecycle.New(lifecycle.Deps{
 		Records: h.records, Hypervisor: lifecycletest.Domains{World: w}, Network: lifecycletest.Net{World: w}, Metadata: lifecycletest.Service{World: w},
 		Blobs: lifecycletest.Cache{World: w}, Spools: lifecycletest.Store{World: w},
-		Images: func() ([]admit.Image, error) { return []admit.Image{h.image}, nil }, Measure: lifecycletest.Measure, TEE: tee,
+		Images: func() ([]admit.Image, error) { return []admit.Image{h.image}, nil }, Measure: h.measure, TEE: tee,
 		GPURule:      func(string, int) *contract.Refusal { return nil },
 		Endorsements: func() contract.Endorsements { return contract.Endorsements{} }, Logger: hclog.NewNullLogger(), Hook: hook,
 		Clock: func() time.Time { return time.Now().Add(time.Duration(h.ahead.Load())) },

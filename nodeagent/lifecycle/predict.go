@@ -39,11 +39,8 @@ func Predict(b Boot) (Measured, error) {
 	if err != nil {
 		return Measured{}, fmt.Errorf("reading firmware: %w", err)
 	}
-	parsed, err := ovmf.Parse(image)
+	parsed, err := ovmf.RequireAmdSev(image)
 	if err != nil {
-		return Measured{}, err
-	}
-	if err := parsed.SupportsKernelHashes(); err != nil {
 		return Measured{}, err
 	}
 	digest, err := measure.Digest(measure.Input{

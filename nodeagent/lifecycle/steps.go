@@ -164,6 +164,9 @@ func (g *guest) measure(context.Context) error {
 		Cmdline: cmd.GetImage().GetCmdline(), VCPUs: int(machine.GetVcpus()), CPUModel: machine.GetCpuModel(),
 		GuestFeatures: machine.GetGuestFeatures(),
 	})
+	if _, refused := errors.AsType[*contract.Refusal](err); refused {
+		return err
+	}
 	if err != nil {
 		return contract.Refuse("launch.not-measurable", "use firmware made for SEV-SNP with kernel hashes, and a CPU model whose signature is known",
 			"the launch digest of this guest cannot be predicted").Because(err)

@@ -142,20 +142,25 @@ func pspSocket(t *testing.T, h *rig.Host) *net.UnixListener {
 	return listener
 }
 
+// blankKernel has enough of a boot header for QEMU to take it.
+func blankKernel() []byte {
+	kernel := make([]byte, 1<<20)
+	copy(kernel[0x1f1:], []byte{1})
+	copy(kernel[0x202:], "HdrS\x0c\x02")
+	kernel[0x211] = 1
+	copy(kernel[0x22c:], "\xff\xff\xff\x7f") // highest address of the initrd
+	return kernel
+}
+
 // blankSpec is a guest whose firmware is empty: QEMU starts it, and it hangs.
 func blankSpec(t *testing.T, h *rig.Host) vm.Spec {
 	t.Helper()
 	pspSocket(t, h)
 	addTap(t, h, "na0")
 	blank := make([]byte, 1<<20)
-	kernel := make([]byte, 1<<20) // enough of a boot header for QEMU to take it
-	copy(kernel[0x1f1:], []byte{1})
-	copy(kernel[0x202:], "HdrS\x0c\x02")
-	kernel[0x211] = 1
-	copy(kernel[0x22c:], "\xff\xff\xff\x7f") // highest address of the initrd
 	return vm.Spec{
 		GuestID: guestID, Generation: 1, VCPUs: 1, MemoryMiB: 256, CPUModel: "EPYC-v4",
-		Firmware: write(t, h, "firmware", blank), Kernel: write(t, h, "kernel", kernel), Initrd: write(t, h, "initrd", blank), Cmdline: "x",
+		Firmware: write(t, h, "firmware", blank), Kernel: write(t, h, "kernel", blankKernel()), Initrd: write(t, h, "initrd", blank), Cmdline: "x",
 		NIC: vm.NIC{Tap: "na0", MAC: "52:54:00:00:00:01"},
 		TEE: vm.TEE{Emulated: &vm.Emulated{
 			Policy: 0x30000, HostData: make([]byte, 32), HashTable: write(t, h, "table", blank), HashTableGPA: 0x810c00, PSPSocket: pspPath,

@@ -19,6 +19,7 @@ import (
 	"libvirt.org/go/libvirtxml"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/snp/idblock"
 	"github.com/confidential-node/agent/vm"
 )
 
@@ -32,8 +33,6 @@ const (
 	maxMemory   = 16 << 20 // 16 TiB; far above any host, below what overflows
 	maxDisks    = 16
 	hostDataLen = 32
-	idBlockLen  = 96
-	idAuthLen   = 4096
 	policyOne   = 1 << 17
 	policyBad   = 1<<18 | 1<<19 // migration agent, debug
 	policyKnown = 1<<26 - 1
@@ -42,9 +41,9 @@ const (
 // slice adds one concern of a specification to a domain.
 type slice func(vm.Spec, *libvirtxml.Domain) error
 
-// slices in order. Reading the list is reading the domain.
-func slices() []slice {
-	return []slice{identity, machine, processor, memory, boot, disks, nic, console, tee}
+// rendering is the slices in order. Reading the list is reading the domain.
+func rendering() []slice {
+	return []slice{identity, machine, processor, memory, boot, disks, nic, console, window, tee}
 }
 
 // Render checks a specification and returns its domain XML.
@@ -53,7 +52,7 @@ func Render(s vm.Spec) (string, error) {
 		return "", err
 	}
 	d := &libvirtxml.Domain{}
-	for _, add := range slices() {
+	for _, add := range rendering() {
 		if err := add(s, d); err != nil {
 			return "", err
 		}
@@ -80,6 +79,8 @@ func Check(s vm.Spec) error {
 		return refuse("CPU model %q is not a name", s.CPUModel)
 	case s.CPUModel == "" || strings.HasPrefix(s.CPUModel, "host") || s.CPUModel == "max":
 		return refuse("CPU model %q makes the launch digest depend on the host; use a named one (EPYC-v4)", s.CPUModel)
+	case s.MMIO64MiB > maxWindowMiB:
+		return refuse("an MMIO window of %d MiB is more than %d", s.MMIO64MiB, maxWindowMiB)
 	case s.Kernel == "":
 		return refuse("kernel hashes without a kernel make QEMU abort")
 	case (s.TEE.SNP == nil) == (s.TEE.Emulated == nil):
@@ -149,11 +150,14 @@ func checkLaunch(policy uint64, hostData []byte) error {
 }
 
 func checkSNP(t *vm.SNP) error {
-	if (t.IDBlock == nil) != (t.IDAuth == nil) {
-		return refuse("an ID block needs its ID auth, and the other way round")
-	}
-	if t.IDBlock != nil && (len(t.IDBlock) != idBlockLen || len(t.IDAuth) != idAuthLen) {
-		return refuse("ID block has %d bytes and ID auth %d, want %d and %d", len(t.IDBlock), len(t.IDAuth), idBlockLen, idAuthLen)
+	if len(t.IDBlock) != 0 || len(t.IDAuth) != 0 {
+		pair, err := idblock.Verify(t.IDBlock, t.IDAuth)
+		if err != nil {
+			return refuse("%v", err)
+		}
+		if pair.Block.Policy != t.Policy {
+			return refuse("the ID block is for policy %#x, the launch has %#x", pair.Block.Policy, t.Policy)
+		}
 	}
 	return checkLaunch(t.Policy, t.HostData)
 }
@@ -286,9 +290,18 @@ func tee(s vm.Spec, d *libvirtxml.Domain) error {
 	d.LaunchSecurity = &libvirtxml.DomainLaunchSecurity{SEVSNP: &libvirtxml.DomainLaunchSecuritySEVSNP{
 		KernelHashes: "yes", Policy: &policy, HostData: base64.StdEncoding.EncodeToString(t.HostData),
 	}}
-	if t.IDBlock != nil {
-		d.LaunchSecurity.SEVSNP.IDBlock = base64.StdEncoding.EncodeToString(t.IDBlock)
-		d.LaunchSecurity.SEVSNP.IDAuth = base64.StdEncoding.EncodeToString(t.IDAuth)
+	if len(t.IDBlock) == 0 {
+		return nil
+	}
+	pair, err := idblock.Verify(t.IDBlock, t.IDAuth)
+	if err != nil {
+		return fmt.Errorf("rendering ID block: %w", err)
+	}
+	snp := d.LaunchSecurity.SEVSNP
+	snp.IDBlock, snp.IDAuth = base64.StdEncoding.EncodeToString(pair.RawBlock), base64.StdEncoding.EncodeToString(pair.RawAuth)
+	// Firmware looks at the author key only when told that there is one.
+	if pair.HasAuthorKey {
+		snp.AuthorKey = "yes"
 	}
 	return nil
 }

@@ -2,15 +2,19 @@ package domain
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"errors"
 	"flag"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/snp/idblock"
 	"github.com/confidential-node/agent/tests/skip"
 	"github.com/confidential-node/agent/vm"
 )
@@ -52,15 +56,91 @@ func golden(t *testing.T, name string, s vm.Spec) {
 func TestSNPDomainIsTheGoldenOne(t *testing.T) {
 	t.Parallel()
 	golden(t, "snp.xml", spec())
-	s := spec()
-	s.TEE.SNP.IDBlock, s.TEE.SNP.IDAuth = make([]byte, 96), make([]byte, 4096)
-	text, err := Render(s)
-	if err != nil || !strings.Contains(text, "<idAuth>") {
-		t.Errorf("ID block is not passed on: %v", err)
+	text, err := Render(spec())
+	if err != nil {
+		t.Fatal(err)
 	}
 	for _, never := range []string{"<serial type", "<console", "pflash", "nvram", "smm", "<hugepages", "memballoon model=\"virtio"} {
 		if strings.Contains(text, never) {
 			t.Errorf("a production guest has %s", never)
+		}
+	}
+}
+
+// identify gives the guest the ID block of a publisher. Signatures are
+// deterministic, and so is the golden file.
+func identify(t *testing.T, s *vm.Spec, withAuthor bool) {
+	t.Helper()
+	key := func(b byte) *ecdsa.PrivateKey {
+		k, err := ecdsa.ParseRawPrivateKey(elliptic.P384(), bytes.Repeat([]byte{b}, 48))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return k
+	}
+	var author *ecdsa.PrivateKey
+	if withAuthor {
+		author = key(2)
+	}
+	pair, err := idblock.Sign(idblock.Block{LaunchDigest: [48]byte(bytes.Repeat([]byte{7}, 48)), GuestSVN: 1, Policy: s.TEE.SNP.Policy}, key(1), author)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.TEE.SNP.IDBlock, s.TEE.SNP.IDAuth = pair.RawBlock, pair.RawAuth
+}
+
+func TestAnIDBlockIsPassedOnAsItsPublisherSignedIt(t *testing.T) {
+	t.Parallel()
+	s := spec()
+	identify(t, &s, true)
+	golden(t, "snp-id-block.xml", s)
+	identify(t, &s, false)
+	if text, err := Render(s); err != nil || !strings.Contains(text, "<idAuth>") || strings.Contains(text, "authorKey") {
+		t.Errorf("a pair without author key (%v):\n%s", err, text)
+	}
+}
+
+func TestTheMMIOWindowForGPUsIsAnArgumentOfQEMUs(t *testing.T) {
+	t.Parallel()
+	s := spec()
+	s.MMIO64MiB = 262144
+	golden(t, "snp-gpu-window.xml", s)
+}
+
+// The sizes are NVIDIA's published one and its multiples.
+func TestTheMMIOWindowHoldsEveryGPU(t *testing.T) {
+	t.Parallel()
+	const gib = 1 << 30
+	for _, c := range []struct {
+		count int
+		bar   uint64
+		want  uint64
+	}{
+		{0, 0, 0},
+		{1, 128 * gib, 262144},
+		{2, 128 * gib, 524288},
+		{4, 128 * gib, 1048576},
+		{8, 128 * gib, 2097152},
+		{1, 256 * gib, 524288},
+		{2, 256 * gib, 1048576},
+		{4, 256 * gib, 2097152},
+		{8, 256 * gib, 4194304},
+		{1, 512 * gib, 1048576},
+		{8, 512 * gib, 8388608},
+		{3, 128 * gib, 1048576},
+		{8, 1024 * gib, 16777216},
+		{1, 1 << 20, 2},
+	} {
+		if got, err := GPUWindowMiB(slices.Repeat([]uint64{c.bar}, c.count)); err != nil || got != c.want {
+			t.Errorf("%d GPUs of %d GiB: %d (%v), want %d", c.count, c.bar/gib, got, err, c.want)
+		}
+	}
+	if got, err := GPUWindowMiB([]uint64{1 << 20, 128 * gib}); err != nil || got != 524288 {
+		t.Errorf("the largest BAR does not decide: %d, %v", got, err)
+	}
+	for _, bars := range [][]uint64{{0}, {3 << 30}, {1 << 19}, {1 << 63}, {16384 * gib}, slices.Repeat([]uint64{1024 * gib}, 16), {128 * gib, 0}} {
+		if got, err := GPUWindowMiB(bars); err == nil || got != 0 {
+			t.Errorf("BARs of %d give a window of %d MiB", bars, got)
 		}
 	}
 }
@@ -72,7 +152,7 @@ func TestGoldenDomainsFitLibvirtsSchema(t *testing.T) {
 		skip.Missing(t, "virt-xml-validate (libvirt-clients)")
 	}
 	files, err := filepath.Glob(filepath.Join("testdata", "*.xml"))
-	if err != nil || len(files) < 2 {
+	if err != nil || len(files) < 4 {
 		t.Fatalf("golden files: %v, %v", files, err)
 	}
 	for _, file := range files {
@@ -131,6 +211,10 @@ func TestWhatLibvirtLetsThroughAndCannotWorkIsRefused(t *testing.T) {
 		"short HOST_DATA":          func(s *vm.Spec) { s.TEE.SNP.HostData = nil },
 		"ID block without ID auth": func(s *vm.Spec) { s.TEE.SNP.IDBlock = make([]byte, 96) },
 		"ID auth of another size":  func(s *vm.Spec) { s.TEE.SNP.IDBlock, s.TEE.SNP.IDAuth = make([]byte, 96), make([]byte, 4095) },
+		"ID block nobody signed":   func(s *vm.Spec) { s.TEE.SNP.IDBlock, s.TEE.SNP.IDAuth = make([]byte, 96), make([]byte, 4096) },
+		"ID block changed":         func(s *vm.Spec) { identify(t, s, true); s.TEE.SNP.IDBlock[0x54]++ },
+		"ID block of other policy": func(s *vm.Spec) { identify(t, s, true); s.TEE.SNP.Policy = 0x20000 },
+		"window beyond firmware's": func(s *vm.Spec) { s.MMIO64MiB = 0x1000001 },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

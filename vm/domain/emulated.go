@@ -28,11 +28,8 @@ func emulated(t *vm.Emulated, d *libvirtxml.Domain) error {
 		Target: &libvirtxml.DomainChannelTarget{VirtIO: &libvirtxml.DomainChannelTargetVirtIO{Name: pspPort}},
 	}}
 	launch := fmt.Sprintf("policy=%#x;host-data=%s", t.Policy, hex.EncodeToString(t.HostData))
-	d.QEMUCommandline = &libvirtxml.DomainQEMUCommandline{Args: []libvirtxml.DomainQEMUCommandlineArg{
-		{Value: "-device"},
-		{Value: fmt.Sprintf("loader,file=%s,addr=%#x,force-raw=on", t.HashTable, t.HashTableGPA)},
-		{Value: "-fw_cfg"},
-		{Value: "name=" + launchItem + ",string=" + launch},
-	}}
+	argument(d,
+		"-device", fmt.Sprintf("loader,file=%s,addr=%#x,force-raw=on", t.HashTable, t.HashTableGPA),
+		"-fw_cfg", "name="+launchItem+",string="+launch)
 	return nil
 }

@@ -54,6 +54,8 @@ type Driver struct {
 	uri   string
 	log   hclog.Logger
 	slots chan struct{}
+	// logs is where libvirt keeps what each domain's QEMU said.
+	logs string
 
 	mu          sync.Mutex
 	conn        *connection
@@ -65,7 +67,7 @@ type Driver struct {
 // New returns a driver that connects once Run runs.
 func New(uri string, logger hclog.Logger) *Driver {
 	return &Driver{
-		uri: uri, log: logger.Named("libvirt"), slots: make(chan struct{}, maxStuck),
+		uri: uri, log: logger.Named("libvirt"), slots: make(chan struct{}, maxStuck), logs: domainLogs,
 		connected: make(chan struct{}), subscribers: map[*subscriber]struct{}{},
 	}
 }
@@ -185,23 +187,15 @@ func (d *Driver) start(ctx context.Context, guestID string, generation uint64, t
 			return struct{}{}, fmt.Errorf("looking for guest %s: %w", guestID, err)
 		}
 		// Validation refuses elements that this libvirt would silently ignore.
+		began := time.Now()
 		created, err := conn.DomainCreateXML(text, libvirt.DOMAIN_START_VALIDATE)
 		if err != nil {
-			return struct{}{}, startError(guestID, err)
+			return struct{}{}, d.startError(guestID, began, err)
 		}
 		free(created)
 		return struct{}{}, nil
 	})
 	return err
-}
-
-// startError is a refusal when libvirt answered, and only then.
-func startError(guestID string, err error) error {
-	if isTransport(err) {
-		return fmt.Errorf("starting guest %s: %w", guestID, err)
-	}
-	return contract.Refuse("vm.start-failed", "look at the agent's log and at libvirt's log of the domain on the host",
-		"libvirt could not start guest %s", guestID).Because(err)
 }
 
 // runsAlready compares a domain that has the guest's id.
