@@ -104,7 +104,7 @@ func (f *verifyFlags) expectations() (verify.Expectations, error) {
 		}
 		x.Digests = append(x.Digests, raw)
 	}
-	if x.MinTCB, err = parseTCB(f.minTCB); err != nil {
+	if x.MinTCB, err = parseTCB("--min-tcb", f.minTCB); err != nil {
 		return x, err
 	}
 	for _, name := range f.emulatedRoots {
@@ -126,23 +126,31 @@ func (f *verifyFlags) expectations() (verify.Expectations, error) {
 	return x, nil
 }
 
-// parseTCB decodes "snp=27,microcode=86". Components left out have no floor.
-func parseTCB(text string) (contract.TCB, error) {
+// parseTCB decodes "snp=27,microcode=86". Components left out are 0, which no
+// required one may be.
+func parseTCB(flag, text string, required ...string) (contract.TCB, error) {
 	var tcb contract.TCB
-	if text == "" {
+	if text == "" && len(required) == 0 {
 		return tcb, nil
 	}
 	fields := map[string]*uint8{
 		"fmc": &tcb.FMC, "boot-loader": &tcb.BootLoader, "tee": &tcb.TEE, "snp": &tcb.SNP, "microcode": &tcb.Microcode,
 	}
+	given := map[string]bool{}
 	for part := range strings.SplitSeq(text, ",") {
 		name, value, _ := strings.Cut(part, "=")
-		field, known := fields[strings.TrimSpace(name)]
+		name = strings.TrimSpace(name)
+		field, known := fields[name]
 		v, err := strconv.ParseUint(strings.TrimSpace(value), 0, 8)
 		if !known || err != nil {
-			return tcb, usageError("--min-tcb: %q is not one of fmc, boot-loader, tee, snp, microcode = 0..255", part)
+			return tcb, usageError("%s: %q is not one of fmc, boot-loader, tee, snp, microcode = 0..255", flag, part)
 		}
-		*field = uint8(v)
+		*field, given[name] = uint8(v), true
+	}
+	for _, name := range required {
+		if !given[name] {
+			return tcb, usageError("%s lacks %s: all of %s are needed", flag, name, strings.Join(required, ", "))
+		}
 	}
 	return tcb, nil
 }

@@ -52,10 +52,13 @@ type Config struct {
 	// ImageDirs are folders of guest images, each with an image.json.
 	// Default ["/usr/share/nodeagent/images"].
 	ImageDirs []string `toml:"image_dirs"`
-	// EndorsementsDir holds vcek.der, ask.der, ark.der and optionally
-	// crl.der, handed to guests as hints. Default
+	// EndorsementsDir may hold vcek.der, ask.der, ark.der and crl.der, handed
+	// to guests as hints instead of what the agent fetched. Default
 	// /var/lib/nodeagent/endorsements.
 	EndorsementsDir string `toml:"endorsements_dir"`
+	// KeyService is the https URL of AMD's key distribution service or of a
+	// mirror; "" never asks it. Default https://kdsintf.amd.com.
+	KeyService string `toml:"key_service"`
 
 	Control  Control  `toml:"control"`
 	Libvirt  Libvirt  `toml:"libvirt"`
@@ -178,6 +181,7 @@ func Default() Config {
 		CacheDir:        "/var/cache/nodeagent",
 		ImageDirs:       []string{"/usr/share/nodeagent/images"},
 		EndorsementsDir: "/var/lib/nodeagent/endorsements",
+		KeyService:      "https://kdsintf.amd.com",
 		Control:         Control{Heartbeat: Duration(30 * time.Second), DeadMan: Duration(5 * time.Minute)},
 		Libvirt:         Libvirt{URI: "qemu:///system", QEMUUser: "libvirt-qemu"},
 		Network: Network{
@@ -267,6 +271,7 @@ func (c *Config) Validate() error {
 	for key, dir := range map[string]string{"state_dir": c.StateDir, "run_dir": c.RunDir, "cache_dir": c.CacheDir, "endorsements_dir": c.EndorsementsDir} {
 		check(filepath.IsAbs(dir), "%s %q is not an absolute path", key, dir)
 	}
+	check(c.KeyService == "" || strings.HasPrefix(c.KeyService, "https://"), "key_service %q is neither https://host nor empty", c.KeyService)
 	check(len(c.ImageDirs) > 0, "image_dirs is empty")
 	check(len(c.Control.Servers) > 0, "control.servers is empty")
 	for _, s := range c.Control.Servers {

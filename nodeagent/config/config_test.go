@@ -65,6 +65,7 @@ func TestBadConfigurationNamesFileLineAndKey(t *testing.T) {
 		"tee without psp":     {"tee = \"emulated\"\n" + minimal, "emulated.psp_socket"},
 		"unknown tee":         {"tee = \"tdx\"\n" + minimal, `tee "tdx"`},
 		"relative directory":  {"state_dir = \"x\"\n" + minimal, "state_dir"},
+		"plain key service":   {"key_service = \"http://kdsintf.amd.com\"\n" + minimal, "key_service"},
 		"guest range too wee": {minimal + "[network]\nguest_cidr = \"10.0.0.0/30\"\n", "guest_cidr"},
 	} {
 		t.Run(name, func(t *testing.T) {
