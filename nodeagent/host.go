@@ -141,19 +141,6 @@ func (a *agent) images() ([]admit.Image, error) {
 	return out, nil
 }
 
-// endorsements are read anew each time: the operator may replace them. What
-// is missing stays empty; the verifier says so.
-func (a *agent) endorsements() contract.Endorsements {
-	read := func(name string) []byte {
-		data, err := readLimited(filepath.Join(a.cfg.EndorsementsDir, name), 256<<10)
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			a.log.Warn("reading endorsements", "file", name, "err", err)
-		}
-		return data
-	}
-	return contract.Endorsements{VCEK: read("vcek.der"), ASK: read("ask.der"), ARK: read("ark.der"), CRL: read("crl.der")}
-}
-
 // blobs and spoolsOf give package blob the shapes that lifecycle wants.
 type blobs struct{ *blob.Cache }
 
@@ -260,6 +247,9 @@ func (a *agent) status(ctx context.Context) (admin.Status, error) {
 		warn("network: %v", err)
 	}
 	for _, f := range findings {
+		warn("%s: %s; %s", f.Code, f.Message, f.Remedy)
+	}
+	for _, f := range a.endorsements.Findings() {
 		warn("%s: %s; %s", f.Code, f.Message, f.Remedy)
 	}
 	for _, g := range a.guests.Snapshot() {

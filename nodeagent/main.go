@@ -1,8 +1,9 @@
 // Command nodeagent is the daemon of a GPU provider's host, and the tool
 // around it: `run` is the daemon, `status` asks it, `measure` predicts launch
-// digests, `firmware` looks at images, `verify` checks evidence. Only the
-// composition happens in this package: run.go is the one wiring list, every
-// other file is a verb.
+// digests, `firmware` looks at images, `verify` checks evidence,
+// `endorsements` keeps the certificates behind it, `capability` says what the
+// host can do. Only the composition happens in this package: run.go is the one
+// wiring list, every other file is a verb.
 package main
 
 import (
@@ -125,7 +126,7 @@ Exit codes: 0 success, 1 failed, 2 usage, 3 agent unreachable, 4 not found,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError("%w; see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(newRunCommand(), newStatusCommand(), newMeasureCommand(), newFirmwareCommand(), newVerifyCommand(), newCapabilityCommand(), newVersionCommand(), newSchemaCommand())
+	root.AddCommand(newRunCommand(), newStatusCommand(), newMeasureCommand(), newFirmwareCommand(), newVerifyCommand(), newCapabilityCommand(), newEndorsementsCommand(), newVersionCommand(), newSchemaCommand())
 	return root
 }
 

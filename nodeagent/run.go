@@ -20,6 +20,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/blob"
 	"github.com/confidential-node/agent/nodeagent/config"
 	"github.com/confidential-node/agent/nodeagent/control"
+	"github.com/confidential-node/agent/nodeagent/endorsements"
 	"github.com/confidential-node/agent/nodeagent/inbox"
 	"github.com/confidential-node/agent/nodeagent/lifecycle"
 	"github.com/confidential-node/agent/nodeagent/metadata"
@@ -75,14 +76,15 @@ type agent struct {
 	host    hostFacts
 	started time.Time
 
-	store    *store.Store
-	driver   *libvirt.Driver
-	network  *network.Host
-	metadata *metadata.Server
-	guests   *lifecycle.Manager
-	inbox    *inbox.Inbox
-	link     *control.Link
-	socket   *admin.Server
+	store        *store.Store
+	driver       *libvirt.Driver
+	network      *network.Host
+	endorsements *endorsements.Provider
+	metadata     *metadata.Server
+	guests       *lifecycle.Manager
+	inbox        *inbox.Inbox
+	link         *control.Link
+	socket       *admin.Server
 }
 
 // runAgent builds the agent, runs it until ctx ends, and leaves every guest
@@ -96,6 +98,7 @@ func runAgent(ctx context.Context, cfg config.Config, logger hclog.Logger) (err 
 	tasks := supervise.New(ctx, logger)
 	tasks.Go("hypervisor", a.driver.Run)
 	tasks.Go("network", a.network.Run)
+	tasks.Go("endorsements", a.endorsements.Run)
 	tasks.Go("guests", a.guests.Run)
 	tasks.Go("inbox", a.inbox.Run)
 	tasks.Go("link", a.link.Run)
@@ -168,6 +171,9 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	if a.network, err = network.New(networkConfig, logger); err != nil {
 		return nil, err
 	}
+	if a.endorsements, err = openEndorsements(cfg, logger); err != nil {
+		return nil, err
+	}
 	if a.store, err = store.Open(storeFile(cfg), time.Now, logger); err != nil {
 		return nil, err
 	}
@@ -176,7 +182,7 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	a.guests, err = lifecycle.New(lifecycle.Deps{
 		Records: a.store, Hypervisor: a.driver, Network: a.network, Metadata: a.metadata,
 		Blobs: blobs{cache}, Spools: spoolsOf{spools}, Images: a.images, Measure: lifecycle.Predict, TEE: tee, GPURule: gpu.Rule,
-		Endorsements: a.endorsements, Logger: logger,
+		Endorsements: a.endorsements.Endorsements, Logger: logger,
 	}, lifecycle.Config{
 		HostID: cfg.HostID, BootID: a.host.bootID, GuestsDir: guestsDir(cfg), Policy: cfg.Policy, Capacity: a.host.capacity,
 		Network: networkConfig, TapUser: a.host.qemuUID, TapGroup: a.host.qemuGID, DNS: dnsOf(cfg), Emulated: cfg.TEE == config.TEEEmulated,

@@ -28,16 +28,17 @@ const (
 func productByCPUID(family, model uint8) (Product, error) {
 	switch {
 	case family == 0x19 && model <= 0x0F:
-		return productByName(ProductMilan)
+		return ProductByName(ProductMilan)
 	case family == 0x19 && (model >= 0x10 && model <= 0x1F || model >= 0xA0 && model <= 0xAF):
-		return productByName(ProductGenoa)
+		return ProductByName(ProductGenoa)
 	case family == 0x1A && model <= 0x11:
-		return productByName(ProductTurin)
+		return ProductByName(ProductTurin)
 	}
 	return Product{}, fmt.Errorf("processor family %#x model %#x is not known", family, model)
 }
 
-func productByName(name string) (Product, error) {
+// ProductByName returns the line AMD's key service calls so.
+func ProductByName(name string) (Product, error) {
 	switch name {
 	case ProductMilan, ProductGenoa:
 		return Product{Name: name, hwidSize: 64}, nil

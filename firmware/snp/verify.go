@@ -135,7 +135,7 @@ func (res *Result) endorsed(r *Report, raw []byte, e contract.Endorsements, x Ex
 // demands that the certificate agrees; before, only the certificate knows.
 func productOf(r *Report, l *leaf, emulated bool) (Product, error) {
 	if r.Version < version3 {
-		return productByName(l.product)
+		return ProductByName(l.product)
 	}
 	p, err := productByCPUID(r.Family, r.Model)
 	if err != nil {

@@ -58,10 +58,13 @@ type Config struct {
 	// ImageDirs are folders of guest images, each with an image.json.
 	// Default ["/usr/share/nodeagent/images"].
 	ImageDirs []string `toml:"image_dirs"`
-	// EndorsementsDir holds vcek.der, ask.der, ark.der and optionally
-	// crl.der, handed to guests as hints. Default
+	// EndorsementsDir may hold vcek.der, ask.der, ark.der and crl.der, handed
+	// to guests as hints instead of what the agent fetched. Default
 	// /var/lib/nodeagent/endorsements.
 	EndorsementsDir string `toml:"endorsements_dir"`
+	// KeyService is the https URL of AMD's key distribution service or of a
+	// mirror; "" never asks it. Default https://kdsintf.amd.com.
+	KeyService string `toml:"key_service"`
 
 	Control  Control  `toml:"control"`
 	Libvirt  Libvirt  `toml:"libvirt"`
@@ -184,6 +187,7 @@ func Default() Config {
 		CacheDir:        "/var/cache/nodeagent",
 		ImageDirs:       []string{"/usr/share/nodeagent/images"},
 		EndorsementsDir: "/var/lib/nodeagent/endorsements",
+		KeyService:      "https://kdsintf.amd.com",
 		Control:         Control{Heartbeat: Duration(30 * time.Second), DeadMan: Duration(5 * time.Minute)},
 		Libvirt:         Libvirt{URI: "qemu:///system", QEMUUser: "libvirt-qemu"},
 		Network: Network{
@@ -296,6 +300,7 @@ func (c *Config) validate(path string, at map[string]string) error {
 	absolute("run_dir", c.RunDir)
 	absolute("cache_dir", c.CacheDir)
 	absolute("endorsements_dir", c.EndorsementsDir)
+	check(c.KeyService == "" || strings.HasPrefix(c.KeyService, "https://"), "key_service", "%q is neither https://host nor empty", c.KeyService)
 	check(len(c.ImageDirs) > 0, "image_dirs", "is empty")
 	absolute("image_dirs", c.ImageDirs...)
 	if c.Emulated.PSPSocket != "" {

@@ -71,6 +71,7 @@ func TestBadConfigurationNamesFileLineAndKey(t *testing.T) {
 		"more than one PUT":   {minimal + "[policy]\nresults_quota = 5368709121\n", `agent.toml:9: key "policy.results_quota"`},
 		"missing":             {strings.Replace(minimal, "host_id", "# host_id", 1), `agent.toml: key "host_id"`},
 		"guest range too wee": {minimal + "[network]\nguest_cidr = \"10.0.0.0/30\"\n", `agent.toml:9: key "network.guest_cidr"`},
+		"plain key service":   {"key_service = \"http://kdsintf.amd.com\"\n" + minimal, `agent.toml:1: key "key_service"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
