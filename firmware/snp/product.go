@@ -2,6 +2,8 @@ package snp
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/confidential-node/agent/firmware/contract"
 )
@@ -28,16 +30,17 @@ const (
 func productByCPUID(family, model uint8) (Product, error) {
 	switch {
 	case family == 0x19 && model <= 0x0F:
-		return productByName(ProductMilan)
+		return ProductByName(ProductMilan)
 	case family == 0x19 && (model >= 0x10 && model <= 0x1F || model >= 0xA0 && model <= 0xAF):
-		return productByName(ProductGenoa)
+		return ProductByName(ProductGenoa)
 	case family == 0x1A && model <= 0x11:
-		return productByName(ProductTurin)
+		return ProductByName(ProductTurin)
 	}
 	return Product{}, fmt.Errorf("processor family %#x model %#x is not known", family, model)
 }
 
-func productByName(name string) (Product, error) {
+// ProductByName returns the line AMD's key service calls so.
+func ProductByName(name string) (Product, error) {
 	switch name {
 	case ProductMilan, ProductGenoa:
 		return Product{Name: name, hwidSize: 64}, nil
@@ -45,6 +48,24 @@ func productByName(name string) (Product, error) {
 		return Product{Name: name, hasFMC: true, hwidSize: 8}, nil
 	}
 	return Product{}, fmt.Errorf("product %q is not known", name)
+}
+
+// ParseProducts reads the names of lines, in upper or lower case.
+func ParseProducts(names []string) ([]Product, error) {
+	lines := []string{ProductMilan, ProductGenoa, ProductTurin}
+	var products []Product
+	for _, name := range names {
+		i := slices.IndexFunc(lines, func(line string) bool { return strings.EqualFold(line, name) })
+		if i < 0 {
+			return nil, fmt.Errorf("product %q is none of milan, genoa (also Bergamo and Siena), turin", name)
+		}
+		p, err := ProductByName(lines[i])
+		if err != nil {
+			return nil, err
+		}
+		products = append(products, p)
+	}
+	return products, nil
 }
 
 // TCB decodes a TCB_VERSION (AMD 56860, table TCB_VERSION: one layout up to

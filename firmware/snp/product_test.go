@@ -44,7 +44,7 @@ func TestTCBVersionsDecodeInTheLayoutOfTheirProcessor(t *testing.T) {
 		{ProductGenoa, 0x541700000000000a, contract.TCB{BootLoader: 0x0a, SNP: 0x17, Microcode: 0x54}},
 		{ProductTurin, 0x5100000004010101, contract.TCB{FMC: 1, BootLoader: 1, TEE: 1, SNP: 4, Microcode: 0x51}},
 	} {
-		p, err := productByName(c.product)
+		p, err := ProductByName(c.product)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -52,7 +52,7 @@ func TestTCBVersionsDecodeInTheLayoutOfTheirProcessor(t *testing.T) {
 			t.Errorf("%s %#x: %+v, encodes to %#x", c.product, c.raw, got, p.EncodeTCB(got))
 		}
 	}
-	if _, err := productByName("Naples"); err == nil {
+	if _, err := ProductByName("Naples"); err == nil {
 		t.Error("an unknown product has a layout")
 	}
 }

@@ -21,6 +21,9 @@ import (
 	"github.com/confidential-node/agent/firmware/snp"
 )
 
+// turinHWIDSize tells Turin's layout of a certificate from the older one.
+const turinHWIDSize = 8
+
 // Offsets of a report (AMD 56860) that signing needs.
 const (
 	signedSize    = 0x2A0
@@ -44,23 +47,15 @@ type Chain struct {
 // of hwid, or 8 for Turin's layout) at a TCB. All are valid from an hour
 // before now for a year.
 func NewChain(product string, tcb contract.TCB, hwid []byte, now time.Time) (*Chain, error) {
-	ark, arkKey, err := issue("ARK-"+snp.EmulatedMark, nil, nil, nil, now)
+	a, err := NewAuthority(now)
 	if err != nil {
 		return nil, err
 	}
-	ask, askKey, err := issue("SEV-"+snp.EmulatedMark, nil, ark, arkKey, now)
+	vcek, key, err := a.VCEK(product, tcb, hwid)
 	if err != nil {
 		return nil, err
 	}
-	extensions, err := leafExtensions(product, tcb, hwid)
-	if err != nil {
-		return nil, err
-	}
-	vcek, key, err := issue("SEV-VCEK-"+snp.EmulatedMark, extensions, ask, askKey, now)
-	if err != nil {
-		return nil, err
-	}
-	return &Chain{Endorsements: contract.Endorsements{VCEK: vcek.Raw, ASK: ask.Raw, ARK: ark.Raw}, Root: ark, Key: key}, nil
+	return &Chain{Endorsements: contract.Endorsements{VCEK: vcek.Raw, ASK: a.ASK.Raw, ARK: a.ARK.Raw}, Root: a.ARK, Key: key}, nil
 }
 
 func issue(name string, leaf []pkix.Extension, parent *x509.Certificate, parentKey *ecdsa.PrivateKey, now time.Time) (*x509.Certificate, *ecdsa.PrivateKey, error) {
@@ -68,13 +63,19 @@ func issue(name string, leaf []pkix.Extension, parent *x509.Certificate, parentK
 	if err != nil {
 		return nil, nil, fmt.Errorf("generating key of %s: %w", name, err)
 	}
+	serial := new(big.Int) // AMD's leaves all have the serial number 0
+	if leaf == nil {
+		if serial, err = rand.Int(rand.Reader, big.NewInt(1<<32)); err != nil {
+			return nil, nil, fmt.Errorf("choosing serial number of %s: %w", name, err)
+		}
+	}
 	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name, Organization: []string{"nodeagent tests, no silicon"}},
+		SerialNumber: serial, Subject: pkix.Name{CommonName: name, Organization: []string{"nodeagent tests, no silicon"}},
 		NotBefore: now.Add(-time.Hour), NotAfter: now.AddDate(1, 0, 0),
 		BasicConstraintsValid: true, IsCA: leaf == nil, ExtraExtensions: leaf,
 	}
 	if leaf == nil {
-		template.KeyUsage = x509.KeyUsageCertSign
+		template.KeyUsage = x509.KeyUsageCertSign | x509.KeyUsageCRLSign
 	}
 	if parent == nil {
 		parent, parentKey = template, key
@@ -87,22 +88,24 @@ func issue(name string, leaf []pkix.Extension, parent *x509.Certificate, parentK
 	return cert, key, err
 }
 
-// leafExtensions are those of AMD 57230, table "VCEK certificate".
-func leafExtensions(product string, tcb contract.TCB, hwid []byte) ([]pkix.Extension, error) {
-	oid := func(suffix ...int) asn1.ObjectIdentifier {
-		return append(asn1.ObjectIdentifier{1, 3, 6, 1, 4, 1, 3704, 1}, suffix...)
-	}
+func oid(suffix ...int) asn1.ObjectIdentifier {
+	return append(asn1.ObjectIdentifier{1, 3, 6, 1, 4, 1, 3704, 1}, suffix...)
+}
+
+// leafExtensions are those of AMD 57230, table "VCEK certificate"; owner is
+// the hardware id of a VCEK or the CSP id of a VLEK.
+func leafExtensions(product string, tcb contract.TCB, fmc bool, owner pkix.Extension) ([]pkix.Extension, error) {
 	name, err := asn1.MarshalWithParams(product, "ia5")
 	if err != nil {
 		return nil, fmt.Errorf("encoding product: %w", err)
 	}
-	out := []pkix.Extension{{Id: oid(2), Value: name}, {Id: oid(4), Value: hwid}}
+	out := []pkix.Extension{{Id: oid(2), Value: name}, owner}
 	for _, c := range []struct {
 		suffix int
 		value  uint8
 	}{{1, tcb.BootLoader}, {2, tcb.TEE}, {3, tcb.SNP}, {8, tcb.Microcode}, {9, tcb.FMC}} {
-		if c.suffix == 9 && len(hwid) != 8 {
-			continue // Turin only
+		if c.suffix == 9 && !fmc {
+			continue
 		}
 		value, err := asn1.Marshal(int(c.value))
 		if err != nil {
