@@ -63,6 +63,10 @@ func TestMistakesEndInOneClearLineAndTheRightExitCode(t *testing.T) {
 	if err := os.WriteFile(config, []byte("host_id = \"h\"\ncolour = 1\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	bundle := filepath.Join(dir, "evidence.json")
+	if err := os.WriteFile(bundle, []byte("{}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for name, c := range map[string]struct {
 		args []string
 		code int
@@ -81,8 +85,8 @@ func TestMistakesEndInOneClearLineAndTheRightExitCode(t *testing.T) {
 		"initrd alone":        {[]string{"measure", "--firmware", config, "--vcpus", "1", "--initrd", config}, exitUsage, "need --kernel"},
 		"bad features":        {[]string{"measure", "--firmware", config, "--vcpus", "1", "--guest-features", "x"}, exitUsage, "not a number"},
 		"not a firmware":      {[]string{"measure", "--firmware", config, "--vcpus", "1"}, exitFailed, "agent.toml"},
-		"verify nothing":      {[]string{"verify", config}, exitUsage, "are required"},
-		"verify a tag":        {[]string{"verify", config, "--expected-image", "r/app:1", "--expected-digest", "aa", "--nonce", "aa"}, exitUsage, "not pinned"},
+		"verify nothing":      {[]string{"verify", config}, exitUsage, "--expected-digest is required"},
+		"verify a tag":        {[]string{"verify", bundle, "--expected-image", "r/app:1", "--expected-digest", strings.Repeat("a", 96), "--nonce", "aa"}, exitUsage, "not pinned"},
 		"unknown schema kind": {[]string{"schema", "Nothing"}, exitNotFound, "LaunchDigest"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -1,12 +1,12 @@
 package main
 
 import (
-	"crypto/x509"
 	"encoding/hex"
 	"io"
-	"time"
+	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp"
@@ -17,42 +17,59 @@ import (
 // verdict is the document of `nodeagent verify`.
 type verdict struct {
 	output.Header
-	OK     bool        `json:"ok"`
-	Checks []snp.Check `json:"checks"`
+	OK       bool           `json:"ok"`
+	Signer   *snp.Signer    `json:"signer,omitempty"`
+	Checks   []verdictCheck `json:"checks"`
+	Warnings []snp.Warning  `json:"warnings,omitempty"`
+}
+
+type verdictCheck struct {
+	snp.Check
+	// ProtectsFrom is set by --explain.
+	ProtectsFrom string `json:"protects_from,omitempty"`
 }
 
 type verifyFlags struct {
-	image, nonce, minTCB, imageFile   string
-	digests, emulatedRoots            []string
-	allowDevelopmentImage, allowMilan bool
+	image, nonce, imageFile string
+	reportData, hostData    string
+	certs                   []string
+	allowDevelopmentImage   bool
+	explain                 bool
+	policy                  policyFlags
 }
 
 func newVerifyCommand() *cobra.Command {
 	var format output.Format
 	var f verifyFlags
 	cmd := &cobra.Command{
-		Use:   "verify FILE --expected-image REF@DIGEST --expected-digest HEX --nonce HEX",
+		Use:   "verify FILE --expected-digest HEX ...",
 		Short: "Check a guest's evidence, one line per check",
 		Long: `Check a guest's evidence against what you expect of it. Every check prints one line;
 exit code 0 means that every one holds, 5 that at least one does not.
 
+FILE is one of
+  an evidence bundle (JSON): needs --expected-image, --expected-digest and --nonce;
+  a raw attestation report of 1184 bytes, with its certificates in --certs, or
+  a go-sev-guest attestation (protobuf): both need --expected-digest, --report-data
+  and --host-data.
+
 The evidence itself is never a source of expectations: take the launch digest from
 "nodeagent measure" over files you trust, and the nonce from your own challenge.`,
-		Example: "  nodeagent verify evidence.json --expected-image registry.example/app@sha256:... --expected-digest 8a1f... --nonce 00112233445566778899aabbccddeeff",
-		Args:    exactArgs("FILE"),
+		Example: `  nodeagent verify evidence.json --expected-image registry.example/app@sha256:... --expected-digest 8a1f... --nonce 00112233445566778899aabbccddeeff
+  nodeagent verify report.bin --certs vcek.pem --certs cert_chain.pem --expected-digest 8a1f... --report-data 5c0e... --host-data 91b2... --explain`,
+		Args: exactArgs("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			x, err := f.expectations()
-			if err != nil {
-				return err
-			}
 			data, err := readLimited(args[0], contract.MaxEvidenceBytes)
 			if err != nil {
 				return err
 			}
-			result := verify.Bundle(data, x)
-			doc := verdict{output.NewHeader("Verdict"), result.OK(), result.Checks}
+			result, err := f.judge(cmd.Flags(), data)
+			if err != nil {
+				return err
+			}
+			doc := f.document(result)
 			err = format.Print(cmd.OutOrStdout(), doc, func(w io.Writer) error {
-				_, err := io.WriteString(w, verify.Text(&result))
+				_, err := io.WriteString(w, verify.Text(result, f.explain))
 				return err
 			})
 			if err != nil {
@@ -66,47 +83,97 @@ The evidence itself is never a source of expectations: take the launch digest fr
 	}
 	flags := cmd.Flags()
 	flags.VarP(&format, "output", "o", "how to print")
-	flags.StringVar(&f.image, "expected-image", "", "workload image, REF@sha256:DIGEST (required)")
-	flags.StringSliceVar(&f.digests, "expected-digest", nil, "launch digest in hex, may be repeated (required)")
-	flags.StringVar(&f.nonce, "nonce", "", "nonce of your challenge in hex (required)")
-	flags.StringVar(&f.minTCB, "min-tcb", "", "lowest platform TCB, for instance snp=27,microcode=86,boot-loader=10")
-	flags.StringVar(&f.imageFile, "image", "", "image.json you trust, for the facts a launch digest does not tell")
-	flags.StringArrayVar(&f.emulatedRoots, "allow-emulated-root", nil, "certificate of an EMULATED root to accept; no silicon stands behind it")
-	flags.BoolVar(&f.allowDevelopmentImage, "allow-development-image", false, "accept an image without a defence against ACPI code from the host")
-	flags.BoolVar(&f.allowMilan, "allow-milan", false, "accept EPYC 7003, whose attestation root can be extracted in software")
+	flags.BoolVar(&f.explain, "explain", false, "say with each check what it protects from")
+	flags.StringVar(&f.image, "expected-image", "", "workload image, REF@sha256:DIGEST (bundles)")
+	flags.StringVar(&f.nonce, "nonce", "", "nonce of your challenge in hex (bundles)")
+	flags.StringVar(&f.imageFile, "image", "", "image.json you trust, for the facts a launch digest does not tell (bundles)")
+	flags.BoolVar(&f.allowDevelopmentImage, "allow-development-image", false, "accept an image without a defence against ACPI code from the host (bundles)")
+	flags.StringVar(&f.reportData, "report-data", "", "REPORT_DATA in hex, 64 bytes (reports and attestations)")
+	flags.StringVar(&f.hostData, "host-data", "", "HOST_DATA in hex, 32 bytes (reports and attestations)")
+	flags.StringArrayVar(&f.certs, "certs", nil, "`PEM` file with VCEK or VLEK, ASK and ARK in any order, instead of the evidence's own; may be repeated (reports and attestations)")
+	f.policy.register(flags)
 	return cmd
 }
 
-func (f *verifyFlags) expectations() (verify.Expectations, error) {
-	x := verify.Expectations{Image: f.image, AllowDevelopmentImage: f.allowDevelopmentImage, AllowMilan: f.allowMilan, Now: time.Now()}
-	if f.image == "" || len(f.digests) == 0 || f.nonce == "" {
-		return x, usageError("--expected-image, --expected-digest and --nonce are required: evidence proves nothing without your own expectations")
+// judge reads evidence in whatever form it is. What cannot even be read is a
+// failed check, not an error: it is no evidence.
+func (f *verifyFlags) judge(set *pflag.FlagSet, data []byte) (*snp.Result, error) {
+	if !set.Changed("expected-digest") {
+		return nil, usageError("--expected-digest is required, and what else FILE's form needs (see --help): evidence proves nothing without your own expectations")
+	}
+	policy, err := f.policy.policy()
+	if err != nil {
+		return nil, err
+	}
+	form := verify.Detect(data)
+	if form == verify.FormatBundle {
+		x, err := f.expectations(set, policy)
+		if err != nil {
+			return nil, err
+		}
+		result := verify.Bundle(data, x)
+		return &result, nil
+	}
+	var e contract.Endorsements
+	if form == verify.FormatAttestation {
+		if data, e, err = verify.ParseAttestation(data); err != nil {
+			var result snp.Result
+			result.Add("report", false, "", "", "", err.Error()+"; this is no bundle, no report of 1184 bytes and no attestation of go-sev-guest")
+			return &result, nil //nolint:nilerr // a failed check says so
+		}
+	}
+	x, err := f.expect(set, policy)
+	if err != nil {
+		return nil, err
+	}
+	if len(f.certs) > 0 {
+		if e, err = readCertificates(f.certs); err != nil {
+			return nil, err
+		}
+	}
+	result := snp.Verify(data, e, x)
+	return &result, nil
+}
+
+func (f *verifyFlags) document(result *snp.Result) verdict {
+	doc := verdict{Header: output.NewHeader("Verdict"), OK: result.OK(), Signer: result.Signer, Warnings: result.Warnings}
+	for _, c := range result.Checks {
+		check := verdictCheck{Check: c}
+		if f.explain {
+			check.ProtectsFrom = verify.Explain(c.Name)
+		}
+		doc.Checks = append(doc.Checks, check)
+	}
+	return doc
+}
+
+// only refuses flags that mean nothing for this form of evidence, and
+// demands those without which it proves nothing.
+func only(set *pflag.FlagSet, form string, needed, foreign []string) error {
+	for _, name := range foreign {
+		if set.Changed(name) {
+			return usageError("--%s means nothing for %s", name, form)
+		}
+	}
+	for _, name := range needed {
+		if !set.Changed(name) {
+			return usageError("%s needs --%s: evidence proves nothing without your own expectations", form, strings.Join(needed, ", --"))
+		}
+	}
+	return nil
+}
+
+func (f *verifyFlags) expectations(set *pflag.FlagSet, policy snp.AppraisalPolicy) (verify.Expectations, error) {
+	x := verify.Expectations{Image: f.image, AllowDevelopmentImage: f.allowDevelopmentImage, AppraisalPolicy: policy}
+	err := only(set, "an evidence bundle", []string{"expected-image", "nonce"}, []string{"report-data", "host-data", "certs"})
+	if err != nil {
+		return x, err
 	}
 	if _, _, _, err := contract.SplitImage(f.image); err != nil {
 		return x, usageError("--expected-image: %q is not pinned as host/repository@sha256:digest", f.image)
 	}
-	var err error
 	if x.Nonce, err = hex.DecodeString(f.nonce); err != nil {
 		return x, usageError("--nonce is not hex")
-	}
-	for _, d := range f.digests {
-		raw, err := hex.DecodeString(d)
-		if err != nil || len(raw) != 48 {
-			return x, usageError("--expected-digest %q is not 96 hex digits", d)
-		}
-		x.Digests = append(x.Digests, raw)
-	}
-	if f.minTCB != "" {
-		if x.MinTCB, err = contract.ParseTCB(f.minTCB); err != nil {
-			return x, usageError("--min-tcb: %w", err)
-		}
-	}
-	for _, name := range f.emulatedRoots {
-		root, err := readRoot(name)
-		if err != nil {
-			return x, err
-		}
-		x.EmulatedRoots = append(x.EmulatedRoots, root)
 	}
 	if f.imageFile != "" {
 		data, err := readLimited(f.imageFile, contract.MaxImageDescriptionBytes)
@@ -120,14 +187,40 @@ func (f *verifyFlags) expectations() (verify.Expectations, error) {
 	return x, nil
 }
 
-func readRoot(name string) (*x509.Certificate, error) {
-	data, err := readLimited(name, 64<<10)
+func (f *verifyFlags) expect(set *pflag.FlagSet, policy snp.AppraisalPolicy) (snp.Expect, error) {
+	x := snp.Expect{AppraisalPolicy: policy}
+	err := only(set, "an attestation report", []string{"report-data", "host-data"},
+		[]string{"expected-image", "nonce", "image", "allow-development-image"})
 	if err != nil {
-		return nil, err
+		return x, err
 	}
-	root, err := snp.ParseEmulatedRoot(data)
+	if x.ReportData, err = decodeHex("report-data", f.reportData, contract.ReportDataSize); err != nil {
+		return x, err
+	}
+	x.HostData, err = decodeHex("host-data", f.hostData, 32)
+	return x, err
+}
+
+func decodeHex(flag, text string, size int) ([]byte, error) {
+	raw, err := hex.DecodeString(text)
+	if err != nil || len(raw) != size {
+		return nil, usageError("--%s %q is not %d hex digits", flag, text, 2*size)
+	}
+	return raw, nil
+}
+
+func readCertificates(names []string) (contract.Endorsements, error) {
+	var files [][]byte
+	for _, name := range names {
+		data, err := readLimited(name, verify.MaxCertificatesBytes)
+		if err != nil {
+			return contract.Endorsements{}, err
+		}
+		files = append(files, data)
+	}
+	e, err := verify.ParseCertificates(files...)
 	if err != nil {
-		return nil, usageError("--allow-emulated-root %s: %w", name, err)
+		return e, usageError("--certs: %w", err)
 	}
-	return root, nil
+	return e, nil
 }

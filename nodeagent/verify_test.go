@@ -123,13 +123,16 @@ func TestGenuineEvidenceExitsWithZeroOneLinePerCheck(t *testing.T) {
 	}
 	code, out, _ := run(t, args...)
 	lines := strings.Split(strings.TrimSpace(out), "\n")
-	check := regexp.MustCompile(`^(✓|-) [a-z-]+ +\S.*$`)
-	for _, line := range lines[:len(lines)-1] {
+	if !strings.HasPrefix(lines[0], "signed by EMULATED Genoa (Zen 4, product line Genoa), VCEK of chip 0707") || !strings.Contains(lines[1], attester.TCB().String()) {
+		t.Errorf("does not say who signed: %q", lines[:2])
+	}
+	check := regexp.MustCompile(`^(✓|-|!) [a-z-]+ +\S.*$`)
+	for _, line := range lines[2 : len(lines)-1] {
 		if !check.MatchString(line) {
 			t.Errorf("not a check with its reason: %q", line)
 		}
 	}
-	if last := lines[len(lines)-1]; code != exitOK || !strings.HasSuffix(last, "1 not made as you allowed: the evidence holds") {
+	if last := lines[len(lines)-1]; code != exitOK || !strings.HasSuffix(last, "2 not made: the evidence holds") {
 		t.Errorf("exit %d, %q", code, last)
 	}
 }

@@ -22,6 +22,11 @@ func (t TCB) String() string {
 	return fmt.Sprintf("fmc=%d boot-loader=%d tee=%d snp=%d microcode=%d", t.FMC, t.BootLoader, t.TEE, t.SNP, t.Microcode)
 }
 
+// Max is the higher of two, component by component.
+func (t TCB) Max(o TCB) TCB {
+	return TCB{max(t.FMC, o.FMC), max(t.BootLoader, o.BootLoader), max(t.TEE, o.TEE), max(t.SNP, o.SNP), max(t.Microcode, o.Microcode)}
+}
+
 // ParseTCB decodes components separated by commas or spaces, for instance
 // "snp=27,microcode=86". Those left out are zero; at least one is needed, and
 // none twice.

@@ -36,7 +36,27 @@ type leaf struct {
 	hasFMC bool
 	// hwid is nil in a VLEK.
 	hwid []byte
+	// csp is the cloud provider that holds a VLEK, "" in a VCEK.
+	csp string
 }
+
+// key is the kind of key that the certificate is for.
+func (l *leaf) key() string {
+	if l.csp != "" {
+		return keyVLEK
+	}
+	return keyVCEK
+}
+
+// Kinds of endorsement keys.
+const (
+	keyVCEK = "VCEK"
+	keyVLEK = "VLEK"
+)
+
+// asvkPrefix starts the subject of the intermediate that issues VLEKs, and of
+// no other (AMD 57230).
+const asvkPrefix = "SEV-VLEK-"
 
 // OID suffixes of the security patch levels below .3.
 const (
@@ -61,13 +81,17 @@ func parseLeaf(der []byte) (*leaf, error) {
 	for _, ext := range cert.Extensions {
 		switch id := ext.Id; {
 		case id.Equal(oidAMD(2)):
-			name, err := ia5(ext.Value)
+			name, err := ia5("product name", ext.Value)
 			if err != nil {
 				return nil, err
 			}
 			l.product, _, _ = strings.Cut(name, "-")
 		case id.Equal(oidAMD(4)):
 			l.hwid = ext.Value
+		case id.Equal(oidAMD(5)):
+			if l.csp, err = ia5("CSP id", ext.Value); err != nil {
+				return nil, err
+			}
 		default:
 			suffix, component := l.component(id)
 			if component == nil {
@@ -89,6 +113,9 @@ func parseLeaf(der []byte) (*leaf, error) {
 	if l.product == "" {
 		return nil, errors.New("parsing certificate: no product name extension")
 	}
+	if (l.hwid == nil) == (l.csp == "") {
+		return nil, errors.New("parsing certificate: it must either name a chip (VCEK) or a cloud provider (VLEK)")
+	}
 	return l, nil
 }
 
@@ -103,11 +130,11 @@ func (l *leaf) component(id asn1.ObjectIdentifier) (int, *uint8) {
 	return 0, nil
 }
 
-func ia5(der []byte) (string, error) {
+func ia5(what string, der []byte) (string, error) {
 	var s string
 	rest, err := asn1.UnmarshalWithParams(der, &s, "ia5")
 	if err != nil || len(rest) > 0 || der[0] != asn1.TagIA5String { // the package takes other string types too
-		return "", errors.New("parsing certificate: product name is not an IA5String")
+		return "", fmt.Errorf("parsing certificate: %s is not an IA5String", what)
 	}
 	return s, nil
 }
@@ -121,20 +148,18 @@ func spl(der []byte) (uint8, error) {
 	return uint8(v), nil
 }
 
-// amdRoots returns the pinned ARK of every product, from go-sev-guest.
+// amdRoots returns the pinned ARK of every product line, from go-sev-guest.
 func amdRoots() ([]*x509.Certificate, error) {
 	var roots []*x509.Certificate
-	for _, pair := range [][]byte{trust.AskArkMilanVcekBytes, trust.AskArkGenoaVcekBytes, trust.AskArkTurinVcekBytes} {
-		_, rest := pem.Decode(pair) // ASK first, then ARK
-		block, _ := pem.Decode(rest)
-		if block == nil {
-			return nil, errors.New("reading pinned AMD roots: no ARK")
-		}
-		ark, err := x509.ParseCertificate(block.Bytes)
+	for _, line := range []string{ProductMilan, ProductGenoa, ProductTurin} {
+		pinned, err := trust.GetDefaultRootCerts(line)
 		if err != nil {
 			return nil, fmt.Errorf("reading pinned AMD roots: %w", err)
 		}
-		roots = append(roots, ark)
+		if pinned.ProductCerts == nil || pinned.ProductCerts.Ark == nil {
+			return nil, fmt.Errorf("reading pinned AMD roots: no ARK of %s", line)
+		}
+		roots = append(roots, pinned.ProductCerts.Ark)
 	}
 	return roots, nil
 }
@@ -158,6 +183,9 @@ func ParseEmulatedRoot(data []byte) (*x509.Certificate, error) {
 // findRoot returns the pinned or allowed root that the supplied ARK is, byte
 // for byte; emulated tells which kind it was.
 func findRoot(ark []byte, extra []*x509.Certificate) (root *x509.Certificate, emulated bool, err error) {
+	if len(ark) == 0 {
+		return nil, false, errors.New("there is no root certificate (ARK) with the report; take that of the processor's product line from AMD's key service")
+	}
 	pinned, err := amdRoots()
 	if err != nil {
 		return nil, false, err
@@ -178,11 +206,14 @@ func findRoot(ark []byte, extra []*x509.Certificate) (root *x509.Certificate, em
 	return nil, false, errors.New("the supplied root is not one of AMD's pinned ARKs; take the ARK of the processor's product line from AMD's key service, byte for byte")
 }
 
-// verifyChain checks leaf ← ASK ← root at a time.
+// verifyChain checks leaf ← ASK (or ASVK) ← root at a time.
 func verifyChain(l *leaf, ask []byte, root *x509.Certificate, now time.Time) error {
 	middle, err := x509.ParseCertificate(ask)
 	if err != nil {
 		return fmt.Errorf("parsing ASK: %w", err)
+	}
+	if strings.HasPrefix(middle.Subject.CommonName, asvkPrefix) != (l.key() == keyVLEK) {
+		return fmt.Errorf("%s does not issue a %s", middle.Subject.CommonName, l.key())
 	}
 	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
 	roots.AddCert(root)

@@ -11,10 +11,6 @@ import (
 	"github.com/confidential-node/agent/firmware/contract"
 )
 
-// asvkPrefix starts the subject of the intermediate that issues VLEKs, and of
-// no other (AMD 57230).
-const asvkPrefix = "SEV-VLEK-"
-
 // Identity is what AMD derives a chip's endorsement key from.
 type Identity struct {
 	Product Product
@@ -139,23 +135,4 @@ func (l *leaf) fits(p Product, tcb contract.TCB) error {
 		return fmt.Errorf("it is for TCB %s, not %s", l.tcb, tcb)
 	}
 	return nil
-}
-
-// ParseCRL decodes a revocation list that the root signed. Whether it is
-// current is the caller's to judge.
-func ParseCRL(der []byte, root *x509.Certificate) (*x509.RevocationList, error) {
-	crl, err := x509.ParseRevocationList(der)
-	if err != nil {
-		return nil, fmt.Errorf("parsing CRL: %w", err)
-	}
-	if len(crl.Raw) != len(der) { // the package stops reading after the list
-		return nil, errors.New("parsing CRL: something follows it")
-	}
-	if crl.NextUpdate.IsZero() || !crl.NextUpdate.After(crl.ThisUpdate) {
-		return nil, errors.New("parsing CRL: it does not say until when it is current")
-	}
-	if err := crl.CheckSignatureFrom(root); err != nil {
-		return nil, fmt.Errorf("the root %s did not sign this CRL: %w", root.Subject.CommonName, err)
-	}
-	return crl, nil
 }

@@ -34,7 +34,7 @@ func leafDER(t *testing.T, curve elliptic.Curve, values map[string][]byte) []byt
 		t.Fatal(err)
 	}
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Unix(1<<32, 0)}
-	for _, id := range []string{"2", "3.1", "3.2", "3.3", "3.8", "3.9", "4"} {
+	for _, id := range []string{"2", "3.1", "3.2", "3.3", "3.8", "3.9", "4", "5"} {
 		if value, ok := values[id]; ok {
 			oid := asn1.ObjectIdentifier{1, 3, 6, 1, 4, 1, 3704, 1}
 			for _, c := range strings.ReplaceAll(id, ".", "") {
@@ -85,6 +85,9 @@ func TestALeafThatLeavesSomethingOpenIsRefused(t *testing.T) {
 		"no microcode level":     {"3.8", nil, "3704.1.3.8"},
 		"product is UTF-8":       {"2", []byte{0x0c, 5, 'G', 'e', 'n', 'o', 'a'}, "IA5String"},
 		"bytes after product":    {"2", []byte{0x16, 1, 'G', 0}, "IA5String"},
+		"neither chip nor CSP":   {"4", nil, "either name"},
+		"both chip and CSP":      {"5", []byte{0x16, 3, 'C', 'S', 'P'}, "either name"},
+		"CSP is UTF-8":           {"5", []byte{0x0c, 3, 'C', 'S', 'P'}, "IA5String"},
 		"level 256":              {"3.3", []byte{2, 2, 1, 0}, "0..255"},
 		"negative level":         {"3.3", []byte{2, 1, 0xDB}, "0..255"},
 		"level is no number":     {"3.3", []byte{4, 1, 27}, "0..255"},
@@ -102,5 +105,56 @@ func TestALeafThatLeavesSomethingOpenIsRefused(t *testing.T) {
 	}
 	if _, err := parseLeaf(leafDER(t, elliptic.P256(), extensions())); err == nil {
 		t.Error("a P-256 key is accepted")
+	}
+}
+
+// What AMD signed with one intermediate does not count under the other.
+func TestEachKindOfKeyHasItsOwnIntermediate(t *testing.T) {
+	t.Parallel()
+	vlek := extensions()
+	delete(vlek, "4")
+	vlek["5"] = []byte{0x16, 3, 'C', 'S', 'P'}
+	for _, c := range []struct {
+		name, issuer string
+		leaf         map[string][]byte
+		holds        bool
+	}{
+		{"VCEK", "SEV-Genoa", extensions(), true},
+		{"VLEK", "SEV-VLEK-Genoa", vlek, true},
+		{"VCEK of the ASVK", "SEV-VLEK-Genoa", extensions(), false},
+		{"VLEK of the ASK", "SEV-Genoa", vlek, false},
+	} {
+		key, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		issuer := &x509.Certificate{
+			SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: c.issuer}, NotAfter: time.Unix(1<<32, 0),
+			BasicConstraintsValid: true, IsCA: true, KeyUsage: x509.KeyUsageCertSign,
+		}
+		ask, err := x509.CreateCertificate(rand.Reader, issuer, issuer, key.Public(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		root, err := x509.ParseCertificate(ask)
+		if err != nil {
+			t.Fatal(err)
+		}
+		self, err := x509.ParseCertificate(leafDER(t, elliptic.P384(), c.leaf))
+		if err != nil {
+			t.Fatal(err)
+		}
+		self.ExtraExtensions = self.Extensions
+		der, err := x509.CreateCertificate(rand.Reader, self, issuer, self.PublicKey, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l, err := parseLeaf(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := verifyChain(l, ask, root, time.Unix(1<<31, 0)); (err == nil) != c.holds {
+			t.Errorf("%s: %v", c.name, err)
+		}
 	}
 }

@@ -2,6 +2,8 @@ package snp
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/confidential-node/agent/firmware/contract"
 )
@@ -46,6 +48,24 @@ func ProductByName(name string) (Product, error) {
 		return Product{Name: name, hasFMC: true, hwidSize: 8}, nil
 	}
 	return Product{}, fmt.Errorf("product %q is not known", name)
+}
+
+// ParseProducts reads the names of lines, in upper or lower case.
+func ParseProducts(names []string) ([]Product, error) {
+	lines := []string{ProductMilan, ProductGenoa, ProductTurin}
+	var products []Product
+	for _, name := range names {
+		i := slices.IndexFunc(lines, func(line string) bool { return strings.EqualFold(line, name) })
+		if i < 0 {
+			return nil, fmt.Errorf("product %q is none of milan, genoa (also Bergamo and Siena), turin", name)
+		}
+		p, err := ProductByName(lines[i])
+		if err != nil {
+			return nil, err
+		}
+		products = append(products, p)
+	}
+	return products, nil
 }
 
 // TCB decodes a TCB_VERSION (AMD 56860, table TCB_VERSION: one layout up to

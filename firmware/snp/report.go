@@ -14,6 +14,7 @@ package snp
 
 import (
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 
@@ -64,17 +65,6 @@ const (
 // signatureAlgorithm is ECDSA P-384 with SHA-384.
 const signatureAlgorithm = 1
 
-// Policy is the guest policy (AMD 56860, table "Guest policy").
-type Policy uint64
-
-// Bits of the guest policy.
-const (
-	PolicySMT            Policy = 1 << 16
-	PolicyReservedOne    Policy = 1 << 17 // must be 1
-	PolicyMigrationAgent Policy = 1 << 18
-	PolicyDebug          Policy = 1 << 19
-)
-
 // Key that signed a report (SIGNER_INFO bits 4:2).
 const (
 	SignerVCEK = 0
@@ -87,6 +77,8 @@ const version3 = 3
 // Version is a firmware version.
 type Version struct{ Major, Minor, Build uint8 }
 
+func (v Version) String() string { return fmt.Sprintf("%d.%d.%d", v.Major, v.Minor, v.Build) }
+
 // Report is one attestation report, decoded.
 type Report struct {
 	Version      uint32
@@ -97,7 +89,7 @@ type Report struct {
 	VMPL         uint32
 	SigAlgo      uint32
 	CurrentTCB   uint64
-	PlatformInfo uint64
+	PlatformInfo PlatformInfo
 	SignerInfo   uint32
 	ReportData   [contract.ReportDataSize]byte
 	Measurement  [48]byte
@@ -130,6 +122,9 @@ func (r *Report) AuthorKey() bool { return r.SignerInfo&1 != 0 }
 // ChipKeyMasked reports whether the report is not signed at all.
 func (r *Report) ChipKeyMasked() bool { return r.SignerInfo&2 != 0 }
 
+// signerInfoKnown are the bits of SIGNER_INFO that mean something.
+const signerInfoKnown = 0x1F
+
 // ErrReport means that bytes are no report this build understands.
 var ErrReport = errors.New("malformed attestation report")
 
@@ -159,7 +154,7 @@ func (r *Report) decode(data []byte) {
 	u32 := func(at int) uint32 { return binary.LittleEndian.Uint32(data[at:]) }
 	u64 := func(at int) uint64 { return binary.LittleEndian.Uint64(data[at:]) }
 	r.GuestSVN, r.Policy, r.VMPL, r.SigAlgo = u32(offGuestSVN), Policy(u64(offPolicy)), u32(offVMPL), u32(offSigAlgo)
-	r.CurrentTCB, r.PlatformInfo, r.SignerInfo = u64(offCurrentTCB), u64(offPlatformInfo), u32(offSignerInfo)
+	r.CurrentTCB, r.PlatformInfo, r.SignerInfo = u64(offCurrentTCB), PlatformInfo(u64(offPlatformInfo)), u32(offSignerInfo)
 	r.ReportedTCB, r.CommittedTCB, r.LaunchTCB = u64(offReportedTCB), u64(offCommittedTCB), u64(offLaunchTCB)
 	for _, f := range r.arrays() {
 		copy(f.bytes, data[f.at:])
@@ -206,7 +201,7 @@ func (r *Report) Marshal() []byte {
 	p32(offVMPL, r.VMPL)
 	p32(offSigAlgo, r.SigAlgo)
 	p64(offCurrentTCB, r.CurrentTCB)
-	p64(offPlatformInfo, r.PlatformInfo)
+	p64(offPlatformInfo, uint64(r.PlatformInfo))
 	p32(offSignerInfo, r.SignerInfo)
 	p64(offReportedTCB, r.ReportedTCB)
 	p64(offCommittedTCB, r.CommittedTCB)
@@ -220,4 +215,16 @@ func (r *Report) Marshal() []byte {
 		copy(data[f.at:], f.bytes)
 	}
 	return data
+}
+
+// ParseChipID reads a chip id in hex: 64 bytes as CHIP_ID has it, or Turin's 8
+// without the zeros behind them.
+func ParseChipID(text string) ([64]byte, error) {
+	var id [64]byte
+	raw, err := hex.DecodeString(text)
+	if err != nil || len(raw) != len(id) && len(raw) != 8 {
+		return id, fmt.Errorf("chip id %q is not 128 hex digits, or 16 of a Turin", text)
+	}
+	copy(id[:], raw)
+	return id, nil
 }

@@ -134,7 +134,7 @@ func FuzzParseReport(f *testing.F) {
 		if !bytes.Equal(r.Marshal(), data) {
 			t.Error("two encodings of one report")
 		}
-		if res := snp.Verify(data, contract.Endorsements{}, snp.Expect{Now: now}); res.OK() {
+		if res := snp.Verify(data, contract.Endorsements{}, snp.Expect{AppraisalPolicy: snp.AppraisalPolicy{Now: now}}); res.OK() {
 			t.Error("a report holds without endorsements")
 		}
 	})

@@ -8,14 +8,20 @@ import (
 	"github.com/confidential-node/agent/firmware/snp"
 )
 
-// Text is a result for people: one line per check that says whether it holds
-// and why, the compared values below one that does not, and the verdict last.
-func Text(res *snp.Result) string {
+// Text is a result for people: who signed, one line per check that says
+// whether it holds and why, the compared values below one that does not, then
+// what to know nevertheless, and the verdict last. With explain, each check
+// also says what it protects from.
+func Text(res *snp.Result, explain bool) string {
 	width, held, skipped := 0, 0, 0
 	for _, c := range res.Checks {
 		width = max(width, utf8.RuneCountInString(c.Name))
 	}
 	var b strings.Builder
+	if res.Signer != nil {
+		b.WriteString(signedBy(res.Signer))
+	}
+	below := func(what, value string) { fmt.Fprintf(&b, "  %-*s  %s %s\n", width, "", what, value) }
 	for _, c := range res.Checks {
 		mark := "✗"
 		switch c.Status {
@@ -29,12 +35,19 @@ func Text(res *snp.Result) string {
 		}
 		fmt.Fprintf(&b, "%s %-*s  %s\n", mark, width, c.Name, c.Why)
 		if c.Status == snp.Fail && c.Want != "" {
-			fmt.Fprintf(&b, "  %-*s  expected %s\n  %-*s  found    %s\n", width, "", c.Want, width, "", c.Got)
+			below("expected", c.Want)
+			below("found   ", c.Got)
 		}
+		if explain {
+			below("against:", Explain(c.Name))
+		}
+	}
+	for _, w := range res.Warnings {
+		fmt.Fprintf(&b, "! %-*s  %s\n", width, w.Name, w.Why)
 	}
 	fmt.Fprintf(&b, "%d of %d checks hold", held, len(res.Checks))
 	if skipped > 0 {
-		fmt.Fprintf(&b, ", %d not made as you allowed", skipped)
+		fmt.Fprintf(&b, ", %d not made", skipped)
 	}
 	if res.OK() {
 		b.WriteString(": the evidence holds\n")
@@ -42,4 +55,18 @@ func Text(res *snp.Result) string {
 		b.WriteString(": the evidence does NOT hold\n")
 	}
 	return b.String()
+}
+
+func signedBy(s *snp.Signer) string {
+	name, owner := s.Product, "chip "+s.ChipID
+	if s.Processor != "" {
+		name = fmt.Sprintf("%s (%s, product line %s)", s.Processor, s.Generation, s.Product)
+	}
+	if s.Emulated {
+		name = "EMULATED " + name
+	}
+	if s.CSP != "" {
+		owner = "provider " + s.CSP
+	}
+	return fmt.Sprintf("signed by %s, %s of %s\n  at TCB %s, firmware %s\n", name, s.Key, owner, s.TCB, s.Firmware)
 }

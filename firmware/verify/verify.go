@@ -1,8 +1,9 @@
 // Package verify judges a whole evidence bundle: it derives what the report
 // must contain from the verifier's own expectations, lets firmware/snp judge
 // the report, and adds what only the bundle can tell: the workload image and
-// the guest image's defences. It is what `nodeagent verify` and the tenant's
-// tool share.
+// the guest image's defences. It also reads reports and certificates that come
+// without a bundle, and words results for people. It is what `nodeagent
+// verify` and the tenant's tool share.
 //
 // Pure; nothing in a bundle is ever a source of expectations.
 package verify
@@ -10,10 +11,8 @@ package verify
 import (
 	"bytes"
 	"crypto/ed25519"
-	"crypto/x509"
 	"encoding/hex"
 	"fmt"
-	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp"
@@ -23,28 +22,21 @@ import (
 type Expectations struct {
 	// Image is the workload, REF@sha256:DIGEST. Empty fails.
 	Image string
-	// Digests are the acceptable launch digests, 48 bytes each. With
-	// TrustedImage, give only digests measured over that image's files: which
-	// files a bundle names is the host's word, the digest is the silicon's.
-	Digests [][]byte
 	// Nonce is the verifier's own.
 	Nonce []byte
 	// SPKI is the key of the TLS connection the bundle came over; nil when it
 	// came another way.
 	SPKI []byte
-	// MinTCB is the floor, component by component.
-	MinTCB contract.TCB
 	// TrustedImage is an image.json the verifier trusts; nil when there is
 	// none, and then nothing is known of the image's defences.
 	TrustedImage *contract.ImageDescription
 	// AllowDevelopmentImage accepts an image without AML defence, or one
 	// nothing is known of.
 	AllowDevelopmentImage bool
-	// AllowMilan and EmulatedRoots as in snp.Expect.
-	AllowMilan    bool
-	EmulatedRoots []*x509.Certificate
-	// Now is when the certificates must be valid.
-	Now time.Time
+	// AppraisalPolicy is what platform and launch have to be. With
+	// TrustedImage, give only Measurements taken over that image's files: which
+	// files a bundle names is the host's word, the digest is the silicon's.
+	snp.AppraisalPolicy
 }
 
 // Bundle judges the bytes of a contract.Evidence.
@@ -65,11 +57,9 @@ func Bundle(data []byte, x Expectations) snp.Result {
 	}
 	hostData := contract.HostData(e.Manifest)
 	reportData := contract.EvidenceReportData(x.Nonce, e.TLSSPKI, e.ResultKey, e.GPUEvidence)
-	report := snp.Verify(e.Report, e.Endorsements, snp.Expect{
-		ReportData: reportData[:], HostData: hostData[:], Measurements: x.Digests, MinTCB: x.MinTCB,
-		AllowMilan: x.AllowMilan, EmulatedRoots: x.EmulatedRoots, Now: x.Now,
-	})
+	report := snp.Verify(e.Report, e.Endorsements, snp.Expect{ReportData: reportData[:], HostData: hostData[:], AppraisalPolicy: x.AppraisalPolicy})
 	res.Checks = append(res.Checks, report.Checks...)
+	res.Signer, res.Warnings = report.Signer, report.Warnings
 	manifest(&res, e, x)
 	guestImage(&res, e, x)
 	return res
@@ -100,7 +90,7 @@ func guestImage(res *snp.Result, e *contract.Evidence, x Expectations) {
 	case t != nil && t.AMLDefence && describes(t, e.Boot):
 		res.Add(name, true, "", t.Name, "the guest image is immune to ACPI code from the host", "")
 	case x.AllowDevelopmentImage:
-		res.Checks = append(res.Checks, snp.Check{Name: name, Status: snp.Skip, Why: "NOT checked, allowed by you: ACPI code from the host could read the guest's memory"})
+		res.Skip(name, "NOT checked, allowed by you: ACPI code from the host could read the guest's memory")
 	case t == nil:
 		res.Add(name, false, "", "", "", "nothing is known of the guest image's defence against ACPI code from the host; give an image.json you trust, or --allow-development-image")
 	case !t.AMLDefence:

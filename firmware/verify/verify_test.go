@@ -51,8 +51,8 @@ func evidence(tb testing.TB) (*contract.Evidence, verify.Expectations) {
 		tb.Fatal(err)
 	}
 	return e, verify.Expectations{
-		Image: image, Digests: [][]byte{report.Measurement[:]}, Nonce: e.Nonce, SPKI: e.TLSSPKI,
-		AllowDevelopmentImage: true, EmulatedRoots: []*x509.Certificate{chain.Root}, Now: now,
+		Image: image, Nonce: e.Nonce, SPKI: e.TLSSPKI, AllowDevelopmentImage: true,
+		AppraisalPolicy: snp.AppraisalPolicy{Measurements: [][]byte{report.Measurement[:]}, EmulatedRoots: []*x509.Certificate{chain.Root}, Now: now},
 	}
 }
 
@@ -87,7 +87,7 @@ func TestEachLieFailsItsOwnCheck(t *testing.T) {
 		"no result key":              {"result-key", func(e *contract.Evidence, _ *verify.Expectations) { e.ResultKey = nil }},
 		"result key of another kind": {"result-key", func(e *contract.Evidence, _ *verify.Expectations) { e.ResultKey = make([]byte, 31) }},
 		"TLS key dropped":            {"tls-key", func(e *contract.Evidence, _ *verify.Expectations) { e.TLSSPKI = nil }},
-		"no digest expected":         {"launch-digest", func(_ *contract.Evidence, x *verify.Expectations) { x.Digests = nil }},
+		"no digest expected":         {"launch-digest", func(_ *contract.Evidence, x *verify.Expectations) { x.Measurements = nil }},
 		"no report":                  {"report", func(e *contract.Evidence, _ *verify.Expectations) { e.Report = nil }},
 		"floor above the platform":   {"tcb-floor", func(_ *contract.Evidence, x *verify.Expectations) { x.MinTCB.SNP = 28 }},
 		"certificates expired":       {"chain", func(_ *contract.Evidence, x *verify.Expectations) { x.Now = x.Now.AddDate(3, 0, 0) }},
@@ -97,7 +97,7 @@ func TestEachLieFailsItsOwnCheck(t *testing.T) {
 		"manifest not canonical":     {"manifest", func(e *contract.Evidence, _ *verify.Expectations) { e.Manifest = append(e.Manifest, ' ') }},
 		"another workload":           {"workload-image", func(_ *contract.Evidence, x *verify.Expectations) { x.Image = strings.Replace(image, "app", "apq", 1) }},
 		"no workload expected":       {"workload-image", func(_ *contract.Evidence, x *verify.Expectations) { x.Image = "" }},
-		"another digest":             {"launch-digest", func(_ *contract.Evidence, x *verify.Expectations) { x.Digests = [][]byte{make([]byte, 48)} }},
+		"another digest":             {"launch-digest", func(_ *contract.Evidence, x *verify.Expectations) { x.Measurements = [][]byte{make([]byte, 48)} }},
 		"emulated root":              {"root", func(_ *contract.Evidence, x *verify.Expectations) { x.EmulatedRoots = nil }},
 		"GPU evidence from nowhere":  {"gpu-evidence", func(e *contract.Evidence, _ *verify.Expectations) { e.GPUEvidence = []byte("g") }},
 		"nothing known of the image": {"aml-defence", func(_ *contract.Evidence, x *verify.Expectations) { x.AllowDevelopmentImage = false }},
@@ -196,8 +196,8 @@ func TestNamesOfChecksAreStable(t *testing.T) {
 			t.Errorf("check %s says nothing", c.Name)
 		}
 	}
-	want := strings.Fields("bundle nonce result-key tls-key report signing-key root chain signature product chip-id tcb-binding tcb-floor committed-is-current" +
-		" vmpl policy-debug policy-migration launch-digest host-data report-data manifest workload-image gpu-evidence aml-defence")
+	want := strings.Fields("bundle nonce result-key tls-key report signing-key root chain revocation signature product chip-id tcb-binding tcb-layout tcb-floor" +
+		" committed-is-current vmpl policy-reserved policy-debug policy-migration policy-cxl launch-digest host-data report-data manifest workload-image gpu-evidence aml-defence")
 	if !slices.Equal(names, want) {
 		t.Errorf("checks are %q, want %q", names, want)
 	}
@@ -221,7 +221,7 @@ func FuzzBundle(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		strict := verify.Bundle(data, verify.Expectations{Now: x.Now})
+		strict := verify.Bundle(data, verify.Expectations{AppraisalPolicy: snp.AppraisalPolicy{Now: x.Now}})
 		if strict.OK() {
 			t.Error("evidence holds although nothing was expected")
 		}

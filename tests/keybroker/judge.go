@@ -25,12 +25,14 @@ func remedy(check string) string {
 		return "get a fresh report over this session's nonce and the key sent with it"
 	case "root", "chain":
 		return "use a processor whose key AMD has signed; emulated roots count only where the broker was started with --allow-emulated-root"
+	case "revocation":
+		return "have the host fetch AMD's current revocation list, and use another processor line if AMD revoked this one's intermediate"
 	case "tcb-floor", "tcb-binding", "committed-is-current":
 		return "update the host's firmware and microcode and commit it, or let the tenant lower the floor knowingly"
-	case "policy-debug", "policy-migration":
-		return "launch with a guest policy that forbids debugging and migration"
+	case "policy-debug", "policy-migration", "policy-cxl", "policy-reserved":
+		return "launch with a guest policy that forbids debugging, migration and CXL, and sets no other bit than SMT"
 	case "product":
-		return "use a host with an EPYC of the Genoa generation or later"
+		return "use a host with an EPYC of the Genoa generation or later; the broker accepts another line only where it was started with --allow-product"
 	case "chip-allowed":
 		return "deploy to a host on the launch's list, or add this chip id to it"
 	}
@@ -101,10 +103,12 @@ func (s *Server) expect(a *attestation, r *record) (snp.Expect, *contract.Refusa
 	host := contract.HostData(r.Launch.Manifest)
 	x := snp.Expect{
 		ReportData: reportData[:], HostData: host[:],
-		MinTCB:        floor(a.manifest.TCBFloor, r.Launch.TCBFloor),
-		AllowMilan:    s.cfg.AllowMilan,
-		EmulatedRoots: s.cfg.EmulatedRoots,
-		Now:           s.cfg.Now(),
+		AppraisalPolicy: snp.AppraisalPolicy{
+			MinTCB:        floor(a.manifest.TCBFloor, r.Launch.TCBFloor),
+			AllowProducts: s.cfg.AllowProducts,
+			EmulatedRoots: s.cfg.EmulatedRoots,
+			Now:           s.cfg.Now(),
+		},
 	}
 	if x.Measurements, err = decodeAll(r.Launch.LaunchDigests); err != nil {
 		return x, contract.AsRefusal(err)
@@ -129,14 +133,9 @@ func decodeAll(values []string) (out [][]byte, err error) {
 // floor takes the higher of two floors, component by component.
 func floor(floors ...*contract.TCB) (out contract.TCB) {
 	for _, f := range floors {
-		if f == nil {
-			continue
+		if f != nil {
+			out = out.Max(*f)
 		}
-		out.FMC = max(out.FMC, f.FMC)
-		out.BootLoader = max(out.BootLoader, f.BootLoader)
-		out.TEE = max(out.TEE, f.TEE)
-		out.SNP = max(out.SNP, f.SNP)
-		out.Microcode = max(out.Microcode, f.Microcode)
 	}
 	return out
 }

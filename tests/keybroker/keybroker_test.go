@@ -261,6 +261,19 @@ func TestEveryWrongEvidenceIsRefusedWithItsReason(t *testing.T) {
 	}
 }
 
+func TestAnExcludedProcessorLineGetsKeysOnlyWhenAllowed(t *testing.T) {
+	t.Parallel()
+	milan, err := snp.ParseProducts([]string{"milan"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := newWorld(t, func(c *Config) { c.AllowProducts = milan }).guest()
+	g.report.Model = 1
+	if token, status, refused := g.attest(g.attestBody(g.auth())); status != http.StatusOK || token == "" {
+		t.Errorf("got %d %+v", status, refused)
+	}
+}
+
 func TestDevelopmentImageOnlyWhenTold(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, func(c *Config) { c.AllowDevelopmentImage = true })

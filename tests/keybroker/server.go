@@ -20,6 +20,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/snp"
 	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
 )
 
@@ -40,8 +41,8 @@ type Config struct {
 	// AllowDevelopmentImage accepts guest images without AML defence and the
 	// debug variant. For trials without secrets.
 	AllowDevelopmentImage bool
-	// AllowMilan accepts a generation whose root seed is known to leak.
-	AllowMilan bool
+	// AllowProducts accepts processor lines that are excluded by default.
+	AllowProducts []snp.Product
 	// Issuer is the token's "iss", the broker's URL as guests know it.
 	Issuer string
 	// SessionTTL is from the challenge to the last resource; 0 means 10 min.

@@ -59,11 +59,11 @@ type VerifyOptions struct {
 	MinTCB *contract.TCB
 	// ImageDescription is a trusted image.json file.
 	ImageDescription string
-	// AllowEmulatedRoots, AllowDevelopmentImage and AllowMilan add to the
-	// profile's.
+	// AllowEmulatedRoots, AllowDevelopmentImage and AllowProducts (names of
+	// processor lines that are excluded by default) add to the profile's.
 	AllowEmulatedRoots    []string
 	AllowDevelopmentImage bool
-	AllowMilan            bool
+	AllowProducts         []string
 	spki                  []byte
 }
 
@@ -239,9 +239,12 @@ func checkGPU(v *Verdict, d *Deployment, expected string) {
 
 func (t *Tenant) expectations(raw []byte, d *Deployment, o VerifyOptions) (verify.Expectations, error) {
 	x := verify.Expectations{
-		SPKI: o.spki, Now: t.now(), EmulatedRoots: slices.Clone(t.roots),
-		AllowDevelopmentImage: o.AllowDevelopmentImage || t.profile.Verify.AllowDevelopmentImage,
-		AllowMilan:            o.AllowMilan || t.profile.Verify.AllowMilan,
+		SPKI: o.spki, AllowDevelopmentImage: o.AllowDevelopmentImage || t.profile.Verify.AllowDevelopmentImage,
+		AppraisalPolicy: snp.AppraisalPolicy{EmulatedRoots: slices.Clone(t.roots), Now: t.now()},
+	}
+	var err error
+	if x.AllowProducts, err = snp.ParseProducts(slices.Concat(t.profile.Verify.AllowProducts, o.AllowProducts)); err != nil {
+		return x, Usage("--allow-product or allow_products: %v", err)
 	}
 	more, err := readRoots(o.AllowEmulatedRoots)
 	if err != nil {
@@ -280,7 +283,7 @@ func (t *Tenant) expectations(raw []byte, d *Deployment, o VerifyOptions) (verif
 		if err != nil || len(digest) != 48 {
 			return x, Usage("launch digest %.100q is not 96 hex digits", text)
 		}
-		x.Digests = append(x.Digests, digest)
+		x.Measurements = append(x.Measurements, digest)
 	}
 	return x, nil
 }
@@ -373,9 +376,11 @@ func (t *Tenant) predictFor(raw []byte) []string {
 // MarshalJSON encodes the checks, for programs.
 func (v *Verdict) MarshalJSON() ([]byte, error) {
 	return json.Marshal(struct {
-		APIVersion string      `json:"apiVersion"`
-		Kind       string      `json:"kind"`
-		OK         bool        `json:"ok"`
-		Checks     []snp.Check `json:"checks"`
-	}{"tenant/v1", "Verdict", v.OK(), v.Checks})
+		APIVersion string        `json:"apiVersion"`
+		Kind       string        `json:"kind"`
+		OK         bool          `json:"ok"`
+		Signer     *snp.Signer   `json:"signer,omitempty"`
+		Checks     []snp.Check   `json:"checks"`
+		Warnings   []snp.Warning `json:"warnings,omitempty"`
+	}{"tenant/v1", "Verdict", v.OK(), v.Signer, v.Checks, v.Warnings})
 }

@@ -453,3 +453,15 @@ func FuzzReadEvidence(f *testing.F) {
 		}
 	})
 }
+
+func TestAProcessorLineThatDoesNotExistCannotBeAllowed(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.deploy()
+	if _, err := w.tenant.Attest(t.Context(), "job", VerifyOptions{AllowProducts: []string{"rome"}}); err == nil || !strings.Contains(err.Error(), "--allow-product") {
+		t.Errorf("%v", err)
+	}
+	if v, err := w.tenant.Attest(t.Context(), "job", VerifyOptions{AllowProducts: []string{"milan"}}); err != nil || !v.OK() || v.Signer == nil {
+		t.Errorf("%+v %v", v, err)
+	}
+}

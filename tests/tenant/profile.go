@@ -82,7 +82,7 @@ type StoreProfile struct {
 type VerifyProfile struct {
 	AllowEmulatedRoots    []string `toml:"allow_emulated_roots"`
 	AllowDevelopmentImage bool     `toml:"allow_development_image"`
-	AllowMilan            bool     `toml:"allow_milan"`
+	AllowProducts         []string `toml:"allow_products"`
 }
 
 // LoadProfile reads a profile. Unknown keys are errors.

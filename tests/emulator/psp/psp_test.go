@@ -107,7 +107,8 @@ func TestFaultsShowInTheReport(t *testing.T) {
 			t.Fatal(err)
 		}
 		res := snp.Verify(report, p.chain.Endorsements, snp.Expect{
-			ReportData: data[:], HostData: l.hostData[:], Measurements: [][]byte{l.digest[:]}, EmulatedRoots: roots(p), Now: time.Now(),
+			ReportData: data[:], HostData: l.hostData[:],
+			AppraisalPolicy: snp.AppraisalPolicy{Measurements: [][]byte{l.digest[:]}, EmulatedRoots: roots(p), Now: time.Now()},
 		})
 		got := ""
 		if failed := res.Failed(); failed != nil {

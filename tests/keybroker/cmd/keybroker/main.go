@@ -47,7 +47,8 @@ type options struct {
 	stateDir, tokenFile string
 	issuer              string
 	emulatedRoots       []string
-	development, milan  bool
+	products            []string
+	development         bool
 	logLevel, logFormat string
 }
 
@@ -83,7 +84,7 @@ Exit codes: 0 stopped on request, 1 failed, 2 usage.`,
 	f.StringVar(&o.issuer, "issuer", "keybroker", "the broker's URL as guests know it, for tokens")
 	f.StringArrayVar(&o.emulatedRoots, "allow-emulated-root", nil, "PEM `CERT` of an emulated root to accept; for trials without secrets")
 	f.BoolVar(&o.development, "allow-development-image", false, "accept guest images without AML defence; for trials without secrets")
-	f.BoolVar(&o.milan, "allow-milan", false, "accept EPYC Milan, whose root seed is known to leak")
+	f.StringSliceVar(&o.products, "allow-product", nil, "processor `LINE` to accept although it is excluded by default (milan: its root can be extracted in software)")
 	f.StringVar(&o.logLevel, "log-level", "info", "trace, debug, info, warn or error")
 	f.StringVar(&o.logFormat, "log-format", "text", "text or json")
 	return cmd
@@ -94,6 +95,10 @@ func run(ctx context.Context, o *options) error {
 		if value == "" {
 			return usageError{fmt.Errorf("--%s is required", name)}
 		}
+	}
+	products, err := snp.ParseProducts(o.products)
+	if err != nil {
+		return usageError{fmt.Errorf("--allow-product: %w", err)}
 	}
 	level := hclog.LevelFromString(o.logLevel)
 	if level == hclog.NoLevel || (o.logFormat != "text" && o.logFormat != "json") {
@@ -114,7 +119,7 @@ func run(ctx context.Context, o *options) error {
 	}
 	server, err := keybroker.New(keybroker.Config{
 		StateDir: o.stateDir, AdminToken: strings.TrimSpace(string(token)), EmulatedRoots: roots,
-		AllowDevelopmentImage: o.development, AllowMilan: o.milan, Issuer: o.issuer, Logger: logger,
+		AllowDevelopmentImage: o.development, AllowProducts: products, Issuer: o.issuer, Logger: logger,
 	})
 	if err != nil {
 		return err

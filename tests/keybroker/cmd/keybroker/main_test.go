@@ -12,7 +12,13 @@ import (
 
 func TestWrongInvocationsAreUsageErrors(t *testing.T) {
 	t.Parallel()
-	for _, args := range [][]string{{}, {"extra"}, {"--nonsense"}, {"--cert", "a", "--key", "b", "--state-dir", "c"}} {
+	for _, args := range [][]string{
+		{},
+		{"extra"},
+		{"--nonsense"},
+		{"--cert", "a", "--key", "b", "--state-dir", "c"},
+		{"--cert", "a", "--key", "b", "--state-dir", "c", "--admin-token-file", "d", "--allow-product", "rome"},
+	} {
 		root := newRoot()
 		root.SetArgs(args)
 		root.SetErr(&bytes.Buffer{})

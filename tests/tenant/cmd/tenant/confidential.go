@@ -35,7 +35,7 @@ func (v *verifyFlags) register(f *pflag.FlagSet) {
 	f.StringVar(&v.ImageDescription, "image", "", "image.json you trust")
 	f.StringArrayVar(&v.AllowEmulatedRoots, "allow-emulated-root", nil, "certificate of an EMULATED root to accept; no silicon stands behind it")
 	f.BoolVar(&v.AllowDevelopmentImage, "allow-development-image", false, "accept an image without a defence against ACPI code from the host")
-	f.BoolVar(&v.AllowMilan, "allow-milan", false, "accept EPYC 7003, whose attestation root can be extracted in software")
+	f.StringSliceVar(&v.AllowProducts, "allow-product", nil, "processor `LINE` to accept although it is excluded by default (milan: its root can be extracted in software)")
 }
 
 func (v *verifyFlags) options() (tenant.VerifyOptions, error) {
@@ -54,7 +54,7 @@ func (a *app) show(cmd *cobra.Command, v *tenant.Verdict) error {
 		if _, err := cmd.OutOrStdout().Write(append(raw, '\n')); err != nil {
 			return err
 		}
-	} else if _, err := io.WriteString(cmd.OutOrStdout(), verify.Text(&v.Result)); err != nil {
+	} else if _, err := io.WriteString(cmd.OutOrStdout(), verify.Text(&v.Result, false)); err != nil {
 		return err
 	}
 	if !v.OK() {
