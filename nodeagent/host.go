@@ -254,7 +254,7 @@ func (a *agent) status(ctx context.Context) (admin.Status, error) {
 	}
 	for _, g := range a.guests.Snapshot() {
 		guest := admin.Guest{
-			ID: g.ID, Generation: g.Generation, Status: statusWord(g.Status), GuestPhase: string(g.Phase),
+			ID: g.ID, Generation: g.Generation, Status: g.Status.Word(), GuestPhase: string(g.Phase),
 			Step: g.Step, Ending: g.Undoing, Since: g.Since, VCPUs: g.VCPUs, MemoryMiB: g.MemoryMiB,
 		}
 		for _, p := range g.Ports {
@@ -269,11 +269,6 @@ func (a *agent) status(ctx context.Context) (admin.Status, error) {
 		s.Guests = append(s.Guests, guest)
 	}
 	return s, nil
-}
-
-// statusWord is the wire's name without its prefix, in lower case.
-func statusWord(s api.GuestStatus) string {
-	return strings.ToLower(strings.TrimPrefix(s.String(), "GUEST_STATUS_"))
 }
 
 // unhex decodes what the catalogue has already checked.

@@ -113,6 +113,12 @@ func ParseEvent(data []byte) (*Event, error) {
 	return e, nil
 }
 
+// Word is the status as people say it: the wire's name without its prefix, in
+// lower case.
+func (x GuestStatus) Word() string {
+	return strings.ToLower(strings.TrimPrefix(x.String(), "GUEST_STATUS_"))
+}
+
 // CommandSubject is where a host's commands travel.
 func CommandSubject(hostID string) string { return "cmd." + hostID }
 

@@ -23,6 +23,8 @@ const (
 	modelFile    = "model.bin"
 	recordsFile  = "records.csv"
 	workloadPort = "8000"
+	// logLines of each log are shown when the demo fails.
+	logLines = 40
 )
 
 // show is one run of the main job.
@@ -45,7 +47,9 @@ func run(ctx context.Context, s *story) (err error) {
 			return
 		}
 		if err != nil {
-			d.logs()
+			for name, text := range d.p.LogTails(logLines) {
+				d.say("\n%s:\n%s", name, text)
+			}
 		}
 		err = errors.Join(err, d.p.Close())
 	}()
@@ -248,23 +252,6 @@ func (d *show) clean(ctx context.Context) error {
 	}
 	d.say("no domain, link, process, boot copy or spool; ciphertext stays in the cache until it is evicted")
 	return nil
-}
-
-// logs shows the end of every log of a run that failed.
-func (d *show) logs() {
-	const lines = 40
-	files, err := filepath.Glob(filepath.Join(d.p.Logs, "*.log"))
-	if err != nil {
-		return
-	}
-	for _, file := range files {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			continue
-		}
-		all := strings.Split(strings.TrimSpace(string(text)), "\n")
-		d.say("\n%s:\n%s", filepath.Base(file), strings.Join(all[max(0, len(all)-lines):], "\n"))
-	}
 }
 
 // controlplane is a verb of the control plane's program.

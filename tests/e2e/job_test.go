@@ -184,6 +184,7 @@ func TestAnAttestedServiceOutlivesItsAgent(t *testing.T) {
 	// A client that expects another image sends nothing.
 	says(t, u.run(5, "confidential", "call", "llm", "/v1/infer", "-X", "POST", "-d", "prompt", "--expected-image", trial.Repository+"@sha256:"+strings.Repeat("0", 64)),
 		"workload-image")
+	w.everythingIsSeen(h)
 	qemu := w.qemu(h)
 	h.Agent().Kill()
 	if again := infer(); again.Stdout != first.Stdout {
@@ -215,6 +216,21 @@ func TestAnAttestedServiceOutlivesItsAgent(t *testing.T) {
 		t.Errorf("the guest ended as %v", s)
 	}
 	w.clean(h)
+}
+
+// everythingIsSeen makes sure that the look for leftovers finds what a running
+// guest has.
+func (w *world) everythingIsSeen(h *trial.Host) {
+	w.t.Helper()
+	left, err := h.Leftovers(w.ctx)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, kind := range []string{"domain ", "link ", "rules for ", "boot copies ", "spool ", "cached ", "process ", "forwarding"} {
+		if !slices.ContainsFunc(left, func(l string) bool { return strings.HasPrefix(l, kind) }) {
+			w.t.Errorf("of a running guest no %s is seen in %v", kind, left)
+		}
+	}
 }
 
 // qemu is the process id of the host's only guest.

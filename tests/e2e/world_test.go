@@ -73,7 +73,9 @@ func newWorld(t *testing.T, hosts ...trial.HostOptions) (*world, []*trial.Host) 
 	w := &world{Platform: p, t: t, ctx: ctx}
 	t.Cleanup(func() {
 		if t.Failed() {
-			w.showLogs()
+			for name, text := range p.LogTails(60) {
+				t.Logf("%s:\n%s", name, text)
+			}
 		}
 		if err := p.Close(); err != nil {
 			t.Errorf("closing the platform: %v", err)
@@ -99,21 +101,6 @@ func newWorld(t *testing.T, hosts ...trial.HostOptions) (*world, []*trial.Host) 
 		all = append(all, h)
 	}
 	return w, all
-}
-
-// showLogs prints the end of every log of a test that failed.
-func (w *world) showLogs() {
-	const lines = 60
-	files, err := filepath.Glob(filepath.Join(w.Logs, "*.log"))
-	if err != nil {
-		return
-	}
-	for _, file := range files {
-		if text, err := os.ReadFile(file); err == nil {
-			all := strings.Split(strings.TrimSpace(string(text)), "\n")
-			w.t.Logf("%s:\n%s", filepath.Base(file), strings.Join(all[max(0, len(all)-lines):], "\n"))
-		}
-	}
 }
 
 // user is a tenant with a few files.

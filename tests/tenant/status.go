@@ -47,27 +47,12 @@ func (t *Tenant) Status(ctx context.Context, name string) (*Status, error) {
 	return s, nil
 }
 
+// stateWord is the status as people say it; nothing said yet is "pending".
 func stateWord(s api.GuestStatus) string {
-	switch s {
-	case api.GuestStatus_GUEST_STATUS_ACCEPTED:
-		return "accepted"
-	case api.GuestStatus_GUEST_STATUS_STARTED:
-		return "started"
-	case api.GuestStatus_GUEST_STATUS_ATTESTED:
-		return "attested"
-	case api.GuestStatus_GUEST_STATUS_RUNNING:
-		return "running"
-	case api.GuestStatus_GUEST_STATUS_COLLECTING:
-		return "collecting"
-	case api.GuestStatus_GUEST_STATUS_FINISHED:
-		return "finished"
-	case api.GuestStatus_GUEST_STATUS_FAILED:
-		return "failed"
-	case api.GuestStatus_GUEST_STATUS_STOPPED:
-		return "stopped"
-	case api.GuestStatus_GUEST_STATUS_UNSPECIFIED:
+	if s == api.GuestStatus_GUEST_STATUS_UNSPECIFIED {
+		return "pending"
 	}
-	return "pending"
+	return s.Word()
 }
 
 // Wait returns when the guest has ended. On the way it attests the guest, as

@@ -224,6 +224,7 @@ ip -o link | sed -n 's/^[0-9]*: \(na[^:@]*\).*/link \1/p'
 ls -A ` + GuestsDir + ` 2>/dev/null | sed 's/^/boot copies /'
 find ` + CacheDir + ` -type f 2>/dev/null | sed 's/^/cached /'
 ls -A ` + StateDir + `/spool 2>/dev/null | sed 's/^/spool /'
+nft list ruleset | grep -o 'na[0-9a-f]\{8\}' | sort -u | sed 's/^/rules for /'
 [ "$(cat /proc/sys/net/ipv4/ip_forward)" = 0 ] || echo forwarding`
 	out, err := h.Output(ctx, "bash", "-c", script)
 	if err != nil {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -193,6 +194,22 @@ func (p *Platform) issue(dir, name string) (certFile, keyFile string, err error)
 		os.WriteFile(certFile, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]}), 0o600),
 		os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600),
 	)
+}
+
+// LogTails are the last lines of every program's log, by file name.
+func (p *Platform) LogTails(lines int) map[string]string {
+	out := map[string]string{}
+	files, err := filepath.Glob(filepath.Join(p.Logs, "*.log"))
+	if err != nil {
+		return out
+	}
+	for _, file := range files {
+		if text, err := os.ReadFile(file); err == nil {
+			all := strings.Split(strings.TrimSpace(string(text)), "\n")
+			out[filepath.Base(file)] = strings.Join(all[max(0, len(all)-lines):], "\n")
+		}
+	}
+	return out
 }
 
 // Close ends everything. It reports what did not end well.

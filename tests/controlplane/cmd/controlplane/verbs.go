@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -191,7 +193,7 @@ func (a *app) printGuest(cmd *cobra.Command, g *client.Guest) error {
 			reason = r.GetCode()
 		}
 		return table(w, "GUEST\tNODE\tCOMMAND\tSTATUS\tPHASE\tRESULTS\tREASON", func(w io.Writer) {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\t%s\n", g.GuestID, g.Node, g.Outcome, state.GetStatus(), state.GetGuestPhase(), len(g.Results), reason)
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\t%s\n", g.GuestID, g.Node, g.Outcome, state.GetStatus().Word(), state.GetGuestPhase(), len(g.Results), reason)
 		})
 	})
 }
@@ -348,7 +350,8 @@ func summary(e *api.Event) string {
 		return r.GetCode() + ": " + r.GetMessage()
 	case *api.Event_GuestState:
 		s := b.GuestState
-		return fmt.Sprintf("%s %s %s %s", s.GetGuestId(), s.GetStatus(), s.GetGuestPhase(), s.GetRefusal().GetCode())
+		return strings.Join(slices.DeleteFunc([]string{s.GetGuestId(), s.GetStatus().Word(), s.GetGuestPhase(), s.GetRefusal().GetCode()},
+			func(word string) bool { return word == "" }), " ")
 	case *api.Event_Evidence:
 		return fmt.Sprintf("%s %d bytes", b.Evidence.GetGuestId(), len(b.Evidence.GetEvidence()))
 	case *api.Event_ResultUploaded:
