@@ -211,13 +211,12 @@ func checkReplay(cmd *api.Command, epoch Epoch) *contract.Refusal {
 }
 
 func (x *Inbox) checkFeatures(cmd *api.Command) *contract.Refusal {
-	for _, f := range cmd.GetRequiredFeatures() {
-		if !slices.Contains(x.d.Features, f) {
-			return contract.Refuse(api.CodeFeatureUnknown, "choose a node that lists the feature, or do without it",
-				"the node has no feature %q", f)
-		}
+	missing := slices.DeleteFunc(slices.Clone(cmd.GetRequiredFeatures()), func(f string) bool { return slices.Contains(x.d.Features, f) })
+	if len(missing) == 0 {
+		return nil
 	}
-	return nil
+	return contract.Refuse(api.CodeFeatureUnknown, "choose a node that lists every feature, or do without them",
+		"the node lacks the features %q", missing)
 }
 
 // accept stores a command that passed every check.

@@ -6,6 +6,7 @@ import (
 	"crypto/ed25519"
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -447,4 +448,19 @@ func TestMessagesAreNotJudgedAfterTheEnd(t *testing.T) {
 	if err := n.Receive(ctx, n.seal(command(1))); err == nil {
 		t.Error("acknowledged")
 	}
+}
+
+func TestEveryMissingFeatureIsNamed(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t, 2)
+		cmd := command(1)
+		cmd.IssuerEpoch, cmd.RequiredFeatures = 2, []string{"compliance.hipaa", "a.b", "audit.log"}
+		n.receive(n.seal(cmd))
+		n.run()
+		text := n.events()[0].GetCommandRefused().GetRefusal().GetMessage()
+		if !strings.Contains(text, "compliance.hipaa") || !strings.Contains(text, "audit.log") || strings.Contains(text, "a.b") {
+			t.Errorf("refused with %q", text)
+		}
+	})
 }
