@@ -243,6 +243,7 @@ func (d *show) canaries(ctx context.Context) error {
 		return fmt.Errorf("plaintext or a key was found in %v", found.Hits)
 	}
 	d.say("none of them holds the model, the secret or the key")
+	d.say("not searched: the guest's own memory. On silicon it is encrypted; under emulation QEMU's is readable.")
 	return nil
 }
 

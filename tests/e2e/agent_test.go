@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -109,4 +110,20 @@ func TestTheDemoEndsWellAndLeavesNothing(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	before.NothingLeft()
+	// Every step is shown with its time.
+	steps, times := 0, 0
+	for _, line := range lines {
+		if regexp.MustCompile(`^\d+\. `).MatchString(line) {
+			if steps != times {
+				t.Errorf("step %d has no time", steps)
+			}
+			steps++
+		}
+		if regexp.MustCompile(`^   ✓ \d+\.\d s$`).MatchString(line) {
+			times++
+		}
+	}
+	if steps < 8 || steps != times {
+		t.Errorf("%d steps and %d times in:\n%s", steps, times, out)
+	}
 }

@@ -114,7 +114,8 @@ func (w *world) refusal(code string) (r *api.Refusal) {
 	return r
 }
 
-// replayed sends a command again after its effect was undone by another.
+// replayed sends a command again after its effect was undone by another. A
+// known id is acknowledged and forgotten: it is no refusal, and no effect.
 func (w *world) replayed(h *trial.Host, cordon []byte) {
 	w.t.Helper()
 	cordoned := func(want bool) {

@@ -36,7 +36,7 @@ func TestASealedJobGoesItsWholeWay(t *testing.T) {
 	u.write("model.bin", model)
 	u.write("records.csv", canaryRecords)
 	u.write("token", canaryToken)
-	u.run(0, "keygen", "data.key")
+	u.run(0, "keygen", "data.key", "--raw")
 	u.run(0, "seal", "model.bin", "--encryption-key", "file://data.key")
 	u.run(0, "upload", "model.bin.age", "--to", trial.Bucket+"/models/model.age")
 	d := u.deploy("job", "--model", "encrypted://"+trial.Bucket+"/models/model.age", "--encryption-key", "file://data.key",
@@ -82,21 +82,21 @@ func (w *world) noCanaries(u *user, launchID string) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	found, err := w.Search(w.ctx, [][]byte{[]byte(canaryModel), []byte(canaryRecords), []byte(canaryToken), bytes.TrimSpace(key)})
+	found, err := w.Search(w.ctx, [][]byte{[]byte(canaryModel), []byte(canaryRecords), []byte(canaryToken), key})
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	if len(found.Hits) > 0 {
 		w.t.Errorf("plaintext or a key is in %v", found.Hits)
 	}
-	// The search finds what is there: the launch's id is in the manifest,
-	// which goes over NATS, through the agent's memory and into its store.
-	found, err = w.Search(w.ctx, [][]byte{[]byte(launchID)})
+	// The search finds what is there: the launch's id, which is in the
+	// manifest, and how every sealed file begins.
+	found, err = w.Search(w.ctx, [][]byte{[]byte(launchID), []byte("age-encryption.org/v1")})
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	all := strings.Join(found.Hits, "\n")
-	for _, place := range []string{"agent's memory", trial.StateDir, "nats-traffic", "jetstream"} {
+	for _, place := range []string{"agent's memory", trial.StateDir, trial.CacheDir, "broker.log", "nats-traffic", "jetstream", "object "} {
 		if !strings.Contains(all, place) {
 			w.t.Errorf("the search misses what is in %s; it found %s", place, all)
 		}
@@ -185,6 +185,10 @@ func TestAnAttestedServiceOutlivesItsAgent(t *testing.T) {
 	says(t, u.run(5, "confidential", "call", "llm", "/v1/infer", "-X", "POST", "-d", "prompt", "--expected-image", trial.Repository+"@sha256:"+strings.Repeat("0", 64)),
 		"workload-image")
 	w.everythingIsSeen(h)
+	found, err := w.Search(w.ctx, [][]byte{[]byte(canaryModel)})
+	if err != nil || len(found.Hits) > 0 {
+		t.Errorf("while the guest runs its model is in %v, %v", found.Hits, err)
+	}
 	qemu := w.qemu(h)
 	h.Agent().Kill()
 	if again := infer(); again.Stdout != first.Stdout {

@@ -150,8 +150,8 @@ func TestGuestsOfTwoTenantsSeeNothingOfEachOther(t *testing.T) {
 		}
 	}
 	for _, d := range deployed {
-		if _, err := w.API.Stop(w.ctx, d.GuestID, 0); err != nil {
-			t.Fatal(err)
+		if a, err := trial.Ask(w.ControlCommand(w.ctx, "stop", d.GuestID, "--grace", "1s"), nil); err != nil || a.Code != 0 {
+			t.Fatalf("controlplane stop: %v %s", err, a)
 		}
 		w.ended(d.GuestID)
 	}
