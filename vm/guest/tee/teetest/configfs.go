@@ -89,7 +89,7 @@ func (c ConfigFS) MkdirTemp(dir, pattern string) (string, error) {
 		c.entries = map[string]*entry{}
 	}
 	c.made++
-	c.entries[name] = &entry{level: c.VMPL}
+	c.entries[name] = &entry{}
 	return name, nil
 }
 
@@ -155,6 +155,9 @@ func (c ConfigFS) answer(e *entry) unix.Errno {
 		return unix.EBUSY
 	}
 	c.Asked++
+	if e.level < c.VMPL { // the processor says: invalid parameter
+		return unix.EINVAL
+	}
 	e.out, e.aux = c.report(e.in, e.level), c.Table
 	e.read, e.answered = e.written, true
 	return 0

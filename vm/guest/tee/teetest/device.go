@@ -79,9 +79,9 @@ func (d *Device) give(req *linuxabi.SnpUserGuestRequest, answer *linuxabi.SnpRep
 	d.Asked++
 	if what.Vmpl < d.VMPL || what.Vmpl > maxVMPL {
 		answer.Status = 0x16 // invalid parameter (AMD 56860, MSG_REPORT_RSP)
-		return 0, nil
+		return 0, answer.Finish(req.RespData)
 	}
 	answer.ReportSize = reportSize
 	copy(answer.Data[:], d.report(what.ReportData[:], what.Vmpl))
-	return 0, nil
+	return 0, nil //nolint:nilnil // zero is an ioctl's success
 }
