@@ -4,6 +4,7 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
+	"reflect"
 	"strings"
 
 	"github.com/confidential-node/agent/firmware/contract"
@@ -44,11 +45,10 @@ func (o *DeployOptions) checkAppraisal() error {
 
 // appraisal is what the broker is given: nil when nothing is demanded.
 func (o *DeployOptions) appraisal() *brokeradmin.AppraisalPolicy {
-	a := o.Appraisal
-	if len(a.Floors)+len(a.ExcludeProducts)+len(a.IDKeyDigests)+len(a.AuthorKeyDigests) == 0 && !a.ForbidSMT && !a.RequireCRL && a.Platform == "" && a.MinGuestSVN == 0 {
+	if reflect.ValueOf(o.Appraisal).IsZero() {
 		return nil
 	}
-	return &a
+	return &o.Appraisal
 }
 
 // idBlock reads the publisher's pair and holds it against launch and demands,
