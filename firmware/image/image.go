@@ -58,9 +58,11 @@ type Options struct {
 // No image takes code from the host: unsigned modules, kexec, /dev/mem and
 // the like are locked, and a panic ends the guest at once. "console=null" names
 // a console that does not exist: without it the kernel falls back to the first
-// serial port it finds, and the host decides whether there is one.
+// serial port it finds, and the host decides whether there is one. Randomness
+// starts with the processor's; a seed that firmware hands over comes from
+// devices of the host and is mixed in without being counted.
 func Cmdline(variant string) (string, error) {
-	words := []string{"panic=-1", "oops=panic", "module.sig_enforce=1", "lockdown=confidentiality", ParamVariant + "=" + variant}
+	words := []string{"panic=-1", "oops=panic", "module.sig_enforce=1", "lockdown=confidentiality", "random.trust_cpu=on", "random.trust_bootloader=off", ParamVariant + "=" + variant}
 	switch variant {
 	case contract.VariantProduction:
 		words = append([]string{"console=null", "quiet", "loglevel=0"}, words...)

@@ -127,6 +127,29 @@ func ReadLeaf(der []byte) (Product, contract.TCB, error) {
 	return p, l.tcb, err
 }
 
+// CheckSigned says why e are not the certificates behind a report: their leaf
+// signed it, and stands under one of AMD's roots or of those given. It is for
+// whoever has to choose among certificates without a clock to trust, and looks
+// at no date but the leaf's first; what they are worth is for Verify to say.
+func CheckSigned(report []byte, e contract.Endorsements, emulated []*x509.Certificate) error {
+	r, err := ParseReport(report)
+	if err != nil {
+		return err
+	}
+	root, _, err := findRoot(e.ARK, emulated)
+	if err != nil {
+		return err
+	}
+	l, err := parseLeaf(e.VCEK)
+	if err != nil {
+		return err
+	}
+	if !signatureHolds(r, report, l) {
+		return fmt.Errorf("the key of %s did not sign the report", l.cert.Subject.CommonName)
+	}
+	return verifyChain(l, e.ASK, root, l.cert.NotBefore)
+}
+
 func (l *leaf) fits(p Product, tcb contract.TCB) error {
 	if l.product != p.Name {
 		return fmt.Errorf("it is for a %s, not a %s", l.product, p.Name)

@@ -222,3 +222,31 @@ func FuzzLeaf(f *testing.F) {
 		}
 	})
 }
+
+func TestCertificatesBelongToTheReportTheirKeySigned(t *testing.T) {
+	t.Parallel()
+	genoa, e := captured(t, "genoa")
+	turin, other := captured(t, "turin")
+	if err := snp.CheckSigned(genoa, e, nil); err != nil {
+		t.Error(err)
+	}
+	if err := snp.CheckSigned(turin, other, nil); err != nil {
+		t.Error(err)
+	}
+	for name, change := range map[string]func(*contract.Endorsements){
+		"another's leaf": func(e *contract.Endorsements) { e.VCEK = other.VCEK },
+		"another's ASK":  func(e *contract.Endorsements) { e.ASK = other.ASK },
+		"another's ARK":  func(e *contract.Endorsements) { e.ARK = other.ARK },
+		"no root":        func(e *contract.Endorsements) { e.ARK = nil },
+		"no leaf":        func(e *contract.Endorsements) { e.VCEK = nil },
+	} {
+		wrong := e
+		change(&wrong)
+		if snp.CheckSigned(genoa, wrong, nil) == nil {
+			t.Errorf("%s passes", name)
+		}
+	}
+	if snp.CheckSigned(genoa[1:], e, nil) == nil {
+		t.Error("half a report passes")
+	}
+}

@@ -20,6 +20,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp"
+	"github.com/confidential-node/agent/firmware/snp/idblock"
 	"github.com/confidential-node/agent/firmware/snp/snptest"
 )
 
@@ -41,6 +42,8 @@ type Guest struct {
 	Manifest    []byte
 	Measurement []byte
 	Policy      snp.Policy
+	// IDBlock is the publisher's pair it was launched with; nil for none.
+	IDBlock *idblock.Signed
 	// Boot is the host's hint that it passes on.
 	Boot contract.BootComponents
 	// TLSKey ends its connections, ResultKey signs its results.
@@ -74,6 +77,13 @@ func (g *Guest) report(data [contract.ReportDataSize]byte) ([]byte, error) {
 		ChipID: [64]byte(chipID()), ReportIDMA: [32]byte(bytes.Repeat([]byte{0xff}, 32)),
 	}
 	copy(r.Measurement[:], g.Measurement)
+	if s := g.IDBlock; s != nil {
+		r.GuestSVN, r.FamilyID, r.ImageID = s.Block.GuestSVN, s.Block.FamilyID, s.Block.ImageID
+		r.IDKeyDigest = s.IDKeyDigest
+		if s.HasAuthorKey {
+			r.SignerInfo, r.AuthorDigest = 1, s.AuthorKeyDigest
+		}
+	}
 	return snptest.Sign(r.Marshal(), g.Chip.Key)
 }
 

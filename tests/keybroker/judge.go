@@ -33,6 +33,12 @@ func remedy(check string) string {
 		return "launch with a guest policy that forbids debugging, migration and CXL, and sets no other bit than SMT"
 	case "product":
 		return "use a host with an EPYC of the Genoa generation or later; the broker accepts another line only where it was started with --allow-product"
+	case "smt":
+		return "launch with policy bit 16 clear on a host that has SMT off, or register the launch without that demand"
+	case "mitigations", "platform-info":
+		return "use a host whose firmware does what the tenant demands, or register the launch without that demand"
+	case "id-key", "author-key", "guest-svn":
+		return "launch with the ID block of the image's publisher, whose keys the tenant registered"
 	case "chip-allowed":
 		return "deploy to a host on the launch's list, or add this chip id to it"
 	}
@@ -114,6 +120,9 @@ func (s *Server) expect(a *attestation, r *record) (snp.Expect, *contract.Refusa
 		return x, contract.AsRefusal(err)
 	}
 	if x.ChipIDs, err = decodeAll(r.Launch.ChipIDs); err != nil {
+		return x, contract.AsRefusal(err)
+	}
+	if err := r.Launch.AppraisalPolicy.Demand(&x.AppraisalPolicy); err != nil {
 		return x, contract.AsRefusal(err)
 	}
 	return x, nil

@@ -1,6 +1,7 @@
 package keybroker
 
 import (
+	"bytes"
 	"encoding/base64"
 	"encoding/json"
 	"net/http"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp"
+	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
 )
 
 func TestGuestGetsItsSecretAndNobodySeesItOnTheWay(t *testing.T) {
@@ -204,6 +206,14 @@ func TestEveryWrongEvidenceIsRefusedWithItsReason(t *testing.T) {
 		{name: "provisional firmware", code: "broker.committed-is-current", lie: func(g *guest) { g.report.CommittedTCB -= 1 << 56 }},
 		{name: "below the registered floor", code: "broker.tcb-floor", reg: func(w *world) { w.launch.TCBFloor = &contract.TCB{Microcode: 87} }},
 		{name: "chip not on the list", code: "broker.chip-allowed", reg: func(w *world) { w.launch.ChipIDs = []string{strings.Repeat("09", 64)} }},
+		{name: "SMT forbidden", code: "broker.smt", reg: demand(brokeradmin.AppraisalPolicy{ForbidSMT: true})},
+		{name: "no revocation list", code: "broker.revocation", reg: demand(brokeradmin.AppraisalPolicy{RequireCRL: true})},
+		{name: "below this processor's floor", code: "broker.tcb-floor", reg: demand(brokeradmin.AppraisalPolicy{Floors: []string{"19/10-1f:microcode=87"}})},
+		{name: "no ID block", code: "broker.id-key", reg: demand(brokeradmin.AppraisalPolicy{IDKeyDigests: []string{strings.Repeat("0d", 48)}})},
+		{name: "no author key", code: "broker.author-key", reg: demand(brokeradmin.AppraisalPolicy{AuthorKeyDigests: []string{strings.Repeat("0d", 48)}})},
+		{name: "an old image", code: "broker.guest-svn", reg: demand(brokeradmin.AppraisalPolicy{MinGuestSVN: 1})},
+		{name: "a platform without ECC", code: "broker.platform-info", reg: demand(brokeradmin.AppraisalPolicy{Platform: "ecc"})},
+		{name: "an excluded line", code: "broker.product", reg: demand(brokeradmin.AppraisalPolicy{ExcludeProducts: []string{"genoa"}})},
 		{name: "no endorsements", code: "broker.root", lie: func(g *guest) { g.endorse = contract.Endorsements{} }},
 		{name: "emulated root not allowed", code: "broker.root", cfg: func(c *Config) { c.EmulatedRoots = nil }},
 		{name: "Milan", code: "broker.product", lie: func(g *guest) { g.report.Model = 1 }},
@@ -258,6 +268,32 @@ func TestEveryWrongEvidenceIsRefusedWithItsReason(t *testing.T) {
 				t.Fatalf("the tenant does not see why: %+v", s.Refusals)
 			}
 		})
+	}
+}
+
+// demand registers the launch with more than the floor.
+func demand(a brokeradmin.AppraisalPolicy) func(*world) {
+	return func(w *world) { w.launch.AppraisalPolicy = &a }
+}
+
+func TestAGuestThatMeetsEveryDemandGetsItsKeysAlsoAfterARestart(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, nil)
+	demand(brokeradmin.AppraisalPolicy{
+		ForbidSMT: true, Floors: []string{"19/10-1f:snp=27,microcode=86", "1a/0-11:snp=4"}, IDKeyDigests: []string{strings.Repeat("0e", 48), strings.Repeat("0d", 48)},
+		MinGuestSVN: 3, Platform: "ecc", ExcludeProducts: []string{"turin"},
+	})(w)
+	if err := w.admin.PutLaunch(t.Context(), launchID, &w.launch); err != nil {
+		t.Fatal(err)
+	}
+	w.web.Close()
+	w.start()
+	g := w.guest()
+	g.report.Policy &^= snp.PolicySMT
+	g.report.GuestSVN, g.report.PlatformInfo = 3, snp.PlatformECC
+	copy(g.report.IDKeyDigest[:], bytes.Repeat([]byte{0x0d}, 48))
+	if token, status, refused := g.attest(g.attestBody(g.auth())); status != http.StatusOK || token == "" {
+		t.Errorf("got %d %+v", status, refused)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -65,6 +66,10 @@ func TestOneAddressCannotFloodTheBroker(t *testing.T) {
 	g.auth()
 }
 
+func registered(a brokeradmin.AppraisalPolicy) func(*brokeradmin.Launch) {
+	return func(l *brokeradmin.Launch) { l.AppraisalPolicy = &a }
+}
+
 func TestAdminAPINeedsItsTokenAndKeepsManifestsFixed(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, nil)
@@ -99,6 +104,12 @@ func TestAdminAPINeedsItsTokenAndKeepsManifestsFixed(t *testing.T) {
 		"bad chip":       func(l *brokeradmin.Launch) { l.ChipIDs = []string{"zz"} },
 		"bad resource":   func(l *brokeradmin.Launch) { l.Resources = map[string][]byte{"../x": []byte("v")} },
 		"empty resource": func(l *brokeradmin.Launch) { l.Resources = map[string][]byte{"a/b/c": {}} },
+		"bad floor":      registered(brokeradmin.AppraisalPolicy{Floors: []string{"19:snp"}}),
+		"many floors":    registered(brokeradmin.AppraisalPolicy{Floors: slices.Repeat([]string{"19/11:snp=1"}, 17)}),
+		"bad platform":   registered(brokeradmin.AppraisalPolicy{Platform: "golden"}),
+		"bad product":    registered(brokeradmin.AppraisalPolicy{ExcludeProducts: []string{"naples"}}),
+		"short ID key":   registered(brokeradmin.AppraisalPolicy{IDKeyDigests: []string{"00"}}),
+		"bad author key": registered(brokeradmin.AppraisalPolicy{AuthorKeyDigests: []string{"x"}}),
 		"many releases":  func(l *brokeradmin.Launch) { l.Releases = brokeradmin.MaxReleases + 1 },
 	}
 	for name, change := range bad {
@@ -234,6 +245,7 @@ func FuzzParseAuth(f *testing.F) {
 func FuzzValidateLaunch(f *testing.F) {
 	f.Add([]byte(`{"launch_digests":["00"],"manifest":"e30=","image":null}`))
 	f.Add([]byte(`{"resources":{"a/b/c":"AA=="},"chip_ids":["` + hex.EncodeToString(make([]byte, 64)) + `"]}`))
+	f.Add([]byte(`{"appraisal_policy":{"floors":["19/10-1f:snp=27,mitigations=7"],"forbid_smt":true,"platform":"ecc","id_key_digests":["00"],"min_guest_svn":1}}`))
 	f.Fuzz(func(_ *testing.T, data []byte) {
 		var l brokeradmin.Launch
 		if contract.UnmarshalStrict(data, brokeradmin.MaxLaunchBytes, &l) == nil {

@@ -16,6 +16,7 @@ import (
 	"github.com/google/renameio/v2"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/snp"
 	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
 )
 
@@ -280,6 +281,9 @@ func validateLaunch(id string, l *brokeradmin.Launch) *contract.Refusal {
 		if raw, err := hex.DecodeString(c); err != nil || len(raw) != 64 {
 			return bad("chip_ids: %.140q is not 128 hex digits", c)
 		}
+	}
+	if err := l.AppraisalPolicy.Demand(&snp.AppraisalPolicy{}); err != nil {
+		return bad("appraisal_policy: %v", err)
 	}
 	for name, value := range l.Resources {
 		if _, err := contract.ParseResource("kbs:///" + name); err != nil {

@@ -58,6 +58,10 @@ type DeployOptions struct {
 	Releases int
 	TCBFloor *contract.TCB
 	ChipIDs  []string
+	// Appraisal is what else platform and launch have to be, for the broker
+	// and for this tool.
+	Appraisal brokeradmin.AppraisalPolicy
+	IDBlock   IDBlockFiles
 	// StartTimeout and RunTimeout; 0 leaves them to the host's policy.
 	StartTimeout, RunTimeout time.Duration
 	// Replace puts an older deployment of this name aside.
@@ -110,6 +114,9 @@ func (o *DeployOptions) check() error {
 			return Usage("--result %q is not a file name", name)
 		}
 	}
+	if err := o.checkAppraisal(); err != nil {
+		return err
+	}
 	_, err := o.sources()
 	return err
 }
@@ -151,6 +158,9 @@ func (o *DeployOptions) features() []string {
 	if len(o.Ports) > 0 {
 		out = append(out, api.FeaturePortsAttestedTLS)
 	}
+	if o.IDBlock.Block != "" {
+		out = append(out, api.FeatureLaunchIDBlock)
+	}
 	if o.Compliance != "" {
 		out = append(out, featureCompliance+o.Compliance)
 	}
@@ -170,6 +180,7 @@ type plan struct {
 	resources map[string][]byte
 	secretEnv map[string]string
 	manifest  []byte
+	signed    *signedLaunch
 	aside     string // the deployment that had this name
 	sent      bool   // the command may have reached the control plane
 }
@@ -255,6 +266,9 @@ func (t *Tenant) prepare(ctx context.Context, o *DeployOptions) (*plan, error) {
 	if err != nil {
 		return nil, err
 	}
+	if p.signed, err = o.idBlock(digest); err != nil {
+		return nil, err
+	}
 	t.report.Step("resolving the image")
 	pinned, err := t.registry.Resolve(ctx, o.Image)
 	if err != nil {
@@ -269,7 +283,7 @@ func (t *Tenant) prepare(ctx context.Context, o *DeployOptions) (*plan, error) {
 	p.d = &Deployment{
 		Version: deploymentVersion, Name: o.Name, Stage: StagePrepared, CreatedAt: t.now().UTC(), LaunchID: hex.EncodeToString(id),
 		Node: o.Node, RequestedImage: o.Image, Image: pinned, LaunchDigests: []string{digest}, GuestImage: p.image.desc,
-		TCBFloor: o.TCBFloor, Ports: o.Ports, DataKey: data.String(),
+		TCBFloor: o.TCBFloor, Appraisal: o.appraisal(), Ports: o.Ports, DataKey: data.String(),
 	}
 	if p.d.Node == "" {
 		p.d.Node = t.profile.Node
@@ -367,7 +381,7 @@ func (t *Tenant) register(ctx context.Context, p *plan) error {
 	t.report.Step("registering policy and keys at the broker")
 	err := t.broker.PutLaunch(ctx, p.d.LaunchID, &brokeradmin.Launch{
 		LaunchDigests: p.d.LaunchDigests, Manifest: p.manifest, Image: p.d.GuestImage, Releases: p.o.Releases,
-		TCBFloor: p.o.TCBFloor, ChipIDs: p.o.ChipIDs, Resources: p.resources,
+		TCBFloor: p.o.TCBFloor, ChipIDs: p.o.ChipIDs, AppraisalPolicy: p.d.Appraisal, Resources: p.resources,
 	})
 	if err != nil {
 		return fmt.Errorf("registering at the broker: %w", err)
@@ -429,8 +443,9 @@ func (t *Tenant) command(ctx context.Context, p *plan) (*api.LaunchGuest, error)
 		Generation: 1, Manifest: p.manifest, LaunchDigest: digest,
 		Image: &api.BootImage{FirmwareSha256: firmware[:], KernelSha256: p.image.kernel[:], InitrdSha256: p.image.initrd[:], Cmdline: p.image.desc.Cmdline},
 		Machine: &api.Machine{
-			Vcpus: uint32(p.o.VCPUs), MemoryMib: p.o.MemoryMiB, CpuModel: p.o.CPUModel, GuestFeatures: guestFeatures, Policy: guestPolicy,
+			Vcpus: uint32(p.o.VCPUs), MemoryMib: p.o.MemoryMiB, CpuModel: p.o.CPUModel, GuestFeatures: guestFeatures, Policy: p.o.policy(),
 		},
+		IdBlock: p.signed.block, IdAuth: p.signed.auth,
 		Results: &api.ResultTarget{}, Hosts: t.profile.Hosts,
 	}
 	if p.o.StartTimeout > 0 {

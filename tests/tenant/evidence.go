@@ -16,6 +16,7 @@ import (
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp"
 	"github.com/confidential-node/agent/firmware/verify"
+	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
 )
 
 // pollInterval is how often the control plane is asked again.
@@ -64,7 +65,9 @@ type VerifyOptions struct {
 	AllowEmulatedRoots    []string
 	AllowDevelopmentImage bool
 	AllowProducts         []string
-	spki                  []byte
+	// Appraisal adds to what the deployment demands.
+	Appraisal brokeradmin.AppraisalPolicy
+	spki      []byte
 }
 
 // Attest challenges the guest through the control plane and verifies the
@@ -260,6 +263,12 @@ func (t *Tenant) expectations(raw []byte, d *Deployment, o VerifyOptions) (verif
 		if d.TCBFloor != nil {
 			x.MinTCB = *d.TCBFloor
 		}
+		if err := d.Appraisal.Demand(&x.AppraisalPolicy); err != nil {
+			return x, fmt.Errorf("reading deployment %s: appraisal policy: %w", d.Name, err)
+		}
+	}
+	if err := o.Appraisal.Demand(&x.AppraisalPolicy); err != nil {
+		return x, Usage("appraisal policy: %v", err)
 	}
 	if o.MinTCB != nil {
 		x.MinTCB = *o.MinTCB
@@ -373,14 +382,29 @@ func (t *Tenant) predictFor(raw []byte) []string {
 	return []string{digest}
 }
 
-// MarshalJSON encodes the checks, for programs.
-func (v *Verdict) MarshalJSON() ([]byte, error) {
+// checkDocument is a check for programs.
+type checkDocument struct {
+	snp.Check
+	ProtectsFrom string `json:"protects_from,omitempty"`
+}
+
+// JSON encodes the checks, for programs; with explain also what each protects
+// from.
+func (v *Verdict) JSON(explain bool) ([]byte, error) {
+	var checks []checkDocument
+	for _, c := range v.Checks {
+		doc := checkDocument{Check: c}
+		if explain {
+			doc.ProtectsFrom = verify.Explain(c.Name)
+		}
+		checks = append(checks, doc)
+	}
 	return json.Marshal(struct {
-		APIVersion string        `json:"apiVersion"`
-		Kind       string        `json:"kind"`
-		OK         bool          `json:"ok"`
-		Signer     *snp.Signer   `json:"signer,omitempty"`
-		Checks     []snp.Check   `json:"checks"`
-		Warnings   []snp.Warning `json:"warnings,omitempty"`
-	}{"tenant/v1", "Verdict", v.OK(), v.Signer, v.Checks, v.Warnings})
+		APIVersion string          `json:"apiVersion"`
+		Kind       string          `json:"kind"`
+		OK         bool            `json:"ok"`
+		Signer     *snp.Signer     `json:"signer,omitempty"`
+		Checks     []checkDocument `json:"checks"`
+		Warnings   []snp.Warning   `json:"warnings,omitempty"`
+	}{"tenant/v1", "Verdict", v.OK(), v.Signer, checks, v.Warnings})
 }

@@ -8,7 +8,6 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"encoding/hex"
-	"encoding/json"
 	"io"
 	"net"
 	"net/http"
@@ -292,7 +291,7 @@ func TestVerifyingAFileNeedsOnesOwnChallenge(t *testing.T) {
 	if v, err := w.tenant.Verify([]byte("{}"), VerifyOptions{}); err != nil || v.OK() {
 		t.Fatalf("garbage: %v", err)
 	}
-	raw, err := json.Marshal(v)
+	raw, err := v.JSON(false)
 	if err != nil || !strings.Contains(string(raw), `"kind":"Verdict"`) {
 		t.Fatalf("%s %v", raw, err)
 	}

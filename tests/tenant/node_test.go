@@ -27,6 +27,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp"
+	"github.com/confidential-node/agent/firmware/snp/idblock"
 	"github.com/confidential-node/agent/firmware/snp/snptest"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/tests/attester"
@@ -96,6 +97,11 @@ func (n *fakeNode) Launch(_ context.Context, node string, l *api.LaunchGuest, fe
 	}
 	m := l.GetMachine()
 	g.Policy = snp.Policy(m.GetPolicy())
+	if len(l.GetIdBlock()) > 0 {
+		if g.IDBlock, err = idblock.Verify(l.GetIdBlock(), l.GetIdAuth()); err != nil {
+			return Launched{}, err
+		}
+	}
 	g.Boot = contract.BootComponents{
 		FirmwareSHA256: hex.EncodeToString(l.GetImage().GetFirmwareSha256()), VCPUs: int(m.GetVcpus()),
 		CPUModel: m.GetCpuModel(), GuestFeatures: m.GetGuestFeatures(),

@@ -14,6 +14,7 @@ import (
 	"github.com/google/renameio/v2"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
 )
 
 // deploymentVersion is the version of Deployment.
@@ -45,8 +46,10 @@ type Deployment struct {
 	// GuestImage is the tenant's own copy of image.json.
 	GuestImage *contract.ImageDescription `json:"guest_image"`
 	TCBFloor   *contract.TCB              `json:"tcb_floor,omitempty"`
-	GPU        *contract.GPU              `json:"gpu,omitempty"`
-	Ports      []int                      `json:"ports,omitempty"`
+	// Appraisal is what else was demanded, of the broker too.
+	Appraisal *brokeradmin.AppraisalPolicy `json:"appraisal_policy,omitempty"`
+	GPU       *contract.GPU                `json:"gpu,omitempty"`
+	Ports     []int                        `json:"ports,omitempty"`
 	// DataKey is the broker resource of the inputs' key.
 	DataKey string           `json:"data_key"`
 	Inputs  []DeployedObject `json:"inputs,omitempty"`

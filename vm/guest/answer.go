@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/vm/guest/tee"
 )
 
 // challengePause is waited after a challenge that could not be fetched or
@@ -36,9 +37,17 @@ func (a *answers) gave() {
 	a.givenOnce.Do(func() { close(a.channel()) })
 }
 
-// endorsements asks the host for the certificates behind its reports, until
-// it has some.
-func (g *guest) endorsements(ctx context.Context) contract.Endorsements {
+// endorsements are the certificates behind a report: the host's hints, asked
+// for until it has some, and what came beside the report where that is better.
+func (g *guest) endorsements(ctx context.Context, a tee.Attestation) contract.Endorsements {
+	e, err := endorse(a, g.hints(ctx), nil)
+	if err != nil {
+		g.log.Warn("certificates beside the report are of no use", "err", err)
+	}
+	return e
+}
+
+func (g *guest) hints(ctx context.Context) contract.Endorsements {
 	g.answers.mu.Lock()
 	defer g.answers.mu.Unlock()
 	if len(g.answers.endorsements.VCEK) == 0 {
@@ -73,13 +82,13 @@ func (g *guest) evidence(ctx context.Context, nonce []byte) ([]byte, error) {
 	if !ok {
 		return nil, fmt.Errorf("making evidence: result key is a %T", g.resultKey.Public())
 	}
-	report, err := g.tee.Report(ctx, contract.EvidenceReportData(nonce, g.tls.SPKI, resultKey, nil))
+	attested, err := g.tee.Report(ctx, contract.EvidenceReportData(nonce, g.tls.SPKI, resultKey, nil))
 	if err != nil {
 		return nil, fmt.Errorf("making evidence: %w", err)
 	}
 	bundle, err := json.Marshal(contract.Evidence{
 		Version: contract.EvidenceVersion, Nonce: nonce, TLSSPKI: g.tls.SPKI, ResultKey: resultKey,
-		Report: report, Manifest: g.manifest, Endorsements: g.endorsements(ctx), Boot: g.bootComponents(ctx),
+		Report: attested.Report, Manifest: g.manifest, Endorsements: g.endorsements(ctx, attested), Boot: g.bootComponents(ctx),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("encoding evidence: %w", err)

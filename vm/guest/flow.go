@@ -225,11 +225,11 @@ func (g *guest) identify(ctx context.Context) error {
 	if _, err := rand.Read(fresh[:]); err != nil {
 		return fmt.Errorf("making report data: %w", err)
 	}
-	report, err := g.tee.Report(ctx, fresh)
+	attested, err := g.tee.Report(ctx, fresh)
 	if err != nil {
 		return contract.Refuse("guest.no-report", "start the guest as a confidential one, on a host that can", "the guest gets no attestation reports").Because(err)
 	}
-	hostData, err := tee.HostData(report, fresh)
+	hostData, err := tee.HostData(attested.Report, fresh)
 	if err != nil {
 		return err
 	}

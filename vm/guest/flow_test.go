@@ -21,14 +21,15 @@ import (
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/vm/guest/inputs"
 	"github.com/confidential-node/agent/vm/guest/metadata"
+	"github.com/confidential-node/agent/vm/guest/tee"
 	"github.com/confidential-node/agent/vm/guest/workload"
 )
 
 // processor plays the silicon of a guest in this process.
 type processor struct{ hostData [32]byte }
 
-func (p *processor) Report(_ context.Context, data [64]byte) ([]byte, error) {
-	return report(data, p.hostData), nil
+func (p *processor) Report(_ context.Context, data [64]byte) (tee.Attestation, error) {
+	return tee.Attestation{Report: report(data, p.hostData)}, nil
 }
 
 // fakeWorkload is a workload in this process: it reads its inputs, writes

@@ -49,11 +49,11 @@ func (g *guest) attest(ctx context.Context) error {
 		return err
 	}
 	if err := client.Attest(ctx, func(ctx context.Context, data [contract.ReportDataSize]byte) (contract.BrokerEvidence, error) {
-		report, err := g.tee.Report(ctx, data)
+		attested, err := g.tee.Report(ctx, data)
 		if err != nil {
 			return contract.BrokerEvidence{}, err
 		}
-		return contract.BrokerEvidence{Report: report, Manifest: g.manifest, Endorsements: g.endorsements(ctx)}, nil
+		return contract.BrokerEvidence{Report: attested.Report, Manifest: g.manifest, Endorsements: g.endorsements(ctx, attested)}, nil
 	}); err != nil {
 		return err
 	}

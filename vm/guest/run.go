@@ -67,6 +67,10 @@ func (g *guest) equip(device string, debug bool) (err error) {
 			return err
 		}
 	}
+	if err := boot.Entropy(); err != nil {
+		return contract.Refuse("guest.entropy", "launch on a processor model with RDRAND, without an entropy device of the host, and with the image's own command line",
+			"the guest's randomness would be the host's").Because(err)
+	}
 	if g.memory, err = boot.Memory(); err != nil {
 		return err
 	}

@@ -71,6 +71,8 @@ type Launch struct {
 	// ChipIDs, 128 hex digits each, limit the launch to these processors;
 	// empty means any.
 	ChipIDs []string `json:"chip_ids,omitempty"`
+	// AppraisalPolicy is what else platform and launch have to be.
+	AppraisalPolicy *AppraisalPolicy `json:"appraisal_policy,omitempty"`
 	// Resources maps repository/type/tag to the secret.
 	Resources map[string][]byte `json:"resources,omitempty"`
 }

@@ -64,17 +64,17 @@ type channel struct {
 
 // Report asks the emulated processor. After an interrupted exchange the
 // channel is out of step and refuses to go on.
-func (c *channel) Report(ctx context.Context, data [contract.ReportDataSize]byte) ([]byte, error) {
+func (c *channel) Report(ctx context.Context, data [contract.ReportDataSize]byte) (Attestation, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.broken != nil {
-		return nil, fmt.Errorf("getting report: channel is out of step: %w", c.broken)
+		return Attestation{}, fmt.Errorf("getting report: channel is out of step: %w", c.broken)
 	}
 	report, err := c.exchange(ctx, data[:])
 	if err != nil {
-		return nil, fmt.Errorf("getting report: %w", err)
+		return Attestation{}, fmt.Errorf("getting report: %w", err)
 	}
-	return report, nil
+	return Attestation{Report: report}, nil
 }
 
 func (c *channel) exchange(ctx context.Context, data []byte) ([]byte, error) {

@@ -47,8 +47,8 @@ func TestReportsComeOverTheChannelInFrames(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := processor(t, string(text), `{"error":"busy"}`, string(text))
-	if r, err := c.Report(t.Context(), [64]byte{}); err != nil || string(r) != "the report" {
-		t.Errorf("%q %v", r, err)
+	if r, err := c.Report(t.Context(), [64]byte{}); err != nil || string(r.Report) != "the report" {
+		t.Errorf("%q %v", r.Report, err)
 	}
 	if _, err := c.Report(t.Context(), [64]byte{}); err == nil || !strings.Contains(err.Error(), "busy") {
 		t.Errorf("%v", err)

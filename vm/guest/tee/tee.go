@@ -24,9 +24,18 @@ const (
 // ErrUnavailable means that this machine gives no reports.
 var ErrUnavailable = errors.New("no attestation reports on this machine")
 
+// Attestation is what the platform answers.
+type Attestation struct {
+	// Report is the attestation report.
+	Report []byte
+	// Table is the certificate table that the host put beside it, usually
+	// empty: a hint, see ParseTable.
+	Table []byte
+}
+
 // Reporter gets a report with 64 bytes of the caller's in it.
 type Reporter interface {
-	Report(ctx context.Context, reportData [contract.ReportDataSize]byte) ([]byte, error)
+	Report(ctx context.Context, reportData [contract.ReportDataSize]byte) (Attestation, error)
 }
 
 // HostData returns HOST_DATA of a report that answers reportData. It does not

@@ -24,7 +24,8 @@ func (e *verdictError) Unwrap() error { return e.error }
 
 type verifyFlags struct {
 	tenant.VerifyOptions
-	minTCB string
+	minTCB  string
+	explain bool
 }
 
 func (v *verifyFlags) register(f *pflag.FlagSet) {
@@ -36,6 +37,11 @@ func (v *verifyFlags) register(f *pflag.FlagSet) {
 	f.StringArrayVar(&v.AllowEmulatedRoots, "allow-emulated-root", nil, "certificate of an EMULATED root to accept; no silicon stands behind it")
 	f.BoolVar(&v.AllowDevelopmentImage, "allow-development-image", false, "accept an image without a defence against ACPI code from the host")
 	f.StringSliceVar(&v.AllowProducts, "allow-product", nil, "processor `LINE` to accept although it is excluded by default (milan: its root can be extracted in software)")
+	appraisalFlags(f, &v.Appraisal)
+}
+
+func (v *verifyFlags) registerExplain(f *pflag.FlagSet) {
+	f.BoolVar(&v.explain, "explain", false, "say with each check what it protects from")
 }
 
 func (v *verifyFlags) options() (tenant.VerifyOptions, error) {
@@ -45,16 +51,16 @@ func (v *verifyFlags) options() (tenant.VerifyOptions, error) {
 }
 
 // show prints one check per line and fails if one does not hold.
-func (a *app) show(cmd *cobra.Command, v *tenant.Verdict) error {
+func (a *app) show(cmd *cobra.Command, v *tenant.Verdict, explain bool) error {
 	if a.output == "json" {
-		raw, err := v.MarshalJSON()
+		raw, err := v.JSON(explain)
 		if err != nil {
 			return err
 		}
 		if _, err := cmd.OutOrStdout().Write(append(raw, '\n')); err != nil {
 			return err
 		}
-	} else if _, err := io.WriteString(cmd.OutOrStdout(), verify.Text(&v.Result, false)); err != nil {
+	} else if _, err := io.WriteString(cmd.OutOrStdout(), verify.Text(&v.Result, explain)); err != nil {
 		return err
 	}
 	if !v.OK() {
@@ -82,10 +88,11 @@ func newAttest(a *app) *cobra.Command {
 					return fmt.Errorf("writing evidence: %w", err)
 				}
 			}
-			return a.show(cmd, v)
+			return a.show(cmd, v, f.explain)
 		}),
 	}
 	f.register(cmd.Flags())
+	f.registerExplain(cmd.Flags())
 	cmd.Flags().StringVar(&out, "out", "", "write the evidence to this file")
 	return cmd
 }
@@ -117,10 +124,11 @@ the flags. Exit code 0 means that every check holds, 5 that one does not.`,
 			if err != nil {
 				return err
 			}
-			return a.show(cmd, v)
+			return a.show(cmd, v, f.explain)
 		}),
 	}
 	f.register(cmd.Flags())
+	f.registerExplain(cmd.Flags())
 	cmd.Flags().StringVar(&f.Nonce, "nonce", "", "nonce of your challenge in hex; not needed for challenges this tool made")
 	return cmd
 }

@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
 	"github.com/confidential-node/agent/tests/tenant"
 )
 
@@ -44,11 +45,26 @@ func (d *deployFlags) register(f *pflag.FlagSet) {
 	f.IntVar(&o.Releases, "releases", 1, "how often the broker may release the keys")
 	f.StringArrayVar(&o.ChipIDs, "chip-id", nil, "processor the launch is limited to, 128 hex digits; may be repeated")
 	f.StringVar(&d.minTCB, "min-tcb", "", "lowest platform TCB, for instance snp=27,microcode=86")
+	appraisalFlags(f, &o.Appraisal)
+	f.StringVar(&o.IDBlock.Block, "id-block", "", "`FILE` with the publisher's ID block, base64 as nodeagent measure prints it")
+	f.StringVar(&o.IDBlock.Auth, "id-auth", "", "`FILE` with the ID auth to it, base64")
 	f.DurationVar(&o.StartTimeout, "start-timeout", 0, "from acceptance to the running workload; 0 is the host's policy")
 	f.DurationVar(&o.RunTimeout, "run-timeout", 0, "from running to the end of the workload; 0 is the host's policy")
 	f.BoolVar(&o.Replace, "replace", false, "put an older deployment of this name aside")
 	f.BoolVar(&d.wait, "wait", false, "attest the guest and wait until it has ended")
 	f.BoolVar(&d.running, "wait-running", false, "attest the guest and wait until its workload runs")
+}
+
+// appraisalFlags say what platform and launch have to be beside the floor.
+func appraisalFlags(f *pflag.FlagSet, a *brokeradmin.AppraisalPolicy) {
+	f.StringArrayVar(&a.Floors, "floor", nil, "floor of one kind of processor, `FAMILY/MODEL[-MODEL]:COMPONENTS`, for instance 19/10-1f:snp=27,microcode=86,mitigations=0x7; may be repeated")
+	f.BoolVar(&a.ForbidSMT, "forbid-smt", false, "refuse guests and platforms with SMT")
+	f.BoolVar(&a.RequireCRL, "require-crl", false, "refuse evidence without a revocation list")
+	f.StringVar(&a.Platform, "require-platform", "", "`FACTS` the platform must state, of tsme,ecc,rapl-disabled,ciphertext-hiding,alias-check,iommu-write-safe")
+	f.StringSliceVar(&a.ExcludeProducts, "exclude-product", nil, "processor `LINE` to refuse: milan, genoa (also Bergamo and Siena) or turin")
+	f.StringSliceVar(&a.IDKeyDigests, "id-key-digest", nil, "digest of a key that may have signed the ID block, 96 `HEX` digits; may be repeated")
+	f.StringSliceVar(&a.AuthorKeyDigests, "author-key-digest", nil, "digest of a key that may have signed the ID key, 96 `HEX` digits; may be repeated")
+	f.Uint32Var(&a.MinGuestSVN, "min-guest-svn", 0, "lowest guest SVN of the ID block")
 }
 
 func newDeployConfidential(a *app) *cobra.Command {

@@ -51,6 +51,8 @@ func TestPublishedExamplesParseAndEndInTheirAnswer(t *testing.T) {
 		{"no attestation", append(published("H100", "1", "file"), "--attestation-required=false"), tenant.ExitPrecondition, "tenant.attestation-mandatory"},
 		{"attest nobody", []string{"confidential", "attest", "nobody"}, tenant.ExitUsage, "control_plane"},
 		{"verify nothing", []string{"confidential", "verify", "nobody", "--expected-image", "x", "--expected-gpu", "H100"}, tenant.ExitNotFound, "tenant.not-found"},
+		{"bad floor", append(published("H100", "1", "file"), "--floor", "19:snp"), tenant.ExitUsage, "floors: "},
+		{"ID key without block", append(published("H100", "1", "file"), "--id-key-digest", strings.Repeat("0d", 48)), tenant.ExitUsage, "--id-block"},
 		{"unknown flag", []string{"deploy", "confidential", "--nonsense"}, tenant.ExitUsage, "nonsense"},
 		{"unknown verb", []string{"dance"}, tenant.ExitUsage, "dance"},
 		{"unknown output", []string{"status", "-o", "xml"}, tenant.ExitUsage, "xml"},

@@ -63,11 +63,26 @@ func TestThePublishedLinesRunOnAPlatform(t *testing.T) {
 	for flag, value := range map[string]string{
 		"--expected-image":  strings.Split(p.image, ":")[0] + ":1/x@sha256:" + strings.Repeat("0", 64),
 		"--expected-digest": strings.Repeat("0", 96), "--expected-gpu": "H100", "--min-tcb": "snp=28", "--nonce": strings.Repeat("0", 32),
+		"--floor": "19/10-1f:snp=28", "--require-platform": "ecc", "--exclude-product": "genoa", "--id-key-digest": strings.Repeat("0d", 48),
+		"--author-key-digest": strings.Repeat("0d", 48), "--min-guest-svn": "1", "--forbid-smt": "--forbid-smt", "--require-crl": "--require-crl",
 	} {
-		code, out, errs := p.tenant("confidential", "verify", "llm", flag, value)
+		args := []string{"confidential", "verify", "llm", flag, value}
+		if strings.HasPrefix(value, flag) { // a flag without a value
+			args = args[:4]
+		}
+		code, out, errs := p.tenant(args...)
 		if code != tenant.ExitPrecondition || !strings.Contains(out, "✗ ") || !strings.Contains(out, "the evidence does NOT hold") || errs != "" {
 			t.Errorf("verify %s %s: exit %d\n%s%s", flag, value, code, out, errs)
 		}
+	}
+	if out := p.must("confidential", "verify", "llm", "--explain"); strings.Count(out, "against: ") < 20 {
+		t.Errorf("verify --explain prints\n%s", out)
+	}
+	if out := p.must("confidential", "verify", "llm", "--explain", "-o", "json"); strings.Count(out, `"protects_from":"`) < 20 {
+		t.Errorf("verify --explain -o json prints\n%s", out)
+	}
+	if out := p.must("confidential", "verify", "llm"); strings.Contains(out, "against: ") {
+		t.Errorf("verify explains without being asked\n%s", out)
 	}
 	if out := p.must("wait", "llm"); !strings.Contains(out, "exit code 0") {
 		t.Errorf("wait prints %q", out)
