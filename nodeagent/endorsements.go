@@ -34,11 +34,6 @@ func openEndorsements(cfg config.Config, logger hclog.Logger) (*endorsements.Pro
 	})
 }
 
-// localPlatform is nil where there is nothing to ask: under emulation, whose
-// certificates come with the emulator, and in builds without a reader of
-// /dev/sev.
-func localPlatform(config.Config) endorsements.Platform { return nil }
-
 // endorsementChanges is the document of fetch, import and export.
 type endorsementChanges struct {
 	output.Header
@@ -128,7 +123,7 @@ is there already is not asked for again, except a revocation list older than a d
 				platform := localPlatform(cfg)
 				if platform == nil {
 					return &exitError{exitPrecondition, contract.Refuse("endorsements.no-platform", "name the chip with --product, --chip-id and --tcb",
-						"this build or machine has no SEV-SNP platform to ask")}
+						"an emulated platform has no certificates of AMD's")}
 				}
 				if id, err = platform.Identity(cmd.Context()); err != nil {
 					return &exitError{exitPrecondition, err}

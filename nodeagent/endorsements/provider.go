@@ -298,7 +298,11 @@ func (p *Provider) round(ctx context.Context, b *backoff) {
 	p.setProblem(nil)
 }
 
+// noPlatform keeps what a platform says in a typed way.
 func noPlatform(cause error) *contract.Refusal {
+	if refusal, ok := errors.AsType[*contract.Refusal](cause); ok {
+		return refusal
+	}
 	return contract.Refuse("endorsements.no-platform", "run as root where /dev/sev is, or name the chip with --product, --chip-id and --tcb",
 		"the platform does not tell its product, chip id and TCB").Because(cause)
 }
