@@ -139,6 +139,14 @@ func staleCRL(der []byte, now time.Time) *contract.Refusal {
 	return nil
 }
 
+// Observed reports whether it is known what the platform needs. Where there is
+// none to ask, nothing is waited for.
+func (p *Provider) Observed() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.cfg.Platform == nil || p.identity != nil
+}
+
 // Findings returns what an operator should know, the worst first: none when
 // everything that the platform needs is there and current.
 func (p *Provider) Findings() []*contract.Refusal {
