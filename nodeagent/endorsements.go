@@ -22,6 +22,10 @@ import (
 	"github.com/confidential-node/agent/nodeagent/output"
 )
 
+func endorsementCache(cfg config.Config) string {
+	return filepath.Join(cfg.StateDir, "endorsement-cache")
+}
+
 // openEndorsements is the provider of a configured host.
 func openEndorsements(cfg config.Config, logger hclog.Logger) (*endorsements.Provider, error) {
 	roots, err := snp.PinnedRoots()
@@ -29,7 +33,7 @@ func openEndorsements(cfg config.Config, logger hclog.Logger) (*endorsements.Pro
 		return nil, err
 	}
 	return endorsements.New(endorsements.Config{
-		Dir: filepath.Join(cfg.StateDir, "endorsement-cache"), OperatorDir: cfg.EndorsementsDir, KeyService: cfg.KeyService,
+		Dir: endorsementCache(cfg), OperatorDir: cfg.EndorsementsDir, KeyService: cfg.KeyService,
 		Roots: roots, Platform: localPlatform(cfg), Now: time.Now, Logger: logger,
 	})
 }
