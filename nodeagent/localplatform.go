@@ -54,7 +54,7 @@ func (p snpPlatform) Identity(context.Context) (endorsements.Identity, error) {
 func noSNP(r host.Report) *contract.Refusal {
 	for _, f := range r.Findings {
 		if f.Code == "unread.dev.sev" {
-			return contract.Refuse("platform.not-asked", f.Remedy+"; or name the chip with --product, --chip-id and --tcb",
+			return contract.Refuse("platform.not-asked", f.Remedy,
 				"the SEV firmware of this machine could not be asked: %s", f.Observed)
 		}
 	}
@@ -62,6 +62,6 @@ func noSNP(r host.Report) *contract.Refusal {
 	if why == "" {
 		why = "the firmware tells no chip id or TCB"
 	}
-	return contract.Refuse("platform.no-snp", "run `nodeagent capability` for each reason and its remedy; or name the chip with --product, --chip-id and --tcb",
+	return contract.Refuse("platform.no-snp", "run `nodeagent capability` for each reason and its remedy",
 		"SEV-SNP is not in use on this machine: %s", why)
 }
