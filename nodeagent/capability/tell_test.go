@@ -23,8 +23,12 @@ func TestAChangeIsToldOnceAlsoAcrossARestart(t *testing.T) {
 		}
 		return s
 	}
+	silent := func(c *api.Capability) *api.Capability { c.Components[0].Observed = ""; return c }
 	report := func(firmware string, free uint32) *api.Capability {
-		return &api.Capability{Protocol: api.CapabilityVersion, SevSnp: &api.SEVSNP{FirmwareVersion: firmware, Asids: &api.ASIDs{Total: 99, Free: &free}}}
+		return &api.Capability{
+			Protocol: api.CapabilityVersion, SevSnp: &api.SEVSNP{FirmwareVersion: firmware, Asids: &api.ASIDs{Total: 99, Free: &free}},
+			Components: []*api.Component{{Name: "qemu", Observed: "10.1.0"}},
+		}
 	}
 	s := open()
 	for i, c := range []struct {
@@ -37,6 +41,7 @@ func TestAChangeIsToldOnceAlsoAcrossARestart(t *testing.T) {
 		{report("1.55.49", 7), true, nil},
 		{report("1.55.50", 7), true, []string{"sev_snp.firmware_version"}},
 		{report("1.55.50", 7), true, nil},
+		{silent(report("1.55.50", 7)), true, nil},
 		{report("1.55.49", 7), false, []string{"sev_snp.firmware_version"}},
 	} {
 		if c.restart {
@@ -55,7 +60,7 @@ func TestAChangeIsToldOnceAlsoAcrossARestart(t *testing.T) {
 		t.Fatalf("%d events, %v", len(events), err)
 	}
 	first := events[0].GetCapability()
-	if first.GetSevSnp().GetFirmwareVersion() != "1.55.50" || !slices.Equal(first.GetChanged(), []string{"sev_snp.firmware_version"}) || events[0].GetHostId() != "host-1" {
+	if first.GetSevSnp().GetFirmwareVersion() != "1.55.50" || first.GetComponents()[0].GetObserved() != "10.1.0" || !slices.Equal(first.GetChanged(), []string{"sev_snp.firmware_version"}) || events[0].GetHostId() != "host-1" {
 		t.Errorf("%v", events[0])
 	}
 	if err := s.Close(); err != nil {
