@@ -147,10 +147,11 @@ func endorsementsText(e *capability.Endorsements) string {
 	if !e.RevocationListNextUpdate.IsZero() {
 		text += ", until " + e.RevocationListNextUpdate.Format(time.DateOnly)
 	}
+	var codes []string
 	for _, f := range e.Findings {
-		text += "\t" + f.Code
+		codes = append(codes, f.Code)
 	}
-	return text
+	return text + "\t" + strings.Join(codes, ", ")
 }
 
 func orNone(what string, values []string) string {

@@ -74,11 +74,13 @@ func TestWithConsentThePlatformChangesAndIsReadBack(t *testing.T) {
 	}{
 		"commit reports the current TCB": {heldBack, []string{"commit"}, func(s *psp.SNPStatus) { s.ReportedTCB = s.CurrentTCB }},
 		"a lower reported TCB": {
-			hosttest.Genoa(), []string{"configure", "--reported-tcb", "boot-loader=10,tee=0,snp=23,microcode=84"},
+			hosttest.Genoa(),
+			[]string{"configure", "--reported-tcb", "boot-loader=10,tee=0,snp=23,microcode=84"},
 			func(s *psp.SNPStatus) { s.ReportedTCB = 0x541700000000000a },
 		},
 		"Turin's layout": {
-			hosttest.Turin(), []string{"configure", "--reported-tcb", "fmc=1,boot-loader=1,tee=1,snp=3,microcode=80"},
+			hosttest.Turin(),
+			[]string{"configure", "--reported-tcb", "fmc=1,boot-loader=1,tee=1,snp=3,microcode=80"},
 			func(s *psp.SNPStatus) { s.ReportedTCB = 0x5000000003010101 },
 		},
 		"the current TCB":                   {heldBack, []string{"configure", "--reported-tcb", "current"}, func(s *psp.SNPStatus) { s.ReportedTCB = s.CurrentTCB }},

@@ -63,7 +63,9 @@ func endorsementFacts(p *endorsements.Provider) *capability.EndorsementFacts {
 }
 
 // capability is what the control plane is told the host can do.
-func (a *agent) capability() *api.Capability {
+func (a *agent) capability() *api.Capability { return a.lookAtHost(context.Background()) }
+
+func (a *agent) lookAtHost(ctx context.Context) *api.Capability {
 	version := buildVersion()
 	c := &api.Capability{
 		Protocol: api.CapabilityVersion, AgentVersion: version.Version, EmulatedBuild: version.Emulated, Tee: a.cfg.TEE, Features: api.Features(),
@@ -85,7 +87,7 @@ func (a *agent) capability() *api.Capability {
 			InitrdSha256: unhex(i.Description.Initrd.SHA256), Cmdline: i.Description.Cmdline,
 		})
 	}
-	facts := softwareFacts(context.Background(), a.host.kernel, firmwareDirs("/", a.cfg), a.driver.Versions, a.log)
+	facts := softwareFacts(ctx, a.host.kernel, firmwareDirs("/", a.cfg), a.driver.Versions, a.log)
 	facts.Endorsements = endorsementFacts(a.endorsements)
 	c.LibvirtVersion, c.QemuVersion = facts.Libvirt, facts.QEMU
 	capability.Fill(c, host.Judge(host.New("/", host.Linux{}).Facts()), capability.Judge(facts))
@@ -103,7 +105,7 @@ func (a *agent) watchCapability(ctx context.Context) error {
 	tick := time.NewTicker(reportEvery)
 	defer tick.Stop()
 	for {
-		changed, err := capability.Tell(a.store, a.cfg.HostID, time.Now(), a.capability())
+		changed, err := capability.Tell(a.store, a.cfg.HostID, time.Now(), a.lookAtHost(ctx))
 		switch {
 		case err != nil:
 			a.log.Error("telling what changed about the host; it is tried again", "err", err)

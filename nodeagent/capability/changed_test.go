@@ -114,7 +114,7 @@ func TestOnlyWhatTheHostIsCountsAsAChange(t *testing.T) {
 		"a feature":         {wire(func(c *api.Capability) { c.Features = c.Features[:1] }), []string{"features"}},
 		"the certificate":   {wire(func(c *api.Capability) { c.Endorsements.Certificate = api.Conclusion_CONCLUSION_YES }), []string{"endorsements.certificate"}},
 		"another chip":      {wire(func(c *api.Capability) { c.SevSnp.ChipIds = []string{"00"} }), []string{"sev_snp.chip_ids"}},
-		"a VLEK was loaded": {wire(func(c *api.Capability) { c.SevSnp.VlekLoaded = proto.Bool(true) }), []string{"sev_snp.vlek_loaded"}},
+		"a VLEK was loaded": {wire(func(c *api.Capability) { c.SevSnp.VlekLoaded = new(true) }), []string{"sev_snp.vlek_loaded"}},
 	} {
 		if got := Changed(last, c.now); !slices.Equal(got, c.want) {
 			t.Errorf("%s: changed %q, want %q", name, got, c.want)
