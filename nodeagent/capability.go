@@ -1,47 +1,91 @@
 package main
 
 import (
+	"cmp"
+	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
+	"os"
 	"slices"
 	"strings"
 	"text/tabwriter"
+	"time"
 
+	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
 
 	"github.com/confidential-node/agent/firmware/snp/host"
+	"github.com/confidential-node/agent/nodeagent/capability"
+	"github.com/confidential-node/agent/nodeagent/config"
 	"github.com/confidential-node/agent/nodeagent/output"
+	"github.com/confidential-node/agent/vm/libvirt"
 )
 
-// capability is the document of `nodeagent capability`.
-type capability struct {
+// capabilityDocument is the document of `nodeagent capability`.
+type capabilityDocument struct {
 	output.Header
 	SEVSNP host.Report `json:"sev_snp"`
+	capability.Report
 }
 
 func newCapabilityCommand() *cobra.Command {
 	var format output.Format
+	var configFile string
 	cmd := &cobra.Command{
 		Use: "capability", Short: "Show what this host can do, and why not more", Args: exactArgs(),
 		Long: `Show what this host has of AMD SEV-SNP: processor, firmware, TCB, ASIDs, whether
 guests can be started and, when not, every reason with what to do about it and the
-raw value behind it. Nothing is changed. Run it as root: anybody else sees less, and
-is told what. The exit code is 0 whatever the host can do.`,
+raw value behind it; whether kernel, libvirt, QEMU and OVMF are new enough without
+and with GPUs; and what the agent holds of AMD's certificates. Nothing is changed.
+Run it as root: anybody else sees less, and is told what. The exit code is 0
+whatever the host can do.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			doc := readCapability("/", host.Linux{})
+			cfg, err := config.Load(configFile)
+			if errors.Is(err, fs.ErrNotExist) && !cmd.Flags().Changed("config") {
+				cfg, err = config.Default(), nil // not set up yet
+			}
+			if err != nil {
+				return err
+			}
+			silent := hclog.NewNullLogger() // the document says what is unknown
+			machine := host.Judge(host.New("/", host.Linux{}).Facts())
+			versions := func(ctx context.Context) (string, string, error) { return libvirt.Probe(ctx, cfg.Libvirt.URI, silent) }
+			facts := softwareFacts(cmd.Context(), machine.Facts.Kernel.Release, firmwareDirs("/", cfg), versions, silent)
+			facts.Endorsements = localEndorsements(cmd.Context(), cfg, hclog.New(&hclog.LoggerOptions{Name: "nodeagent", Level: hclog.Warn, Output: cmd.ErrOrStderr()}))
+			doc := newCapability(machine, facts)
 			return format.Print(cmd.OutOrStdout(), doc, func(w io.Writer) error { return printCapability(w, doc) })
 		},
 	}
 	cmd.Flags().VarP(&format, "output", "o", "how to print")
+	cmd.Flags().StringVar(&configFile, "config", "/etc/nodeagent/agent.toml", "the agent's configuration file; defaults hold while there is none")
 	return cmd
 }
 
-func readCapability(root string, kernel host.Syscalls) capability {
-	return capability{Header: output.NewHeader("Capability"), SEVSNP: host.Judge(host.New(root, kernel).Facts())}
+// localEndorsements are those of the agent's cache; nil where there is none,
+// or it cannot be read.
+func localEndorsements(ctx context.Context, cfg config.Config, log hclog.Logger) *capability.EndorsementFacts {
+	if _, err := os.ReadDir(endorsementCache(cfg)); err != nil {
+		return nil // not set up yet, or not root
+	}
+	p, err := openEndorsements(cfg, log)
+	if err == nil {
+		_, err = p.Status(ctx) // asks the platform
+	}
+	if err != nil {
+		log.Warn("endorsements are left out", "err", err)
+		return nil
+	}
+	return endorsementFacts(p)
 }
 
-func printCapability(out io.Writer, c capability) error {
+func newCapability(machine host.Report, facts capability.Facts) capabilityDocument {
+	return capabilityDocument{output.NewHeader("Capability"), machine, capability.Judge(facts)}
+}
+
+func printCapability(out io.Writer, c capabilityDocument) error {
 	r := c.SEVSNP
 	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
 	usable := "usable"
@@ -70,8 +114,18 @@ func printCapability(out io.Writer, c capability) error {
 	fmt.Fprintf(w, "vlek\t%s\n", vlekText(r.VLEKLoaded))
 	fmt.Fprintf(w, "asids\t%s\n", asidsText(r.ASIDs))
 	fmt.Fprintf(w, "rmp\t%s\n", rmpText(r.RMP))
+	fmt.Fprintf(w, "certificates\t%s\n", endorsementsText(c.Endorsements))
+	fmt.Fprintf(w, "\nCOMPONENT\tNEW ENOUGH\tWITH GPUS\tOBSERVED\tFLOOR\tWITH GPUS\n")
+	for _, k := range c.Components {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", k.Name, k.Meets, k.MeetsGPU, cmp.Or(k.Observed, "unknown"), k.Floor, k.FloorGPU)
+	}
 	if err := w.Flush(); err != nil {
 		return err
+	}
+	for _, k := range c.Components {
+		if k.Remedy != "" {
+			fmt.Fprintf(out, "\n%s\n  what to do: %s\n", k.Name, k.Remedy)
+		}
 	}
 	for _, f := range r.Findings {
 		fmt.Fprintf(out, "\n%s  %s\n  %s\n", strings.ToUpper(string(f.Level)), f.Code, f.Message)
@@ -83,6 +137,21 @@ func printCapability(out io.Writer, c capability) error {
 		}
 	}
 	return nil
+}
+
+func endorsementsText(e *capability.Endorsements) string {
+	if e == nil {
+		return "unknown"
+	}
+	text := fmt.Sprintf("for the reported TCB: %s, revocation list current: %s", e.Certificate, e.RevocationList)
+	if !e.RevocationListNextUpdate.IsZero() {
+		text += ", until " + e.RevocationListNextUpdate.Format(time.DateOnly)
+	}
+	var codes []string
+	for _, f := range e.Findings {
+		codes = append(codes, f.Code)
+	}
+	return text + "\t" + strings.Join(codes, ", ")
 }
 
 func orNone(what string, values []string) string {

@@ -6,8 +6,12 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/snp/host"
 	"github.com/confidential-node/agent/firmware/snp/host/hosttest"
+	"github.com/confidential-node/agent/nodeagent/capability"
 )
 
 func TestCapabilityWorksOnWhateverMachineThisIs(t *testing.T) {
@@ -17,7 +21,7 @@ func TestCapabilityWorksOnWhateverMachineThisIs(t *testing.T) {
 		t.Fatalf("exit %d, %s", code, stderr)
 	}
 	matchesSchema(t, out)
-	var doc capability
+	var doc capabilityDocument
 	if err := json.Unmarshal([]byte(out), &doc); err != nil {
 		t.Fatal(err)
 	}
@@ -34,10 +38,18 @@ func TestCapabilityWorksOnWhateverMachineThisIs(t *testing.T) {
 	}
 }
 
-func capabilityOf(t *testing.T, s hosttest.Setup) capability {
+// capabilityOf is the document of a machine whose software is as on a good
+// host, except for an older QEMU.
+func capabilityOf(t *testing.T, s hosttest.Setup) capabilityDocument {
 	t.Helper()
 	m := hosttest.Boot(t, s)
-	return readCapability(m.Root, m)
+	machine := host.Judge(host.New(m.Root, m).Facts())
+	now := time.Date(2026, 11, 25, 0, 0, 0, 0, time.UTC)
+	return newCapability(machine, capability.Facts{
+		Kernel: machine.Facts.Kernel.Release, Libvirt: "11.3.0", QEMU: "10.0.2", Now: now,
+		Firmware:     []capability.Firmware{{Path: "/usr/share/ovmf/OVMF.amdsev.fd", Build: "AmdSev", Usable: true}},
+		Endorsements: &capability.EndorsementFacts{Findings: []*contract.Refusal{contract.Refuse("endorsements.vcek-missing", "r", "m")}},
+	})
 }
 
 func TestCapabilityDocumentsMatchTheirSchema(t *testing.T) {
@@ -66,7 +78,7 @@ func TestTheCapabilitySchemaNamesEveryField(t *testing.T) {
 	if err := json.Unmarshal(text, &schema); err != nil {
 		t.Fatal(err)
 	}
-	compareFields(t, "Capability", reflect.TypeFor[capability](), schema)
+	compareFields(t, "Capability", reflect.TypeFor[capabilityDocument](), schema)
 }
 
 func compareFields(t *testing.T, at string, typ reflect.Type, schema map[string]any) {
@@ -77,14 +89,14 @@ func compareFields(t *testing.T, at string, typ reflect.Type, schema map[string]
 		}
 		typ = typ.Elem()
 	}
-	if typ.Kind() != reflect.Struct {
+	if typ.Kind() != reflect.Struct || typ == reflect.TypeFor[time.Time]() {
 		return
 	}
 	properties, _ := schema["properties"].(map[string]any)
 	named := 0
 	for _, field := range reflect.VisibleFields(typ) {
 		name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
-		if field.Anonymous {
+		if field.Anonymous || name == "-" {
 			continue
 		}
 		property, ok := properties[name].(map[string]any)
@@ -121,7 +133,8 @@ func TestTheCapabilityTableSaysItInWords(t *testing.T) {
 	}{
 		"a good host": {table(good), []string{
 			"sev-snp       usable\n", "Turin, Zen 5, product line Turin", "family 0x1a model 0x2", "1.58.12, initialized", "snp=4 microcode=81 fmc=1", "0x5100000004010101",
-			"96 of 99 free, 0 starting, ending or SEV-ES", "segmented, covers memory: yes", "vlek          loaded", "VM types 0x15", "sev_es=N sev_snp=Y", "NOTE  sev-es.off",
+			"96 of 99 free, 0 starting, ending or SEV-ES", "segmented, covers memory: yes", "vlek          loaded", "VM types 0x15",
+			"for the reported TCB: no, revocation list current: no", "endorsements.vcek-missing", "yes         no         10.0.2", "before renting out GPUs: at least 10.1", "sev_es=N sev_snp=Y", "NOTE  sev-es.off",
 		}},
 		"nobody counts": {table(uncounted), []string{"99, how many are free is unknown"}},
 		"a bad host": {table(bad), []string{

@@ -22,6 +22,10 @@ import (
 	"github.com/confidential-node/agent/nodeagent/output"
 )
 
+func endorsementCache(cfg config.Config) string {
+	return filepath.Join(cfg.StateDir, "endorsement-cache")
+}
+
 // openEndorsements is the provider of a configured host.
 func openEndorsements(cfg config.Config, logger hclog.Logger) (*endorsements.Provider, error) {
 	roots, err := snp.PinnedRoots()
@@ -29,15 +33,10 @@ func openEndorsements(cfg config.Config, logger hclog.Logger) (*endorsements.Pro
 		return nil, err
 	}
 	return endorsements.New(endorsements.Config{
-		Dir: filepath.Join(cfg.StateDir, "endorsement-cache"), OperatorDir: cfg.EndorsementsDir, KeyService: cfg.KeyService,
+		Dir: endorsementCache(cfg), OperatorDir: cfg.EndorsementsDir, KeyService: cfg.KeyService,
 		Roots: roots, Platform: localPlatform(cfg), Now: time.Now, Logger: logger,
 	})
 }
-
-// localPlatform is nil where there is nothing to ask: under emulation, whose
-// certificates come with the emulator, and in builds without a reader of
-// /dev/sev.
-func localPlatform(config.Config) endorsements.Platform { return nil }
 
 // endorsementChanges is the document of fetch, import and export.
 type endorsementChanges struct {
@@ -128,10 +127,12 @@ is there already is not asked for again, except a revocation list older than a d
 				platform := localPlatform(cfg)
 				if platform == nil {
 					return &exitError{exitPrecondition, contract.Refuse("endorsements.no-platform", "name the chip with --product, --chip-id and --tcb",
-						"this build or machine has no SEV-SNP platform to ask")}
+						"an emulated platform has no certificates of AMD's")}
 				}
 				if id, err = platform.Identity(cmd.Context()); err != nil {
-					return &exitError{exitPrecondition, err}
+					refusal := *contract.AsRefusal(err)
+					refusal.Remedy += "; or name the chip with --product, --chip-id and --tcb"
+					return &exitError{exitPrecondition, &refusal}
 				}
 			}
 			changes, err := p.Fetch(cmd.Context(), id)
@@ -155,20 +156,9 @@ func namedChip(product, chipID, tcb string) (endorsements.Identity, error) {
 	if err != nil {
 		return id, usageError("--product: %w; there are Milan, Genoa and Turin", err)
 	}
-	required := []string{"boot-loader", "tee", "snp", "microcode"}
-	if line.HasFMC() {
-		required = append(required, "fmc")
-	}
-	levels, err := contract.ParseTCB(tcb)
+	levels, err := wholeTCB("--tcb", line, tcb)
 	if err != nil {
-		return id, usageError("--tcb: %w", err)
-	}
-	for _, name := range required {
-		// A component left out is no 0 here: the key service is asked for
-		// exactly this TCB.
-		if !strings.Contains(tcb, name+"=") {
-			return id, usageError("--tcb lacks %s: all of %s are needed", name, strings.Join(required, ", "))
-		}
+		return id, err
 	}
 	raw, err := hex.DecodeString(chipID)
 	if err != nil {
@@ -178,6 +168,25 @@ func namedChip(product, chipID, tcb string) (endorsements.Identity, error) {
 		return id, usageError("%w", err)
 	}
 	return id, nil
+}
+
+// wholeTCB reads a TCB of which nothing may be left out: exactly this one is
+// asked for, or set.
+func wholeTCB(flag string, line snp.Product, text string) (contract.TCB, error) {
+	required := []string{"boot-loader", "tee", "snp", "microcode"}
+	if line.HasFMC() {
+		required = append(required, "fmc")
+	}
+	levels, err := contract.ParseTCB(text)
+	if err != nil {
+		return levels, usageError("%s: %w", flag, err)
+	}
+	for _, name := range required {
+		if !strings.Contains(text, name+"=") {
+			return levels, usageError("%s lacks %s: all of %s are needed", flag, name, strings.Join(required, ", "))
+		}
+	}
+	return levels, nil
 }
 
 func newEndorsementsImport(f *endorsementFlags) *cobra.Command {

@@ -107,6 +107,11 @@ func TestEndorsementVerbsRefuseMistakesBeforeAnythingIsAsked(t *testing.T) {
 	t.Parallel()
 	dir, chip := t.TempDir(), strings.Repeat("c1", 64)
 	full := "boot-loader=1,tee=0,snp=27,microcode=86"
+	emulated := filepath.Join(dir, "agent.toml")
+	text := fmt.Sprintf("host_id = \"h\"\ntee = \"emulated\"\nstate_dir = %q\n[emulated]\npsp_socket = \"/run/psp.sock\"\n[control]\nservers = [\"tls://c:1\"]\nca_file = \"/ca\"\ncreds_file = \"/creds\"\nissuer_keys = [\"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\"]\n", dir)
+	if err := os.WriteFile(emulated, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for name, c := range map[string]struct {
 		args []string
 		code int
@@ -120,7 +125,7 @@ func TestEndorsementVerbsRefuseMistakesBeforeAnythingIsAsked(t *testing.T) {
 		"short chip id":     {[]string{"fetch", "--product", "Genoa", "--chip-id", "c1", "--tcb", full}, exitUsage, "64 bytes"},
 		"masked chip id":    {[]string{"fetch", "--product", "Genoa", "--chip-id", strings.Repeat("0", 128), "--tcb", full}, exitUsage, "MASK_CHIP_ID"},
 		"chip id not hex":   {[]string{"fetch", "--product", "Genoa", "--chip-id", "x", "--tcb", full}, exitUsage, "not hex"},
-		"no platform":       {[]string{"fetch"}, exitPrecondition, "--product, --chip-id and --tcb"},
+		"emulated platform": {[]string{"fetch", "--state-dir", "", "--config", emulated}, exitPrecondition, "--product, --chip-id and --tcb"},
 		"import nothing":    {[]string{"import"}, exitUsage, "either one FILE"},
 		"VLEK alone":        {[]string{"import", "--vlek", "x"}, exitUsage, "either one FILE"},
 		"no such bundle":    {[]string{"import", filepath.Join(dir, "none")}, exitNotFound, "none"},

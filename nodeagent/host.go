@@ -175,7 +175,7 @@ func (s spoolOf) Receive(ctx context.Context, name string, r io.Reader) (lifecyc
 	return lifecycle.Entry(e), err
 }
 
-// heartbeat and capability are what the control plane is told of the host.
+// heartbeat is what the control plane is told again and again.
 func (a *agent) heartbeat() *api.Heartbeat {
 	h := &api.Heartbeat{UptimeSeconds: uint64(time.Since(a.started).Seconds()), Guests: uint32(len(a.guests.Snapshot()))}
 	epoch, epochErr := a.store.Epoch()
@@ -187,36 +187,6 @@ func (a *agent) heartbeat() *api.Heartbeat {
 	}
 	h.IssuerEpoch, h.StoreId, h.Cordoned, h.Outbox = epoch.Number, epoch.StoreID[:], cordoned, uint64(waiting)
 	return h
-}
-
-func (a *agent) capability() *api.Capability {
-	version := buildVersion()
-	c := &api.Capability{
-		Protocol: api.CapabilityVersion, AgentVersion: version.Version, EmulatedBuild: version.Emulated, Tee: a.cfg.TEE, Features: api.Features(),
-		MaxVcpus: uint32(a.cfg.Policy.MaxVCPUs), MaxMemoryMib: min(a.cfg.Policy.MaxMemoryMiB, a.host.capacity.MemoryMiB),
-		CpuBrand: a.host.cpuBrand, Kernel: a.host.kernel,
-	}
-	epoch, err := a.store.Epoch()
-	if err != nil {
-		a.log.Error("reading the store for a capability report", "err", err)
-	}
-	c.IssuerEpoch, c.StoreId = epoch.Number, epoch.StoreID[:]
-	images, err := a.images()
-	if err != nil {
-		a.log.Error("reading the image catalogue", "err", err)
-	}
-	for _, i := range images {
-		c.Images = append(c.Images, &api.BootImage{
-			FirmwareSha256: unhex(i.Description.Firmware.SHA256), KernelSha256: unhex(i.Description.Kernel.SHA256),
-			InitrdSha256: unhex(i.Description.Initrd.SHA256), Cmdline: i.Description.Cmdline,
-		})
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-	defer cancel()
-	if c.LibvirtVersion, c.QemuVersion, err = a.driver.Versions(ctx); err != nil {
-		a.log.Warn("asking libvirt for its version", "err", err)
-	}
-	return c
 }
 
 // status is a snapshot. What does not answer is a finding, not an error: the

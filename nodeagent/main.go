@@ -2,7 +2,7 @@
 // around it: `run` is the daemon, `status` asks it, `measure` predicts launch
 // digests, `firmware` looks at images, `verify` checks evidence,
 // `endorsements` keeps the certificates behind it, `capability` says what the
-// host can do. Only the composition happens in this package: run.go is the one
+// host can do, `platform` changes its SEV firmware. Only the composition happens in this package: run.go is the one
 // wiring list, every other file is a verb.
 package main
 
@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/firmware/snp/host"
 	"github.com/confidential-node/agent/nodeagent/admin"
 	"github.com/confidential-node/agent/nodeagent/store"
 )
@@ -126,7 +127,7 @@ Exit codes: 0 success, 1 failed, 2 usage, 3 agent unreachable, 4 not found,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError("%w; see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(newRunCommand(), newStatusCommand(), newMeasureCommand(), newFirmwareCommand(), newVerifyCommand(), newCapabilityCommand(), newEndorsementsCommand(), newVersionCommand(), newSchemaCommand())
+	root.AddCommand(newRunCommand(), newStatusCommand(), newMeasureCommand(), newFirmwareCommand(), newVerifyCommand(), newCapabilityCommand(), newEndorsementsCommand(), newPlatformCommand("/", host.Linux{}), newVersionCommand(), newSchemaCommand())
 	return root
 }
 

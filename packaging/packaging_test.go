@@ -92,3 +92,17 @@ func TestUnitKeepsGuestsAliveAndStateClosed(t *testing.T) {
 		}
 	}
 }
+
+// Each of these settings closes devices that the agent opens.
+func TestUnitLeavesTheDevicesOpen(t *testing.T) {
+	t.Parallel()
+	unit, err := os.ReadFile("nodeagent.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, setting := range []string{"ProtectClock", "PrivateDevices", "DevicePolicy", "DeviceAllow"} {
+		if bytes.Contains(unit, []byte("\n"+setting+"=")) {
+			t.Errorf("unit sets %s, which may close /dev/sev", setting)
+		}
+	}
+}

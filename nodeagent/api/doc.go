@@ -21,4 +21,8 @@
 //   - 1 (2026-11-23): LaunchGuest, StopGuest, RequestEvidence, Cordon,
 //     Uncordon, BeginEpoch; CommandRefused, CommandDone, GuestState,
 //     EvidenceReady, ResultUploaded, Capability, Heartbeat.
+//   - 2 (2026-11-25): Capability says what the machine has of SEV-SNP
+//     (sev_snp), whether kernel, libvirt, QEMU and OVMF are new enough without
+//     and with GPUs (components), what endorsements are at hand, and is sent
+//     again with the names of what changed (changed). Commands are as before.
 package api

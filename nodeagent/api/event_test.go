@@ -129,3 +129,21 @@ func FuzzParseEvent(f *testing.F) {
 		}
 	})
 }
+
+// A node of protocol 1 says nothing of SEV-SNP: its report reads as "not
+// known", never as "no".
+func TestAReportOfProtocolOneReadsAsNotKnown(t *testing.T) {
+	t.Parallel()
+	raw, err := MarshalEvent(NewEvent("node-a", "", time.Now(), &Event_Capability{Capability: &Capability{Protocol: 1, Tee: "sev-snp", QemuVersion: "10.1.0"}}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := ParseEvent(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := e.GetCapability()
+	if c.SevSnp != nil || c.Endorsements != nil || len(c.GetComponents()) > 0 || c.GetEndorsements().GetCertificate() != Conclusion_CONCLUSION_UNSPECIFIED || c.GetQemuVersion() != "10.1.0" {
+		t.Errorf("%v", c)
+	}
+}

@@ -104,6 +104,57 @@ func (GuestStatus) EnumDescriptor() ([]byte, []int) {
 	return file_node_proto_rawDescGZIP(), []int{0}
 }
 
+// Conclusion is a yes or no that may not be known.
+type Conclusion int32
+
+const (
+	// Not known: a source could not be read.
+	Conclusion_CONCLUSION_UNSPECIFIED Conclusion = 0
+	Conclusion_CONCLUSION_YES         Conclusion = 1
+	Conclusion_CONCLUSION_NO          Conclusion = 2
+)
+
+// Enum value maps for Conclusion.
+var (
+	Conclusion_name = map[int32]string{
+		0: "CONCLUSION_UNSPECIFIED",
+		1: "CONCLUSION_YES",
+		2: "CONCLUSION_NO",
+	}
+	Conclusion_value = map[string]int32{
+		"CONCLUSION_UNSPECIFIED": 0,
+		"CONCLUSION_YES":         1,
+		"CONCLUSION_NO":          2,
+	}
+)
+
+func (x Conclusion) Enum() *Conclusion {
+	p := new(Conclusion)
+	*p = x
+	return p
+}
+
+func (x Conclusion) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Conclusion) Descriptor() protoreflect.EnumDescriptor {
+	return file_node_proto_enumTypes[1].Descriptor()
+}
+
+func (Conclusion) Type() protoreflect.EnumType {
+	return &file_node_proto_enumTypes[1]
+}
+
+func (x Conclusion) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Conclusion.Descriptor instead.
+func (Conclusion) EnumDescriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{1}
+}
+
 // Command is one order to one node. It takes effect at most once.
 type Command struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1731,8 +1782,17 @@ type Capability struct {
 	Kernel         string       `protobuf:"bytes,12,opt,name=kernel,proto3" json:"kernel,omitempty"`
 	LibvirtVersion string       `protobuf:"bytes,13,opt,name=libvirt_version,json=libvirtVersion,proto3" json:"libvirt_version,omitempty"`
 	QemuVersion    string       `protobuf:"bytes,14,opt,name=qemu_version,json=qemuVersion,proto3" json:"qemu_version,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// What the machine has of AMD SEV-SNP, whatever tee says.
+	SevSnp *SEVSNP `protobuf:"bytes,15,opt,name=sev_snp,json=sevSnp,proto3" json:"sev_snp,omitempty"`
+	// Software that guests need: "kernel", "libvirt", "qemu", "ovmf".
+	Components   []*Component      `protobuf:"bytes,16,rep,name=components,proto3" json:"components,omitempty"`
+	Endorsements *EndorsementState `protobuf:"bytes,17,opt,name=endorsements,proto3" json:"endorsements,omitempty"`
+	// Names of what changed since the report before this one, also across a
+	// restart of the node; empty in the reports that follow a connect. What
+	// goes up and down by itself, as free ASIDs, is no change.
+	Changed       []string `protobuf:"bytes,18,rep,name=changed,proto3" json:"changed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Capability) Reset() {
@@ -1863,6 +1923,630 @@ func (x *Capability) GetQemuVersion() string {
 	return ""
 }
 
+func (x *Capability) GetSevSnp() *SEVSNP {
+	if x != nil {
+		return x.SevSnp
+	}
+	return nil
+}
+
+func (x *Capability) GetComponents() []*Component {
+	if x != nil {
+		return x.Components
+	}
+	return nil
+}
+
+func (x *Capability) GetEndorsements() *EndorsementState {
+	if x != nil {
+		return x.Endorsements
+	}
+	return nil
+}
+
+func (x *Capability) GetChanged() []string {
+	if x != nil {
+		return x.Changed
+	}
+	return nil
+}
+
+// SEVSNP is what the machine has of SEV-SNP. Absent means not known.
+type SEVSNP struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// SNP guests can be started and verified here; when not, the findings of
+	// level "blocking" say why.
+	Enabled bool `protobuf:"varint,1,opt,name=enabled,proto3" json:"enabled,omitempty"`
+	// "Genoa", "Bergamo/Siena", "Turin", ..; core generation; product line of
+	// AMD's key service. Empty when the processor is none that is known.
+	Processor  string `protobuf:"bytes,2,opt,name=processor,proto3" json:"processor,omitempty"`
+	Generation string `protobuf:"bytes,3,opt,name=generation,proto3" json:"generation,omitempty"`
+	Product    string `protobuf:"bytes,4,opt,name=product,proto3" json:"product,omitempty"`
+	// As CPUID and the kernel give them.
+	CpuFamily   uint32 `protobuf:"varint,5,opt,name=cpu_family,json=cpuFamily,proto3" json:"cpu_family,omitempty"`
+	CpuModel    uint32 `protobuf:"varint,6,opt,name=cpu_model,json=cpuModel,proto3" json:"cpu_model,omitempty"`
+	CpuStepping uint32 `protobuf:"varint,7,opt,name=cpu_stepping,json=cpuStepping,proto3" json:"cpu_stepping,omitempty"`
+	Microcode   string `protobuf:"bytes,8,opt,name=microcode,proto3" json:"microcode,omitempty"`
+	// KVM_CAP_VM_TYPES; bit 4 is SNP.
+	KvmVmTypes *uint32 `protobuf:"varint,9,opt,name=kvm_vm_types,json=kvmVmTypes,proto3,oneof" json:"kvm_vm_types,omitempty"`
+	// SEV firmware: API major, minor, build; state of SNP.
+	FirmwareVersion string      `protobuf:"bytes,10,opt,name=firmware_version,json=firmwareVersion,proto3" json:"firmware_version,omitempty"`
+	FirmwareState   string      `protobuf:"bytes,11,opt,name=firmware_state,json=firmwareState,proto3" json:"firmware_state,omitempty"`
+	CurrentTcb      *TCBVersion `protobuf:"bytes,12,opt,name=current_tcb,json=currentTcb,proto3" json:"current_tcb,omitempty"`
+	// What reports state, and VCEKs are for.
+	ReportedTcb *TCBVersion `protobuf:"bytes,13,opt,name=reported_tcb,json=reportedTcb,proto3" json:"reported_tcb,omitempty"`
+	// Hex, 64 bytes, one per socket.
+	ChipIds []string `protobuf:"bytes,14,rep,name=chip_ids,json=chipIds,proto3" json:"chip_ids,omitempty"`
+	// A VLEK is loaded and signs unless the guest asks for the VCEK, which
+	// signs where there is none.
+	VlekLoaded    *bool      `protobuf:"varint,15,opt,name=vlek_loaded,json=vlekLoaded,proto3,oneof" json:"vlek_loaded,omitempty"`
+	Asids         *ASIDs     `protobuf:"bytes,16,opt,name=asids,proto3" json:"asids,omitempty"`
+	Findings      []*Finding `protobuf:"bytes,17,rep,name=findings,proto3" json:"findings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SEVSNP) Reset() {
+	*x = SEVSNP{}
+	mi := &file_node_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SEVSNP) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SEVSNP) ProtoMessage() {}
+
+func (x *SEVSNP) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SEVSNP.ProtoReflect.Descriptor instead.
+func (*SEVSNP) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *SEVSNP) GetEnabled() bool {
+	if x != nil {
+		return x.Enabled
+	}
+	return false
+}
+
+func (x *SEVSNP) GetProcessor() string {
+	if x != nil {
+		return x.Processor
+	}
+	return ""
+}
+
+func (x *SEVSNP) GetGeneration() string {
+	if x != nil {
+		return x.Generation
+	}
+	return ""
+}
+
+func (x *SEVSNP) GetProduct() string {
+	if x != nil {
+		return x.Product
+	}
+	return ""
+}
+
+func (x *SEVSNP) GetCpuFamily() uint32 {
+	if x != nil {
+		return x.CpuFamily
+	}
+	return 0
+}
+
+func (x *SEVSNP) GetCpuModel() uint32 {
+	if x != nil {
+		return x.CpuModel
+	}
+	return 0
+}
+
+func (x *SEVSNP) GetCpuStepping() uint32 {
+	if x != nil {
+		return x.CpuStepping
+	}
+	return 0
+}
+
+func (x *SEVSNP) GetMicrocode() string {
+	if x != nil {
+		return x.Microcode
+	}
+	return ""
+}
+
+func (x *SEVSNP) GetKvmVmTypes() uint32 {
+	if x != nil && x.KvmVmTypes != nil {
+		return *x.KvmVmTypes
+	}
+	return 0
+}
+
+func (x *SEVSNP) GetFirmwareVersion() string {
+	if x != nil {
+		return x.FirmwareVersion
+	}
+	return ""
+}
+
+func (x *SEVSNP) GetFirmwareState() string {
+	if x != nil {
+		return x.FirmwareState
+	}
+	return ""
+}
+
+func (x *SEVSNP) GetCurrentTcb() *TCBVersion {
+	if x != nil {
+		return x.CurrentTcb
+	}
+	return nil
+}
+
+func (x *SEVSNP) GetReportedTcb() *TCBVersion {
+	if x != nil {
+		return x.ReportedTcb
+	}
+	return nil
+}
+
+func (x *SEVSNP) GetChipIds() []string {
+	if x != nil {
+		return x.ChipIds
+	}
+	return nil
+}
+
+func (x *SEVSNP) GetVlekLoaded() bool {
+	if x != nil && x.VlekLoaded != nil {
+		return *x.VlekLoaded
+	}
+	return false
+}
+
+func (x *SEVSNP) GetAsids() *ASIDs {
+	if x != nil {
+		return x.Asids
+	}
+	return nil
+}
+
+func (x *SEVSNP) GetFindings() []*Finding {
+	if x != nil {
+		return x.Findings
+	}
+	return nil
+}
+
+// TCBVersion is a TCB_VERSION, raw and in the parts of the product's layout.
+type TCBVersion struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Raw   uint64                 `protobuf:"fixed64,1,opt,name=raw,proto3" json:"raw,omitempty"`
+	// Turin and later.
+	Fmc           uint32 `protobuf:"varint,2,opt,name=fmc,proto3" json:"fmc,omitempty"`
+	BootLoader    uint32 `protobuf:"varint,3,opt,name=boot_loader,json=bootLoader,proto3" json:"boot_loader,omitempty"`
+	Tee           uint32 `protobuf:"varint,4,opt,name=tee,proto3" json:"tee,omitempty"`
+	Snp           uint32 `protobuf:"varint,5,opt,name=snp,proto3" json:"snp,omitempty"`
+	Microcode     uint32 `protobuf:"varint,6,opt,name=microcode,proto3" json:"microcode,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TCBVersion) Reset() {
+	*x = TCBVersion{}
+	mi := &file_node_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TCBVersion) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TCBVersion) ProtoMessage() {}
+
+func (x *TCBVersion) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TCBVersion.ProtoReflect.Descriptor instead.
+func (*TCBVersion) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *TCBVersion) GetRaw() uint64 {
+	if x != nil {
+		return x.Raw
+	}
+	return 0
+}
+
+func (x *TCBVersion) GetFmc() uint32 {
+	if x != nil {
+		return x.Fmc
+	}
+	return 0
+}
+
+func (x *TCBVersion) GetBootLoader() uint32 {
+	if x != nil {
+		return x.BootLoader
+	}
+	return 0
+}
+
+func (x *TCBVersion) GetTee() uint32 {
+	if x != nil {
+		return x.Tee
+	}
+	return 0
+}
+
+func (x *TCBVersion) GetSnp() uint32 {
+	if x != nil {
+		return x.Snp
+	}
+	return 0
+}
+
+func (x *TCBVersion) GetMicrocode() uint32 {
+	if x != nil {
+		return x.Microcode
+	}
+	return 0
+}
+
+// ASIDs counts what SNP guests need one of each.
+type ASIDs struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Total uint32                 `protobuf:"varint,1,opt,name=total,proto3" json:"total,omitempty"`
+	// Absent when nothing tells.
+	Free *uint32 `protobuf:"varint,2,opt,name=free,proto3,oneof" json:"free,omitempty"`
+	// Used, but by no guest of the SNP firmware: starting, ending, or SEV-ES.
+	Returning *uint32 `protobuf:"varint,3,opt,name=returning,proto3,oneof" json:"returning,omitempty"`
+	// What told: "misc controller" or "firmware's guest count".
+	Source        string `protobuf:"bytes,4,opt,name=source,proto3" json:"source,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ASIDs) Reset() {
+	*x = ASIDs{}
+	mi := &file_node_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ASIDs) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ASIDs) ProtoMessage() {}
+
+func (x *ASIDs) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ASIDs.ProtoReflect.Descriptor instead.
+func (*ASIDs) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *ASIDs) GetTotal() uint32 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+func (x *ASIDs) GetFree() uint32 {
+	if x != nil && x.Free != nil {
+		return *x.Free
+	}
+	return 0
+}
+
+func (x *ASIDs) GetReturning() uint32 {
+	if x != nil && x.Returning != nil {
+		return *x.Returning
+	}
+	return 0
+}
+
+func (x *ASIDs) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+// Finding is one conclusion, with the raw fact behind it.
+type Finding struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Stable and machine readable.
+	Code string `protobuf:"bytes,1,opt,name=code,proto3" json:"code,omitempty"`
+	// "blocking", "warning", "unknown" or "note".
+	Level         string `protobuf:"bytes,2,opt,name=level,proto3" json:"level,omitempty"`
+	Message       string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	Remedy        string `protobuf:"bytes,4,opt,name=remedy,proto3" json:"remedy,omitempty"`
+	Observed      string `protobuf:"bytes,5,opt,name=observed,proto3" json:"observed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Finding) Reset() {
+	*x = Finding{}
+	mi := &file_node_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Finding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Finding) ProtoMessage() {}
+
+func (x *Finding) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Finding.ProtoReflect.Descriptor instead.
+func (*Finding) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *Finding) GetCode() string {
+	if x != nil {
+		return x.Code
+	}
+	return ""
+}
+
+func (x *Finding) GetLevel() string {
+	if x != nil {
+		return x.Level
+	}
+	return ""
+}
+
+func (x *Finding) GetMessage() string {
+	if x != nil {
+		return x.Message
+	}
+	return ""
+}
+
+func (x *Finding) GetRemedy() string {
+	if x != nil {
+		return x.Remedy
+	}
+	return ""
+}
+
+func (x *Finding) GetObserved() string {
+	if x != nil {
+		return x.Observed
+	}
+	return ""
+}
+
+// Component is a piece of software and whether it is new enough.
+type Component struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// As it names itself; empty when it could not be asked.
+	Observed string `protobuf:"bytes,2,opt,name=observed,proto3" json:"observed,omitempty"`
+	// Lowest version for guests without and with GPUs.
+	Floor    string     `protobuf:"bytes,3,opt,name=floor,proto3" json:"floor,omitempty"`
+	FloorGpu string     `protobuf:"bytes,4,opt,name=floor_gpu,json=floorGpu,proto3" json:"floor_gpu,omitempty"`
+	Meets    Conclusion `protobuf:"varint,5,opt,name=meets,proto3,enum=nodeagent.v1.Conclusion" json:"meets,omitempty"`
+	MeetsGpu Conclusion `protobuf:"varint,6,opt,name=meets_gpu,json=meetsGpu,proto3,enum=nodeagent.v1.Conclusion" json:"meets_gpu,omitempty"`
+	// What to do, unless both are YES.
+	Remedy        string `protobuf:"bytes,7,opt,name=remedy,proto3" json:"remedy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Component) Reset() {
+	*x = Component{}
+	mi := &file_node_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Component) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Component) ProtoMessage() {}
+
+func (x *Component) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Component.ProtoReflect.Descriptor instead.
+func (*Component) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *Component) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Component) GetObserved() string {
+	if x != nil {
+		return x.Observed
+	}
+	return ""
+}
+
+func (x *Component) GetFloor() string {
+	if x != nil {
+		return x.Floor
+	}
+	return ""
+}
+
+func (x *Component) GetFloorGpu() string {
+	if x != nil {
+		return x.FloorGpu
+	}
+	return ""
+}
+
+func (x *Component) GetMeets() Conclusion {
+	if x != nil {
+		return x.Meets
+	}
+	return Conclusion_CONCLUSION_UNSPECIFIED
+}
+
+func (x *Component) GetMeetsGpu() Conclusion {
+	if x != nil {
+		return x.MeetsGpu
+	}
+	return Conclusion_CONCLUSION_UNSPECIFIED
+}
+
+func (x *Component) GetRemedy() string {
+	if x != nil {
+		return x.Remedy
+	}
+	return ""
+}
+
+// EndorsementState is what the node holds of AMD's certificates.
+type EndorsementState struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A VCEK or VLEK for the reported TCB is at hand, with its chain.
+	Certificate         Conclusion             `protobuf:"varint,1,opt,name=certificate,proto3,enum=nodeagent.v1.Conclusion" json:"certificate,omitempty"`
+	CertificateNotAfter *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=certificate_not_after,json=certificateNotAfter,proto3" json:"certificate_not_after,omitempty"`
+	// A revocation list is at hand and current.
+	RevocationList           Conclusion             `protobuf:"varint,3,opt,name=revocation_list,json=revocationList,proto3,enum=nodeagent.v1.Conclusion" json:"revocation_list,omitempty"`
+	RevocationListNextUpdate *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=revocation_list_next_update,json=revocationListNextUpdate,proto3" json:"revocation_list_next_update,omitempty"`
+	Findings                 []*Finding             `protobuf:"bytes,5,rep,name=findings,proto3" json:"findings,omitempty"`
+	unknownFields            protoimpl.UnknownFields
+	sizeCache                protoimpl.SizeCache
+}
+
+func (x *EndorsementState) Reset() {
+	*x = EndorsementState{}
+	mi := &file_node_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndorsementState) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndorsementState) ProtoMessage() {}
+
+func (x *EndorsementState) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndorsementState.ProtoReflect.Descriptor instead.
+func (*EndorsementState) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *EndorsementState) GetCertificate() Conclusion {
+	if x != nil {
+		return x.Certificate
+	}
+	return Conclusion_CONCLUSION_UNSPECIFIED
+}
+
+func (x *EndorsementState) GetCertificateNotAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CertificateNotAfter
+	}
+	return nil
+}
+
+func (x *EndorsementState) GetRevocationList() Conclusion {
+	if x != nil {
+		return x.RevocationList
+	}
+	return Conclusion_CONCLUSION_UNSPECIFIED
+}
+
+func (x *EndorsementState) GetRevocationListNextUpdate() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RevocationListNextUpdate
+	}
+	return nil
+}
+
+func (x *EndorsementState) GetFindings() []*Finding {
+	if x != nil {
+		return x.Findings
+	}
+	return nil
+}
+
 type Heartbeat struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Seconds since the agent started.
@@ -1879,7 +2563,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_node_proto_msgTypes[21]
+	mi := &file_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1891,7 +2575,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[21]
+	mi := &file_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1904,7 +2588,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{21}
+	return file_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Heartbeat) GetUptimeSeconds() uint64 {
@@ -2092,7 +2776,7 @@ const file_node_proto_rawDesc = "" +
 	"\bguest_id\x18\x01 \x01(\tR\aguestId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
 	"\x04size\x18\x03 \x01(\x04R\x04size\x12\x16\n" +
-	"\x06sha256\x18\x04 \x01(\fR\x06sha256\"\xd5\x03\n" +
+	"\x06sha256\x18\x04 \x01(\fR\x06sha256\"\x9b\x05\n" +
 	"\n" +
 	"Capability\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12#\n" +
@@ -2109,7 +2793,77 @@ const file_node_proto_rawDesc = "" +
 	"\tcpu_brand\x18\v \x01(\tR\bcpuBrand\x12\x16\n" +
 	"\x06kernel\x18\f \x01(\tR\x06kernel\x12'\n" +
 	"\x0flibvirt_version\x18\r \x01(\tR\x0elibvirtVersion\x12!\n" +
-	"\fqemu_version\x18\x0e \x01(\tR\vqemuVersion\"\xbc\x01\n" +
+	"\fqemu_version\x18\x0e \x01(\tR\vqemuVersion\x12-\n" +
+	"\asev_snp\x18\x0f \x01(\v2\x14.nodeagent.v1.SEVSNPR\x06sevSnp\x127\n" +
+	"\n" +
+	"components\x18\x10 \x03(\v2\x17.nodeagent.v1.ComponentR\n" +
+	"components\x12B\n" +
+	"\fendorsements\x18\x11 \x01(\v2\x1e.nodeagent.v1.EndorsementStateR\fendorsements\x12\x18\n" +
+	"\achanged\x18\x12 \x03(\tR\achanged\"\xa8\x05\n" +
+	"\x06SEVSNP\x12\x18\n" +
+	"\aenabled\x18\x01 \x01(\bR\aenabled\x12\x1c\n" +
+	"\tprocessor\x18\x02 \x01(\tR\tprocessor\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x03 \x01(\tR\n" +
+	"generation\x12\x18\n" +
+	"\aproduct\x18\x04 \x01(\tR\aproduct\x12\x1d\n" +
+	"\n" +
+	"cpu_family\x18\x05 \x01(\rR\tcpuFamily\x12\x1b\n" +
+	"\tcpu_model\x18\x06 \x01(\rR\bcpuModel\x12!\n" +
+	"\fcpu_stepping\x18\a \x01(\rR\vcpuStepping\x12\x1c\n" +
+	"\tmicrocode\x18\b \x01(\tR\tmicrocode\x12%\n" +
+	"\fkvm_vm_types\x18\t \x01(\rH\x00R\n" +
+	"kvmVmTypes\x88\x01\x01\x12)\n" +
+	"\x10firmware_version\x18\n" +
+	" \x01(\tR\x0ffirmwareVersion\x12%\n" +
+	"\x0efirmware_state\x18\v \x01(\tR\rfirmwareState\x129\n" +
+	"\vcurrent_tcb\x18\f \x01(\v2\x18.nodeagent.v1.TCBVersionR\n" +
+	"currentTcb\x12;\n" +
+	"\freported_tcb\x18\r \x01(\v2\x18.nodeagent.v1.TCBVersionR\vreportedTcb\x12\x19\n" +
+	"\bchip_ids\x18\x0e \x03(\tR\achipIds\x12$\n" +
+	"\vvlek_loaded\x18\x0f \x01(\bH\x01R\n" +
+	"vlekLoaded\x88\x01\x01\x12)\n" +
+	"\x05asids\x18\x10 \x01(\v2\x13.nodeagent.v1.ASIDsR\x05asids\x121\n" +
+	"\bfindings\x18\x11 \x03(\v2\x15.nodeagent.v1.FindingR\bfindingsB\x0f\n" +
+	"\r_kvm_vm_typesB\x0e\n" +
+	"\f_vlek_loaded\"\x93\x01\n" +
+	"\n" +
+	"TCBVersion\x12\x10\n" +
+	"\x03raw\x18\x01 \x01(\x06R\x03raw\x12\x10\n" +
+	"\x03fmc\x18\x02 \x01(\rR\x03fmc\x12\x1f\n" +
+	"\vboot_loader\x18\x03 \x01(\rR\n" +
+	"bootLoader\x12\x10\n" +
+	"\x03tee\x18\x04 \x01(\rR\x03tee\x12\x10\n" +
+	"\x03snp\x18\x05 \x01(\rR\x03snp\x12\x1c\n" +
+	"\tmicrocode\x18\x06 \x01(\rR\tmicrocode\"\x88\x01\n" +
+	"\x05ASIDs\x12\x14\n" +
+	"\x05total\x18\x01 \x01(\rR\x05total\x12\x17\n" +
+	"\x04free\x18\x02 \x01(\rH\x00R\x04free\x88\x01\x01\x12!\n" +
+	"\treturning\x18\x03 \x01(\rH\x01R\treturning\x88\x01\x01\x12\x16\n" +
+	"\x06source\x18\x04 \x01(\tR\x06sourceB\a\n" +
+	"\x05_freeB\f\n" +
+	"\n" +
+	"_returning\"\x81\x01\n" +
+	"\aFinding\x12\x12\n" +
+	"\x04code\x18\x01 \x01(\tR\x04code\x12\x14\n" +
+	"\x05level\x18\x02 \x01(\tR\x05level\x12\x18\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\x12\x16\n" +
+	"\x06remedy\x18\x04 \x01(\tR\x06remedy\x12\x1a\n" +
+	"\bobserved\x18\x05 \x01(\tR\bobserved\"\xed\x01\n" +
+	"\tComponent\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\bobserved\x18\x02 \x01(\tR\bobserved\x12\x14\n" +
+	"\x05floor\x18\x03 \x01(\tR\x05floor\x12\x1b\n" +
+	"\tfloor_gpu\x18\x04 \x01(\tR\bfloorGpu\x12.\n" +
+	"\x05meets\x18\x05 \x01(\x0e2\x18.nodeagent.v1.ConclusionR\x05meets\x125\n" +
+	"\tmeets_gpu\x18\x06 \x01(\x0e2\x18.nodeagent.v1.ConclusionR\bmeetsGpu\x12\x16\n" +
+	"\x06remedy\x18\a \x01(\tR\x06remedy\"\xef\x02\n" +
+	"\x10EndorsementState\x12:\n" +
+	"\vcertificate\x18\x01 \x01(\x0e2\x18.nodeagent.v1.ConclusionR\vcertificate\x12N\n" +
+	"\x15certificate_not_after\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x13certificateNotAfter\x12A\n" +
+	"\x0frevocation_list\x18\x03 \x01(\x0e2\x18.nodeagent.v1.ConclusionR\x0erevocationList\x12Y\n" +
+	"\x1brevocation_list_next_update\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x18revocationListNextUpdate\x121\n" +
+	"\bfindings\x18\x05 \x03(\v2\x15.nodeagent.v1.FindingR\bfindings\"\xbc\x01\n" +
 	"\tHeartbeat\x12%\n" +
 	"\x0euptime_seconds\x18\x01 \x01(\x04R\ruptimeSeconds\x12\x1a\n" +
 	"\bcordoned\x18\x02 \x01(\bR\bcordoned\x12\x16\n" +
@@ -2126,7 +2880,12 @@ const file_node_proto_rawDesc = "" +
 	"\x17GUEST_STATUS_COLLECTING\x10\x05\x12\x19\n" +
 	"\x15GUEST_STATUS_FINISHED\x10\x06\x12\x17\n" +
 	"\x13GUEST_STATUS_FAILED\x10\a\x12\x18\n" +
-	"\x14GUEST_STATUS_STOPPED\x10\bB2Z0github.com/confidential-node/agent/nodeagent/apib\x06proto3"
+	"\x14GUEST_STATUS_STOPPED\x10\b*O\n" +
+	"\n" +
+	"Conclusion\x12\x1a\n" +
+	"\x16CONCLUSION_UNSPECIFIED\x10\x00\x12\x12\n" +
+	"\x0eCONCLUSION_YES\x10\x01\x12\x11\n" +
+	"\rCONCLUSION_NO\x10\x02B2Z0github.com/confidential-node/agent/nodeagent/apib\x06proto3"
 
 var (
 	file_node_proto_rawDescOnce sync.Once
@@ -2140,75 +2899,96 @@ func file_node_proto_rawDescGZIP() []byte {
 	return file_node_proto_rawDescData
 }
 
-var file_node_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
 var file_node_proto_goTypes = []any{
 	(GuestStatus)(0),              // 0: nodeagent.v1.GuestStatus
-	(*Command)(nil),               // 1: nodeagent.v1.Command
-	(*LaunchGuest)(nil),           // 2: nodeagent.v1.LaunchGuest
-	(*BootImage)(nil),             // 3: nodeagent.v1.BootImage
-	(*Machine)(nil),               // 4: nodeagent.v1.Machine
-	(*InputBlob)(nil),             // 5: nodeagent.v1.InputBlob
-	(*ResultTarget)(nil),          // 6: nodeagent.v1.ResultTarget
-	(*ResultUpload)(nil),          // 7: nodeagent.v1.ResultUpload
-	(*PublishedPort)(nil),         // 8: nodeagent.v1.PublishedPort
-	(*StopGuest)(nil),             // 9: nodeagent.v1.StopGuest
-	(*RequestEvidence)(nil),       // 10: nodeagent.v1.RequestEvidence
-	(*Cordon)(nil),                // 11: nodeagent.v1.Cordon
-	(*Uncordon)(nil),              // 12: nodeagent.v1.Uncordon
-	(*BeginEpoch)(nil),            // 13: nodeagent.v1.BeginEpoch
-	(*Event)(nil),                 // 14: nodeagent.v1.Event
-	(*Refusal)(nil),               // 15: nodeagent.v1.Refusal
-	(*CommandRefused)(nil),        // 16: nodeagent.v1.CommandRefused
-	(*CommandDone)(nil),           // 17: nodeagent.v1.CommandDone
-	(*GuestState)(nil),            // 18: nodeagent.v1.GuestState
-	(*EvidenceReady)(nil),         // 19: nodeagent.v1.EvidenceReady
-	(*ResultUploaded)(nil),        // 20: nodeagent.v1.ResultUploaded
-	(*Capability)(nil),            // 21: nodeagent.v1.Capability
-	(*Heartbeat)(nil),             // 22: nodeagent.v1.Heartbeat
-	nil,                           // 23: nodeagent.v1.LaunchGuest.HostsEntry
-	nil,                           // 24: nodeagent.v1.GuestState.StepMsEntry
-	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
+	(Conclusion)(0),               // 1: nodeagent.v1.Conclusion
+	(*Command)(nil),               // 2: nodeagent.v1.Command
+	(*LaunchGuest)(nil),           // 3: nodeagent.v1.LaunchGuest
+	(*BootImage)(nil),             // 4: nodeagent.v1.BootImage
+	(*Machine)(nil),               // 5: nodeagent.v1.Machine
+	(*InputBlob)(nil),             // 6: nodeagent.v1.InputBlob
+	(*ResultTarget)(nil),          // 7: nodeagent.v1.ResultTarget
+	(*ResultUpload)(nil),          // 8: nodeagent.v1.ResultUpload
+	(*PublishedPort)(nil),         // 9: nodeagent.v1.PublishedPort
+	(*StopGuest)(nil),             // 10: nodeagent.v1.StopGuest
+	(*RequestEvidence)(nil),       // 11: nodeagent.v1.RequestEvidence
+	(*Cordon)(nil),                // 12: nodeagent.v1.Cordon
+	(*Uncordon)(nil),              // 13: nodeagent.v1.Uncordon
+	(*BeginEpoch)(nil),            // 14: nodeagent.v1.BeginEpoch
+	(*Event)(nil),                 // 15: nodeagent.v1.Event
+	(*Refusal)(nil),               // 16: nodeagent.v1.Refusal
+	(*CommandRefused)(nil),        // 17: nodeagent.v1.CommandRefused
+	(*CommandDone)(nil),           // 18: nodeagent.v1.CommandDone
+	(*GuestState)(nil),            // 19: nodeagent.v1.GuestState
+	(*EvidenceReady)(nil),         // 20: nodeagent.v1.EvidenceReady
+	(*ResultUploaded)(nil),        // 21: nodeagent.v1.ResultUploaded
+	(*Capability)(nil),            // 22: nodeagent.v1.Capability
+	(*SEVSNP)(nil),                // 23: nodeagent.v1.SEVSNP
+	(*TCBVersion)(nil),            // 24: nodeagent.v1.TCBVersion
+	(*ASIDs)(nil),                 // 25: nodeagent.v1.ASIDs
+	(*Finding)(nil),               // 26: nodeagent.v1.Finding
+	(*Component)(nil),             // 27: nodeagent.v1.Component
+	(*EndorsementState)(nil),      // 28: nodeagent.v1.EndorsementState
+	(*Heartbeat)(nil),             // 29: nodeagent.v1.Heartbeat
+	nil,                           // 30: nodeagent.v1.LaunchGuest.HostsEntry
+	nil,                           // 31: nodeagent.v1.GuestState.StepMsEntry
+	(*timestamppb.Timestamp)(nil), // 32: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 33: google.protobuf.Duration
 }
 var file_node_proto_depIdxs = []int32{
-	25, // 0: nodeagent.v1.Command.not_before:type_name -> google.protobuf.Timestamp
-	25, // 1: nodeagent.v1.Command.expires_at:type_name -> google.protobuf.Timestamp
-	2,  // 2: nodeagent.v1.Command.launch_guest:type_name -> nodeagent.v1.LaunchGuest
-	9,  // 3: nodeagent.v1.Command.stop_guest:type_name -> nodeagent.v1.StopGuest
-	10, // 4: nodeagent.v1.Command.request_evidence:type_name -> nodeagent.v1.RequestEvidence
-	11, // 5: nodeagent.v1.Command.cordon:type_name -> nodeagent.v1.Cordon
-	12, // 6: nodeagent.v1.Command.uncordon:type_name -> nodeagent.v1.Uncordon
-	13, // 7: nodeagent.v1.Command.begin_epoch:type_name -> nodeagent.v1.BeginEpoch
-	3,  // 8: nodeagent.v1.LaunchGuest.image:type_name -> nodeagent.v1.BootImage
-	4,  // 9: nodeagent.v1.LaunchGuest.machine:type_name -> nodeagent.v1.Machine
-	5,  // 10: nodeagent.v1.LaunchGuest.inputs:type_name -> nodeagent.v1.InputBlob
-	6,  // 11: nodeagent.v1.LaunchGuest.results:type_name -> nodeagent.v1.ResultTarget
-	26, // 12: nodeagent.v1.LaunchGuest.start_timeout:type_name -> google.protobuf.Duration
-	26, // 13: nodeagent.v1.LaunchGuest.run_timeout:type_name -> google.protobuf.Duration
-	8,  // 14: nodeagent.v1.LaunchGuest.ports:type_name -> nodeagent.v1.PublishedPort
-	23, // 15: nodeagent.v1.LaunchGuest.hosts:type_name -> nodeagent.v1.LaunchGuest.HostsEntry
-	7,  // 16: nodeagent.v1.ResultTarget.uploads:type_name -> nodeagent.v1.ResultUpload
-	26, // 17: nodeagent.v1.StopGuest.grace:type_name -> google.protobuf.Duration
-	25, // 18: nodeagent.v1.Event.at:type_name -> google.protobuf.Timestamp
-	16, // 19: nodeagent.v1.Event.command_refused:type_name -> nodeagent.v1.CommandRefused
-	18, // 20: nodeagent.v1.Event.guest_state:type_name -> nodeagent.v1.GuestState
-	19, // 21: nodeagent.v1.Event.evidence:type_name -> nodeagent.v1.EvidenceReady
-	20, // 22: nodeagent.v1.Event.result_uploaded:type_name -> nodeagent.v1.ResultUploaded
-	21, // 23: nodeagent.v1.Event.capability:type_name -> nodeagent.v1.Capability
-	22, // 24: nodeagent.v1.Event.heartbeat:type_name -> nodeagent.v1.Heartbeat
-	17, // 25: nodeagent.v1.Event.command_done:type_name -> nodeagent.v1.CommandDone
-	15, // 26: nodeagent.v1.CommandRefused.refusal:type_name -> nodeagent.v1.Refusal
+	32, // 0: nodeagent.v1.Command.not_before:type_name -> google.protobuf.Timestamp
+	32, // 1: nodeagent.v1.Command.expires_at:type_name -> google.protobuf.Timestamp
+	3,  // 2: nodeagent.v1.Command.launch_guest:type_name -> nodeagent.v1.LaunchGuest
+	10, // 3: nodeagent.v1.Command.stop_guest:type_name -> nodeagent.v1.StopGuest
+	11, // 4: nodeagent.v1.Command.request_evidence:type_name -> nodeagent.v1.RequestEvidence
+	12, // 5: nodeagent.v1.Command.cordon:type_name -> nodeagent.v1.Cordon
+	13, // 6: nodeagent.v1.Command.uncordon:type_name -> nodeagent.v1.Uncordon
+	14, // 7: nodeagent.v1.Command.begin_epoch:type_name -> nodeagent.v1.BeginEpoch
+	4,  // 8: nodeagent.v1.LaunchGuest.image:type_name -> nodeagent.v1.BootImage
+	5,  // 9: nodeagent.v1.LaunchGuest.machine:type_name -> nodeagent.v1.Machine
+	6,  // 10: nodeagent.v1.LaunchGuest.inputs:type_name -> nodeagent.v1.InputBlob
+	7,  // 11: nodeagent.v1.LaunchGuest.results:type_name -> nodeagent.v1.ResultTarget
+	33, // 12: nodeagent.v1.LaunchGuest.start_timeout:type_name -> google.protobuf.Duration
+	33, // 13: nodeagent.v1.LaunchGuest.run_timeout:type_name -> google.protobuf.Duration
+	9,  // 14: nodeagent.v1.LaunchGuest.ports:type_name -> nodeagent.v1.PublishedPort
+	30, // 15: nodeagent.v1.LaunchGuest.hosts:type_name -> nodeagent.v1.LaunchGuest.HostsEntry
+	8,  // 16: nodeagent.v1.ResultTarget.uploads:type_name -> nodeagent.v1.ResultUpload
+	33, // 17: nodeagent.v1.StopGuest.grace:type_name -> google.protobuf.Duration
+	32, // 18: nodeagent.v1.Event.at:type_name -> google.protobuf.Timestamp
+	17, // 19: nodeagent.v1.Event.command_refused:type_name -> nodeagent.v1.CommandRefused
+	19, // 20: nodeagent.v1.Event.guest_state:type_name -> nodeagent.v1.GuestState
+	20, // 21: nodeagent.v1.Event.evidence:type_name -> nodeagent.v1.EvidenceReady
+	21, // 22: nodeagent.v1.Event.result_uploaded:type_name -> nodeagent.v1.ResultUploaded
+	22, // 23: nodeagent.v1.Event.capability:type_name -> nodeagent.v1.Capability
+	29, // 24: nodeagent.v1.Event.heartbeat:type_name -> nodeagent.v1.Heartbeat
+	18, // 25: nodeagent.v1.Event.command_done:type_name -> nodeagent.v1.CommandDone
+	16, // 26: nodeagent.v1.CommandRefused.refusal:type_name -> nodeagent.v1.Refusal
 	0,  // 27: nodeagent.v1.GuestState.status:type_name -> nodeagent.v1.GuestStatus
-	15, // 28: nodeagent.v1.GuestState.refusal:type_name -> nodeagent.v1.Refusal
-	24, // 29: nodeagent.v1.GuestState.step_ms:type_name -> nodeagent.v1.GuestState.StepMsEntry
-	8,  // 30: nodeagent.v1.GuestState.ports:type_name -> nodeagent.v1.PublishedPort
-	3,  // 31: nodeagent.v1.Capability.images:type_name -> nodeagent.v1.BootImage
-	32, // [32:32] is the sub-list for method output_type
-	32, // [32:32] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	16, // 28: nodeagent.v1.GuestState.refusal:type_name -> nodeagent.v1.Refusal
+	31, // 29: nodeagent.v1.GuestState.step_ms:type_name -> nodeagent.v1.GuestState.StepMsEntry
+	9,  // 30: nodeagent.v1.GuestState.ports:type_name -> nodeagent.v1.PublishedPort
+	4,  // 31: nodeagent.v1.Capability.images:type_name -> nodeagent.v1.BootImage
+	23, // 32: nodeagent.v1.Capability.sev_snp:type_name -> nodeagent.v1.SEVSNP
+	27, // 33: nodeagent.v1.Capability.components:type_name -> nodeagent.v1.Component
+	28, // 34: nodeagent.v1.Capability.endorsements:type_name -> nodeagent.v1.EndorsementState
+	24, // 35: nodeagent.v1.SEVSNP.current_tcb:type_name -> nodeagent.v1.TCBVersion
+	24, // 36: nodeagent.v1.SEVSNP.reported_tcb:type_name -> nodeagent.v1.TCBVersion
+	25, // 37: nodeagent.v1.SEVSNP.asids:type_name -> nodeagent.v1.ASIDs
+	26, // 38: nodeagent.v1.SEVSNP.findings:type_name -> nodeagent.v1.Finding
+	1,  // 39: nodeagent.v1.Component.meets:type_name -> nodeagent.v1.Conclusion
+	1,  // 40: nodeagent.v1.Component.meets_gpu:type_name -> nodeagent.v1.Conclusion
+	1,  // 41: nodeagent.v1.EndorsementState.certificate:type_name -> nodeagent.v1.Conclusion
+	32, // 42: nodeagent.v1.EndorsementState.certificate_not_after:type_name -> google.protobuf.Timestamp
+	1,  // 43: nodeagent.v1.EndorsementState.revocation_list:type_name -> nodeagent.v1.Conclusion
+	32, // 44: nodeagent.v1.EndorsementState.revocation_list_next_update:type_name -> google.protobuf.Timestamp
+	26, // 45: nodeagent.v1.EndorsementState.findings:type_name -> nodeagent.v1.Finding
+	46, // [46:46] is the sub-list for method output_type
+	46, // [46:46] is the sub-list for method input_type
+	46, // [46:46] is the sub-list for extension type_name
+	46, // [46:46] is the sub-list for extension extendee
+	0,  // [0:46] is the sub-list for field type_name
 }
 
 func init() { file_node_proto_init() }
@@ -2233,13 +3013,15 @@ func file_node_proto_init() {
 		(*Event_Heartbeat)(nil),
 		(*Event_CommandDone)(nil),
 	}
+	file_node_proto_msgTypes[21].OneofWrappers = []any{}
+	file_node_proto_msgTypes[23].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_node_proto_rawDesc), len(file_node_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   24,
+			NumEnums:      2,
+			NumMessages:   30,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

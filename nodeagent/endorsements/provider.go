@@ -139,6 +139,14 @@ func staleCRL(der []byte, now time.Time) *contract.Refusal {
 	return nil
 }
 
+// Observed reports whether it is known what the platform needs. Where there is
+// none to ask, nothing is waited for.
+func (p *Provider) Observed() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.cfg.Platform == nil || p.identity != nil
+}
+
 // Findings returns what an operator should know, the worst first: none when
 // everything that the platform needs is there and current.
 func (p *Provider) Findings() []*contract.Refusal {
@@ -298,7 +306,11 @@ func (p *Provider) round(ctx context.Context, b *backoff) {
 	p.setProblem(nil)
 }
 
+// noPlatform keeps what a platform says in a typed way.
 func noPlatform(cause error) *contract.Refusal {
+	if refusal, ok := errors.AsType[*contract.Refusal](cause); ok {
+		return refusal
+	}
 	return contract.Refuse("endorsements.no-platform", "run as root where /dev/sev is, or name the chip with --product, --chip-id and --tcb",
 		"the platform does not tell its product, chip id and TCB").Because(cause)
 }

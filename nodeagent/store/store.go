@@ -7,7 +7,7 @@
 //
 // # Layout, version 2
 //
-//	meta      schema -> u32, epoch -> Epoch record, cordon, forwarding
+//	meta      schema -> u32, epoch -> Epoch record, cordon, forwarding, report
 //	commands  id -> Command record
 //	guests    id -> Guest record
 //	outbox    u64 big-endian sequence -> Event (protobuf) record
@@ -65,6 +65,7 @@ const (
 	recordGuest
 	recordCordon
 	recordForwarding
+	recordReport
 )
 
 // ErrDamaged means that a record or page does not check.

@@ -42,7 +42,9 @@ type view struct {
 type nodeView struct {
 	lastSeen   time.Time
 	capability *api.Capability
-	heartbeat  *api.Heartbeat
+	// capabilityAt is when the node said so.
+	capabilityAt time.Time
+	heartbeat    *api.Heartbeat
 }
 
 type guestView struct {
@@ -190,7 +192,11 @@ func (v *view) apply(e *api.Event, host string, command *issuedCommand, meta *je
 	case *api.Event_Heartbeat:
 		n.heartbeat = b.Heartbeat
 	case *api.Event_Capability:
-		n.capability = b.Capability
+		// One that waited in the node's outbox may be older than what the node
+		// said when it connected.
+		if at := e.GetAt().AsTime(); !at.Before(n.capabilityAt) {
+			n.capability, n.capabilityAt = b.Capability, at
+		}
 	case *api.Event_GuestState:
 		v.guestLocked(b.GuestState.GetGuestId()).state = b.GuestState
 	case *api.Event_ResultUploaded:

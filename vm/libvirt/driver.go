@@ -304,6 +304,20 @@ func (d *Driver) Versions(ctx context.Context) (libvirtVersion, hypervisor strin
 	return version(versions[0]), version(versions[1]), nil
 }
 
+// Probe connects once to ask for the versions.
+func Probe(ctx context.Context, uri string, logger hclog.Logger) (libvirtVersion, hypervisor string, err error) {
+	if _, err := eventLoop(); err != nil {
+		return "", "", err
+	}
+	d := New(uri, logger)
+	c, err := d.connect(ctx)
+	if err != nil {
+		return "", "", err
+	}
+	defer d.disconnect(c)
+	return d.Versions(ctx)
+}
+
 func version(v uint32) string {
 	return fmt.Sprintf("%d.%d.%d", v/1_000_000, v/1000%1000, v%1000)
 }

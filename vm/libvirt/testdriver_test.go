@@ -133,3 +133,15 @@ func TestWithoutADaemonEveryCallSaysSo(t *testing.T) {
 		t.Errorf("silence is taken for a guest's end: %v", err)
 	}
 }
+
+func TestOneQuestionNeedsNoDriver(t *testing.T) {
+	t.Parallel()
+	connected(t) // or the library is missing
+	lib, hypervisor, err := libvirt.Probe(t.Context(), testURI, hclog.NewNullLogger())
+	if err != nil || strings.Count(lib, ".") != 2 || strings.Count(hypervisor, ".") != 2 {
+		t.Errorf("%q %q %v", lib, hypervisor, err)
+	}
+	if _, _, err := libvirt.Probe(t.Context(), "test:///none-of-that-name", hclog.NewNullLogger()); err == nil {
+		t.Error("a driver that is not there has a version")
+	}
+}

@@ -121,8 +121,8 @@ func TestEveryCauseIsNamed(t *testing.T) {
 		"no /dev/kvm":            {func(s *hosttest.Setup) { s.NoKVM = true }, "kvm.unknown", "dev/kvm"},
 		"no ccp":                 {func(s *hosttest.Setup) { s.NoCCP = true }, "firmware.no-device", "modprobe ccp"},
 		"old firmware":           {func(s *hosttest.Setup) { s.Firmware.APIMinor = 49 }, "firmware.too-old", "BIOS"},
-		"chip key masked":        {func(s *hosttest.Setup) { s.Firmware.MaskChipKey = true }, "firmware.chip-key-masked", "SNP_SET_CONFIG"},
-		"chip id masked":         {func(s *hosttest.Setup) { s.Firmware.MaskChipID = true }, "firmware.chip-id-masked", "SNP_SET_CONFIG"},
+		"chip key masked":        {func(s *hosttest.Setup) { s.Firmware.MaskChipKey = true }, "firmware.chip-key-masked", "--mask-chip-key=false"},
+		"chip id masked":         {func(s *hosttest.Setup) { s.Firmware.MaskChipID = true }, "firmware.chip-id-masked", "--mask-chip-id=false"},
 		"KVM says no":            {parameter("iommu=pt"), "kvm.no-snp", "other findings"},
 	} {
 		t.Run(name, func(t *testing.T) {

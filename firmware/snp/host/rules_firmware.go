@@ -81,7 +81,7 @@ func chipKeyMasked(r *Report) *Finding {
 		Code:     "firmware.chip-key-masked",
 		Message:  "reports are not signed: MASK_CHIP_KEY is set",
 		Observed: "SNP_PLATFORM_STATUS: MASK_CHIP_KEY",
-		Remedy:   "clear MASK_CHIP_KEY with SNP_SET_CONFIG, or reboot the host and remove what sets it",
+		Remedy:   "run `nodeagent platform configure --mask-chip-key=false`, or reboot the host and remove what sets it",
 	}
 }
 
@@ -93,7 +93,7 @@ func chipIDMasked(r *Report) *Finding {
 		Code:     "firmware.chip-id-masked",
 		Message:  "reports carry no chip id, so nobody can find the chip's certificate: MASK_CHIP_ID is set",
 		Observed: "SNP_PLATFORM_STATUS: MASK_CHIP_ID",
-		Remedy:   "clear MASK_CHIP_ID with SNP_SET_CONFIG, or reboot the host and remove what sets it",
+		Remedy:   "run `nodeagent platform configure --mask-chip-id=false`, or reboot the host and remove what sets it",
 	}
 }
 
@@ -166,7 +166,7 @@ func heldBack(r *Report) *Finding {
 		Code:     "tcb.held-back",
 		Message:  "reports state an older TCB than the one that runs; floors are checked against the reported one",
 		Observed: fmt.Sprintf("current %#x, reported %#x", r.CurrentTCB.Raw, r.ReportedTCB.Raw),
-		Remedy:   "if nobody holds it back on purpose, reboot the host, or set the reported TCB with SNP_SET_CONFIG",
+		Remedy:   "if nobody holds it back on purpose, reboot the host, or run `nodeagent platform configure --reported-tcb current`",
 	}
 }
 

@@ -357,7 +357,11 @@ func summary(e *api.Event) string {
 	case *api.Event_ResultUploaded:
 		return fmt.Sprintf("%s %s %d bytes", b.ResultUploaded.GetGuestId(), b.ResultUploaded.GetName(), b.ResultUploaded.GetSize())
 	case *api.Event_Capability:
-		return fmt.Sprintf("%s, tee %s, %d images", b.Capability.GetAgentVersion(), b.Capability.GetTee(), len(b.Capability.GetImages()))
+		text := fmt.Sprintf("%s, tee %s, %d images", b.Capability.GetAgentVersion(), b.Capability.GetTee(), len(b.Capability.GetImages()))
+		if changed := b.Capability.GetChanged(); len(changed) > 0 {
+			text += ", changed: " + strings.Join(changed, " ")
+		}
+		return text
 	case *api.Event_Heartbeat:
 		return fmt.Sprintf("%d guests, %d events waiting", b.Heartbeat.GetGuests(), b.Heartbeat.GetOutbox())
 	case *api.Event_CommandDone, nil:
