@@ -3,6 +3,8 @@
 TAGS          := libvirt_dlopen
 EMULATED_TAGS := libvirt_dlopen,emulated
 LINTER        := .cache/bin/golangci-lint
+SHELL         := bash
+.SHELLFLAGS   := -o pipefail -c
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo build test lint fmt generate check-dirty bench clean
@@ -22,10 +24,10 @@ build: setup ## build the agent into bin/
 
 test: setup ## run all tests; ends with the skipped ones and what each misses
 	go vet -tags $(TAGS) ./...
-	go test -tags $(TAGS) ./nodeagent/... ./vm/... ./tests/arch
 	go build -race -tags $(EMULATED_TAGS) ./...
 	@# One package at a time: real guests on two cores starve each other.
-	go test -race -p 1 -tags $(EMULATED_TAGS) -json ./... | go run ./tests/summary
+	{ go test -tags $(TAGS) -json ./nodeagent/... ./vm/... ./tests/arch && \
+	  go test -race -p 1 -tags $(EMULATED_TAGS) -json ./...; } | go run ./tests/summary
 
 $(LINTER): .ci/tools/go.mod .ci/tools/go.sum
 	cd .ci/tools && go build -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint

@@ -34,11 +34,12 @@ func guestsDir(cfg config.Config) string  { return filepath.Join(cfg.RunDir, "gu
 func storeFile(cfg config.Config) string  { return filepath.Join(cfg.StateDir, "state.db") }
 func spoolDir(cfg config.Config) string   { return filepath.Join(cfg.StateDir, "spool") }
 
-// makeDirs makes the agent's folders. QEMU runs as another user and must pass
+// makeDirs makes the agent's folders, with these modes whatever the umask is
+// and whatever they were before. QEMU runs as another user and must pass
 // through to boot copies and ciphertext, but list neither.
 func makeDirs(cfg config.Config) error {
 	for dir, mode := range map[string]os.FileMode{cfg.RunDir: 0o711, guestsDir(cfg): 0o711, cfg.CacheDir: 0o711, cfg.StateDir: 0o700} {
-		if err := os.MkdirAll(dir, mode); err != nil {
+		if err := errors.Join(os.MkdirAll(dir, mode), os.Chmod(dir, mode)); err != nil {
 			return fmt.Errorf("making the agent's folders: %w", err)
 		}
 	}

@@ -133,6 +133,16 @@ func TestEvidenceThatIsNoneFailsEveryCheckWithExitCodeFive(t *testing.T) {
 	}
 }
 
+func TestHelpExplainsEveryMarkOfAVerdict(t *testing.T) {
+	t.Parallel()
+	code, help, _ := run(t, "verify", "--help")
+	for _, mark := range []string{"✓", "✗", "-", "!"} {
+		if code != exitOK || !strings.Contains(help, "\n  "+mark+"  ") {
+			t.Errorf("exit %d, no line for %q in\n%s", code, mark, help)
+		}
+	}
+}
+
 func TestStatusTableTellsLinkEpochAndGuests(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)

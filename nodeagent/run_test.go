@@ -7,6 +7,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -67,6 +68,25 @@ func TestHostFactsAreReadAndTheReserveIsKept(t *testing.T) {
 	}
 	if _, err := readHost(root, config.Default()); err == nil {
 		t.Error("missing facts are made up")
+	}
+}
+
+// The umask is the process's: no t.Parallel.
+func TestFoldersHaveTheirModesWhateverWasThere(t *testing.T) { //nolint:paralleltest // see above
+	defer syscall.Umask(syscall.Umask(0o077))
+	dir := t.TempDir()
+	cfg := config.Default()
+	cfg.StateDir, cfg.RunDir, cfg.CacheDir = dir+"/state", dir+"/run", dir+"/cache"
+	if err := errors.Join(os.Mkdir(cfg.StateDir, 0o700), os.Chmod(cfg.StateDir, 0o755)); err != nil { //nolint:gosec // open, as an operator's mkdir makes it
+		t.Fatal(err)
+	}
+	if err := makeDirs(cfg); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]os.FileMode{cfg.StateDir: 0o700, cfg.RunDir: 0o711, guestsDir(cfg): 0o711, cfg.CacheDir: 0o711} {
+		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != want {
+			t.Errorf("%s: %v %v, want %v", path, info.Mode(), err, want)
+		}
 	}
 }
 

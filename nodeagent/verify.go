@@ -45,7 +45,11 @@ func newVerifyCommand() *cobra.Command {
 		Use:   "verify FILE --expected-digest HEX ...",
 		Short: "Check a guest's evidence, one line per check",
 		Long: `Check a guest's evidence against what you expect of it. Every check prints one line;
-exit code 0 means that every one holds, 5 that at least one does not.
+exit code 0 means that none failed, 5 that at least one did. A line begins with
+  ✓  the check holds
+  ✗  it does not; expected and found values follow
+  -  it was not made, and the line says why: it proves nothing and fails nothing
+  !  no check: a warning, which does not change the verdict
 
 FILE is one of
   an evidence bundle (JSON): needs --expected-image, --expected-digest and --nonce;

@@ -93,6 +93,37 @@ func TestUnitKeepsGuestsAliveAndStateClosed(t *testing.T) {
 	}
 }
 
+// The README promises it: a line whose reason is forgotten is never removed,
+// or removed by the first who meets it.
+func TestEveryHardeningLineOfTheUnitHasItsReason(t *testing.T) {
+	t.Parallel()
+	unit, err := os.ReadFile("nodeagent.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, hardening, found := strings.Cut(string(unit), "# Guests outlive the agent")
+	hardening, _, ended := strings.Cut(hardening, "\n\n[Install]")
+	if !found || !ended {
+		t.Fatal("the unit has another shape than this test knows")
+	}
+	explained := ""
+	previous := "#"
+	for _, line := range strings.Split(hardening, "\n")[1:] {
+		key, _, _ := strings.Cut(line, "=")
+		switch {
+		case strings.HasPrefix(line, "#"):
+		case strings.HasPrefix(previous, "#"):
+			explained = key
+		case key != explained+"Mode": // a folder and its mode share a reason
+			t.Errorf("%s has no reason above it", line)
+		}
+		previous = line
+	}
+	if strings.Contains(string(unit), "man:") {
+		t.Error("the unit names a man page, and there are none")
+	}
+}
+
 // Each of these settings closes devices that the agent opens.
 func TestUnitLeavesTheDevicesOpen(t *testing.T) {
 	t.Parallel()

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"syscall"
 	"time"
 
@@ -95,16 +96,11 @@ func New(path string, status func(context.Context) (Status, error)) *Server {
 // Run listens until ctx ends. A socket left over by a dead agent is replaced;
 // the store's lock already excludes a second live one.
 func (s *Server) Run(ctx context.Context) error {
-	if err := os.Remove(s.path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("replacing admin socket: %w", err)
-	}
-	listener, err := (&net.ListenConfig{}).Listen(ctx, "unix", s.path)
+	listener, err := listen(ctx, &net.ListenConfig{}, s.path)
 	if err != nil {
-		return fmt.Errorf("listening on admin socket: %w", err)
+		return err
 	}
-	if err := os.Chmod(s.path, 0o600); err != nil {
-		return errors.Join(fmt.Errorf("closing admin socket to others: %w", err), listener.Close())
-	}
+	defer os.Remove(s.path) //nolint:errcheck // one left over is replaced
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
 		status, err := s.status(r.Context())
@@ -122,6 +118,26 @@ func (s *Server) Run(ctx context.Context) error {
 		return fmt.Errorf("serving admin socket: %w", err)
 	}
 	return nil
+}
+
+// listen returns a listener on path. A socket has the umask's mode until it
+// is changed, so it is bound where nobody else can reach it, and moved when
+// its mode is right.
+func listen(ctx context.Context, config *net.ListenConfig, path string) (net.Listener, error) {
+	private := filepath.Join(filepath.Dir(path), ".new")
+	if err := errors.Join(os.RemoveAll(private), os.Mkdir(private, 0o700)); err != nil {
+		return nil, fmt.Errorf("making a private folder for the admin socket: %w", err)
+	}
+	defer os.RemoveAll(private) //nolint:errcheck // one left over is replaced
+	bound := filepath.Join(private, filepath.Base(path))
+	listener, err := config.Listen(ctx, "unix", bound)
+	if err != nil {
+		return nil, fmt.Errorf("listening on admin socket: %w", err)
+	}
+	if err := errors.Join(os.Chmod(bound, 0o600), os.Rename(bound, path)); err != nil {
+		return nil, errors.Join(fmt.Errorf("closing admin socket to others: %w", err), listener.Close())
+	}
+	return listener, nil
 }
 
 // FetchStatus asks the agent behind the socket. An error wraps ErrUnreachable

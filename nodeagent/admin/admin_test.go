@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 
 	"github.com/confidential-node/agent/nodeagent/output"
@@ -53,6 +54,38 @@ func TestStatusTravelsOverASocketOnlyItsOwnerCanOpen(t *testing.T) {
 	cancel()
 	if err := <-done; err != nil {
 		t.Errorf("graceful stop: %v", err)
+	}
+	if _, err := os.Lstat(socket); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket outlives its server: %v", err)
+	}
+}
+
+// The umask is the process's: no t.Parallel.
+func TestTheSocketIsNeverOpenToOthers(t *testing.T) { //nolint:paralleltest // see above
+	defer syscall.Umask(syscall.Umask(0))
+	dir := t.TempDir()
+	socket := filepath.Join(dir, SocketName)
+	left := filepath.Join(dir, ".new", SocketName) // by an agent that died while binding
+	if err := errors.Join(os.Mkdir(filepath.Dir(left), 0o777), os.WriteFile(left, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	binding := &net.ListenConfig{Control: func(_, address string, _ syscall.RawConn) error {
+		info, err := os.Stat(filepath.Dir(address))
+		if err != nil || info.Mode().Perm() != 0o700 {
+			t.Errorf("bound in a folder of mode %v, %v", info.Mode(), err)
+		}
+		return nil
+	}}
+	listener, err := listen(t.Context(), binding, socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close() //nolint:errcheck // a test's
+	if info, err := os.Stat(socket); err != nil || info.Mode() != os.ModeSocket|0o600 {
+		t.Errorf("socket mode %v, %v", info.Mode(), err)
+	}
+	if found, err := os.ReadDir(dir); err != nil || len(found) != 1 {
+		t.Errorf("besides the socket something is left: %v, %v", found, err)
 	}
 }
 

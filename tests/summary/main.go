@@ -1,6 +1,8 @@
 // Command summary reads `go test -json` and prints what people need of it:
 // one line per package, failures in full, at the end every skipped test with
-// the capability it misses, and the count.
+// the capability it misses, and the count. It reads several runs in a row as
+// one. A skip that names no capability is a failure: nobody could tell what to
+// install to have that test run.
 package main
 
 import (
@@ -61,7 +63,12 @@ func summarise(in io.Reader, out io.Writer) (failed bool, err error) {
 			failures++
 			fmt.Fprintf(out, "FAIL %s %s\n%s", e.Package, e.Test, strings.Join(output[key], ""))
 		case e.Action == "skip" && e.Test != "":
-			reason := missing(output[key])
+			reason, named := missing(output[key])
+			if !named {
+				failures++
+				fmt.Fprintf(out, "FAIL %s %s skips and names no capability\n%s", e.Package, e.Test, strings.Join(output[key], ""))
+				break
+			}
 			skipped[reason] = append(skipped[reason], e.Package+" "+e.Test)
 		}
 		if e.Action != "output" && e.Action != "build-output" && e.Action != "run" && e.Action != "pause" && e.Action != "cont" {
@@ -74,13 +81,13 @@ func summarise(in io.Reader, out io.Writer) (failed bool, err error) {
 }
 
 // missing finds the capability in a skipped test's output.
-func missing(lines []string) string {
+func missing(lines []string) (capability string, named bool) {
 	for _, line := range lines {
-		if _, reason, ok := strings.Cut(line, skip.Prefix); ok {
-			return strings.TrimSpace(reason)
+		if _, capability, ok := strings.Cut(line, skip.Prefix); ok {
+			return strings.TrimSpace(capability), true
 		}
 	}
-	return "no capability named: " + strings.TrimSpace(strings.Join(lines, " "))
+	return "", false
 }
 
 // report lists the skipped tests by what they miss.

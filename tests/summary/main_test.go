@@ -32,3 +32,23 @@ func TestSummaryNamesFailuresSkipsAndCounts(t *testing.T) {
 		t.Error("a run without tests passes")
 	}
 }
+
+func TestASkipThatNamesNoCapabilityIsAFailure(t *testing.T) {
+	t.Parallel()
+	in := `{"Action":"pass","Package":"p","Test":"TestA"}
+{"Action":"output","Package":"p","Test":"TestB","Output":"x_test.go:1: not today\n"}
+{"Action":"skip","Package":"p","Test":"TestB"}
+{"Action":"pass","Package":"p"}
+{"Action":"skip","Package":"without/tests"}
+`
+	var out bytes.Buffer
+	failed, err := summarise(strings.NewReader(in), &out)
+	if err != nil || !failed {
+		t.Errorf("failed is %v, %v", failed, err)
+	}
+	for _, want := range []string{"FAIL p TestB skips and names no capability\nx_test.go:1: not today\n", "1 passed, 1 failed, 0 skipped\n"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("no %q in\n%s", want, out.String())
+		}
+	}
+}

@@ -348,7 +348,7 @@ func FuzzUnpack(f *testing.F) {
 		}
 		img, err := mutate.AppendLayers(empty.Image, static.NewLayer(data, types.OCIUncompressedLayer))
 		if err != nil {
-			t.Skip()
+			return
 		}
 		_ = (&Unpacker{IDs: 1 << 31, MaxBytes: 1 << 16}).Unpack(t.Context(), img, dir)
 		if around, err := os.ReadDir(outer); err != nil || len(around) != 1 {

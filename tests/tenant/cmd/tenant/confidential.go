@@ -104,7 +104,11 @@ func newVerify(a *app) *cobra.Command {
 		Short: "Verify evidence from a file, or the latest of a deployment",
 		Long: `Verify evidence, one check per line. The evidence is never a source of
 expectations: they come from your deployments, your copy of the guest image and
-the flags. Exit code 0 means that every check holds, 5 that one does not.`,
+the flags. Exit code 0 means that no check failed, 5 that one did. A line begins with
+  ✓  the check holds
+  ✗  it does not; expected and found values follow
+  -  it was not made, and the line says why: it proves nothing and fails nothing
+  !  no check: a warning, which does not change the verdict`,
 		Args: exactArgs("FILE|N"),
 		RunE: a.with(func(_ context.Context, cmd *cobra.Command, t *tenant.Tenant, args []string) error {
 			o, err := f.options()

@@ -74,6 +74,16 @@ func TestVerbsWithoutProfileSayWhichFileIsMissing(t *testing.T) {
 	}
 }
 
+func TestHelpExplainsEveryMarkOfAVerdict(t *testing.T) {
+	t.Parallel()
+	code, help, _ := call(t, t.TempDir(), "", "confidential", "verify", "--help")
+	for _, mark := range []string{"✓", "✗", "-", "!"} {
+		if code != 0 || !strings.Contains(help, "\n  "+mark+"  ") {
+			t.Errorf("exit %d, no line for %q in\n%s", code, mark, help)
+		}
+	}
+}
+
 func TestKeygenAndSealMakeWhatAgeOpens(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
