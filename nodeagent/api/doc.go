@@ -6,7 +6,8 @@
 // Commands are verified over their exact bytes first and parsed second.
 // Unknown fields are refused in commands and ignored in events. Field
 // meanings, units and limits stand at the fields in node.proto; a zero value
-// means what the field's comment says, and "required" where it says nothing.
+// means what the field's comment says. Where it says nothing, the field of a
+// command is required, and that of an event is not known.
 //
 // # Subjects
 //
