@@ -16,6 +16,7 @@ setup: ## install what building and testing need (root)
 	@.ci/setup.sh
 
 demo: setup ## run the main job on this machine, step by step with times; cleans up after itself
+	@echo "build    programs and guest images (minutes the first time)"
 	@go run -tags $(EMULATED_TAGS) ./tests/demo build
 	@.cache/trial/bin/demo
 
@@ -39,7 +40,8 @@ lint: setup $(LINTER) ## run the linters, for both sets of build tags
 fmt: $(LINTER) ## format the code
 	$(LINTER) fmt
 
-generate: ## make the protobuf code (needs protoc)
+generate: ## make the protobuf code
+	@.ci/setup.sh protobuf-compiler libprotobuf-dev
 	go -C .ci/tools build -o ../../.cache/bin/protoc-gen-go google.golang.org/protobuf/cmd/protoc-gen-go
 	PATH="$(CURDIR)/.cache/bin:$$PATH" protoc -I nodeagent/api -I /usr/include --go_out=. --go_opt=module=github.com/confidential-node/agent nodeagent/api/node.proto
 

@@ -1,10 +1,23 @@
 #!/usr/bin/env bash
-# Installs what building and testing need, on Debian 12 or 13, as root.
-# Idempotent: one line per thing, and nothing is asked of apt when all is there.
+# Installs what building and testing need, on Debian 12 or 13, as root; packages
+# named as arguments come on top. Idempotent: one line per thing, and nothing is
+# asked of apt when all is there.
 set -euo pipefail
 
+if ! command -v go >/dev/null; then
+	echo "missing: go in the PATH of $(id -un) (sudo has a PATH of its own); get Go 1.26 from https://go.dev/dl" >&2
+	exit 1
+fi
 release=$(. /etc/os-release && echo "${VERSION_CODENAME:-unknown}")
-packages=(gcc libc6-dev curl nftables iproute2 util-linux qemu-system-x86 libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-daemon-system)
+machine=$release/$(uname -m)
+case $machine in
+bookworm/x86_64 | trixie/x86_64) ;;
+*)
+	echo "this machine is $machine; Debian 12 (bookworm) or 13 (trixie) on x86_64 is needed" >&2
+	exit 1
+	;;
+esac
+packages=(gcc libc6-dev curl nftables iproute2 util-linux qemu-system-x86 libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-daemon-system "$@")
 missing=()
 for package in "${packages[@]}"; do
 	version=$(dpkg-query -W -f '${db:Status-Abbrev}${Version}' "$package" 2>/dev/null || true)
@@ -70,7 +83,8 @@ if [[ $release == bookworm ]]; then
 	fi
 	options=(-t bookworm-backports)
 fi
-export DEBIAN_FRONTEND=noninteractive
+# A minimal Debian lacks apt-utils, and debconf warns that it asks nothing early.
+export DEBIAN_FRONTEND=noninteractive DEBCONF_NOWARNINGS=yes
 echo "update   package lists"
 apt-get -qq update
 for package in "${missing[@]}"; do

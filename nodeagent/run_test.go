@@ -98,7 +98,7 @@ func TestAnAgentWithoutCredentialsDoesNotStart(t *testing.T) {
 	cfg.HostID, cfg.Libvirt.QEMUUser, cfg.Policy.ReserveMemoryMiB = "host-1", localUser(t), 1
 	cfg.StateDir, cfg.RunDir, cfg.CacheDir = dir+"/state", dir+"/run", dir+"/cache"
 	cfg.Control.Servers, cfg.Control.CAFile, cfg.Control.CredsFile = []string{"tls://control.example:4222"}, dir+"/none.pem", dir+"/none.creds"
-	cfg.Control.IssuerKeys = []string{"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="}
+	cfg.Control.IssuerKeys = []string{"AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE="}
 	err := runAgent(t.Context(), cfg, hclog.NewNullLogger())
 	if err == nil || !strings.Contains(err.Error(), "none.") {
 		t.Errorf("started, or failed without naming the file: %v", err)

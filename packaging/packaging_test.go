@@ -2,6 +2,8 @@ package packaging_test
 
 import (
 	"bytes"
+	"crypto/ed25519"
+	"encoding/base64"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -12,12 +14,42 @@ import (
 	"github.com/confidential-node/agent/nodeagent/config"
 )
 
-func TestSampleConfigurationLoadsAndEqualsTheDefaults(t *testing.T) {
-	t.Parallel()
-	cfg, err := config.Load("agent.toml")
+// load reads a sample after doing the one thing an operator must not forget:
+// putting the control plane's key where the placeholder is.
+func load(t *testing.T, sample []byte) config.Config {
+	t.Helper()
+	placeholder := base64.StdEncoding.EncodeToString(make([]byte, ed25519.PublicKeySize))
+	key := base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{1}, ed25519.PublicKeySize))
+	path := filepath.Join(t.TempDir(), "agent.toml")
+	if err := os.WriteFile(path, bytes.Replace(sample, []byte(placeholder), []byte(key), 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cfg, err := config.Load(path)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return cfg
+}
+
+func read(t *testing.T, name string) []byte {
+	t.Helper()
+	text, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+func TestTheSampleAsItIsStartsNothing(t *testing.T) {
+	t.Parallel()
+	if _, err := config.Load("agent.toml"); err == nil || !strings.Contains(err.Error(), "placeholder") {
+		t.Errorf("error is %v", err)
+	}
+}
+
+func TestSampleConfigurationLoadsAndEqualsTheDefaults(t *testing.T) {
+	t.Parallel()
+	cfg := load(t, read(t, "agent.toml"))
 	want := config.Default()
 	want.HostID, want.Control.Servers, want.Control.CAFile = cfg.HostID, cfg.Control.Servers, cfg.Control.CAFile
 	want.Control.CredsFile, want.Control.IssuerKeys = cfg.Control.CredsFile, cfg.Control.IssuerKeys
@@ -30,26 +62,12 @@ func TestSampleConfigurationLoadsAndEqualsTheDefaults(t *testing.T) {
 // with the values that hold without them.
 func TestCommentedKeysOfTheSampleAreTheDefaults(t *testing.T) {
 	t.Parallel()
-	text, err := os.ReadFile("agent.toml")
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := read(t, "agent.toml")
 	uncommented := regexp.MustCompile(`(?m)^# ([a-z_]+ = )`).ReplaceAll(text, []byte("$1"))
 	if bytes.Equal(text, uncommented) {
 		t.Fatal("no commented keys found")
 	}
-	path := filepath.Join(t.TempDir(), "agent.toml")
-	if err := os.WriteFile(path, uncommented, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	sample, err := config.Load("agent.toml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	full, err := config.Load(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	sample, full := load(t, text), load(t, uncommented)
 	// An empty list and an absent one mean the same.
 	full.Network.AllowPrivateEgress, full.Network.DNS = nil, nil
 	if !reflect.DeepEqual(full, sample) {
@@ -82,10 +100,7 @@ func collectKeys(typ reflect.Type, visit func(string)) {
 
 func TestUnitKeepsGuestsAliveAndStateClosed(t *testing.T) {
 	t.Parallel()
-	unit, err := os.ReadFile("nodeagent.service")
-	if err != nil {
-		t.Fatal(err)
-	}
+	unit := read(t, "nodeagent.service")
 	for _, line := range []string{"KillMode=process", "Type=notify", "StateDirectoryMode=0700", "RuntimeDirectoryMode=0711", "LimitCORE=0"} {
 		if !bytes.Contains(unit, []byte("\n"+line+"\n")) {
 			t.Errorf("unit lacks %s", line)

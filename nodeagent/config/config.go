@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/netip"
 	"net/url"
 	"os"
@@ -227,6 +228,9 @@ func Load(path string) (Config, error) {
 
 func loadFile(name string, cfg *Config, at map[string]string) error {
 	f, err := os.Open(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("reading configuration: %w; make it from the annotated sample packaging/agent.toml, or name another with --config", err)
+	}
 	if err != nil {
 		return fmt.Errorf("reading configuration: %w", err)
 	}
@@ -343,6 +347,10 @@ func (c *Config) Issuers() ([]ed25519.PublicKey, error) {
 		raw, err := base64.StdEncoding.DecodeString(s)
 		if err != nil || len(raw) != ed25519.PublicKeySize {
 			return nil, fmt.Errorf("%q is not base64 of 32 bytes", s)
+		}
+		// A point of small order: one signature fits every fourth message.
+		if bytes.Equal(raw, make([]byte, ed25519.PublicKeySize)) {
+			return nil, errors.New("it is the sample's placeholder, for which anybody can sign: put the key given at enrolment there")
 		}
 		keys = append(keys, raw)
 	}

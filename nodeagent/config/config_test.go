@@ -2,6 +2,8 @@ package config
 
 import (
 	"bytes"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,7 +17,7 @@ host_id = "host-1"
 servers = ["tls://nats.example:4222"]
 ca_file = "/etc/nodeagent/ca.pem"
 creds_file = "/etc/nodeagent/host.creds"
-issuer_keys = ["AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="]
+issuer_keys = ["AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE="]
 `
 
 func write(t *testing.T, dir, name, text string) string {
@@ -58,8 +60,9 @@ func TestBadConfigurationNamesFileLineAndKey(t *testing.T) {
 		"bad duration":        {minimal + "[policy]\nstart_timeout = \"soon\"\n", "soon"},
 		"bad port range":      {minimal + "[network]\npublished_ports = \"9-1\"\n", "not first-last"},
 		"host id":             {strings.Replace(minimal, "host-1", "Host 1", 1), "host_id"},
-		"no issuer":           {strings.Replace(minimal, `"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="`, "", 1), `agent.toml:7: key "control.issuer_keys": there is none`},
-		"short issuer":        {strings.Replace(minimal, "AAAAAAAA", "", 1), `agent.toml:7: key "control.issuer_keys"`},
+		"no issuer":           {strings.Replace(minimal, `"AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE="`, "", 1), `agent.toml:7: key "control.issuer_keys": there is none`},
+		"short issuer":        {strings.Replace(minimal, "AQEBAQEB", "", 1), `agent.toml:7: key "control.issuer_keys"`},
+		"sample's issuer":     {strings.Replace(minimal, "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=", "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=", 1), `agent.toml:7: key "control.issuer_keys": it is the sample's placeholder`},
 		"plain text link":     {strings.Replace(minimal, "tls://", "nats://", 1), `agent.toml:4: key "control.servers"`},
 		"psp without tee":     {minimal + "[emulated]\npsp_socket = \"/x\"\n", `agent.toml:9: key "emulated.psp_socket"`},
 		"tee without psp":     {"tee = \"emulated\"\n" + minimal, "emulated.psp_socket"},
@@ -99,8 +102,8 @@ func TestOversizeAndMissingFilesAreRefused(t *testing.T) {
 	if _, err := Load(big); err == nil || !strings.Contains(err.Error(), "larger than") {
 		t.Errorf("oversize: %v", err)
 	}
-	if _, err := Load(filepath.Join(t.TempDir(), "none.toml")); err == nil {
-		t.Error("a missing file is accepted")
+	if _, err := Load(filepath.Join(t.TempDir(), "none.toml")); !errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "packaging/agent.toml") {
+		t.Errorf("a missing file: %v", err)
 	}
 }
 

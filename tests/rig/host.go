@@ -95,9 +95,10 @@ func (h *Host) setUp(ctx context.Context, in io.Writer, out io.Reader) error {
 
 // Command returns a command that runs inside the host's namespaces, as root,
 // in the root folder: give it absolute paths. Its temporary files are the
-// host's own.
+// host's own. nsenter would end up in the root folder of the machine's mount
+// namespace; when the whole run is in a chroot, that is not the host's.
 func (h *Host) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
-	in := []string{"--target", strconv.Itoa(h.holder.Process.Pid), "--mount", "--net", "--uts", "--", name}
+	in := []string{"--target", strconv.Itoa(h.holder.Process.Pid), "--mount", "--root", "--wdns=/", "--net", "--uts", "--", name}
 	cmd := exec.CommandContext(ctx, "nsenter", append(in, args...)...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C", stageEnv+"=", "TMPDIR="+hostTemp)
 	// A daemon's children may hold its output open after its end.

@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"os"
 	"os/exec"
 	"strings"
 	"syscall"
@@ -22,6 +23,17 @@ func runScenario(name string) int {
 	switch name {
 	case "exit":
 		return 7
+	case "host":
+		h, err := rig.NewHost(context.Background(), 0, os.Stderr)
+		if err != nil {
+			fmt.Println("host:", err)
+			return 1
+		}
+		if err := h.Close(); err != nil {
+			fmt.Println("host:", err)
+			return 1
+		}
+		return 0
 	case "mess":
 		if err := makeMess(); err != nil {
 			fmt.Println("mess:", err)
@@ -78,6 +90,18 @@ func TestTheExitCodeIsPassedOn(t *testing.T) {
 	if code := exitStatus(err); code != 7 {
 		t.Errorf("exit code %d: %v\n%s", code, err, out)
 	}
+}
+
+// The host's daemons must not end up in the folder tree around the chroot.
+func TestARunInAChrootStaysInIt(t *testing.T) {
+	cmd := inner(t, "host")
+	binary := cmd.Args[len(cmd.Args)-1]
+	cmd.Args = []string{"unshare", "--mount", "bash", "-c", `mount --rbind / "$0" && exec chroot "$0" "$1"`, t.TempDir(), binary}
+	before := rigtest.Look(t)
+	if out, err := cmd.Output(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+	before.NothingLeft()
 }
 
 func exitStatus(err error) int {

@@ -12,7 +12,7 @@ import (
 // by the machine, or the other way round.
 func privateMounts() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("making mounts private: %w", err)
+		return fmt.Errorf("making mounts private (in a chroot, bind its folder onto itself first: / must be a mount point): %w", err)
 	}
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/confidential-node/agent/nodeagent/config"
 	"github.com/confidential-node/agent/tests/controlplane"
 	"github.com/confidential-node/agent/tests/controlplane/client"
 )
@@ -59,10 +60,24 @@ func TestTheToolDrivesAServedControlPlane(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	serve(t, dir)
-	out := filepath.Join(t.TempDir(), "enrolment")
+	here, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := filepath.Rel(here, filepath.Join(t.TempDir(), "enrolment"))
+	if err != nil {
+		t.Fatal(err)
+	}
 	code, stdout, stderr := call(t, dir, "enrol", "node-a", "--out", out)
 	if code != exitOK || !strings.Contains(stdout, "issuer_keys") || strings.Contains(stdout, "SEED") {
 		t.Fatalf("enrol: %d %s %s", code, stdout, stderr)
+	}
+	file := filepath.Join(t.TempDir(), "agent.toml")
+	if err := os.WriteFile(file, []byte(stdout), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if cfg, err := config.Load(file); err != nil || cfg.HostID != "node-a" {
+		t.Errorf("what enrol prints is no configuration: %v\n%s", err, stdout)
 	}
 	info, err := os.Stat(filepath.Join(out, "node-a.creds"))
 	if err != nil || info.Mode().Perm() != 0o600 {

@@ -84,11 +84,16 @@ func (a *app) enrol() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := os.MkdirAll(out, 0o700); err != nil {
+			// The agent takes absolute paths only.
+			dir, err := filepath.Abs(out)
+			if err != nil {
+				return fmt.Errorf("writing enrolment: %w", err)
+			}
+			if err := os.MkdirAll(dir, 0o700); err != nil {
 				return fmt.Errorf("writing enrolment: %w", err)
 			}
 			doc := enrolled{
-				args[0], filepath.Join(out, args[0]+".creds"), filepath.Join(out, "control-ca.pem"),
+				args[0], filepath.Join(dir, args[0]+".creds"), filepath.Join(dir, "control-ca.pem"),
 				base64.StdEncoding.EncodeToString(e.IssuerKey), e.Servers,
 			}
 			for path, data := range map[string][]byte{doc.CredsFile: e.Credentials, doc.CAFile: e.CAPEM} {
