@@ -47,6 +47,7 @@ generate: ## make the protobuf code
 
 check-dirty: generate fmt ## fail when generated or formatted files differ from what is committed
 	git diff --exit-code
+	@test -z "$$(git status --porcelain)" || { git status --short; exit 1; }
 
 bench: setup ## print tables of ratios: launch, boot, digest, blob fetch, idle agent (root)
 	go test -tags $(EMULATED_TAGS) -run '^$$' -bench . ./firmware/measure ./nodeagent/blob

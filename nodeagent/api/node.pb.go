@@ -29,9 +29,11 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// GuestStatus is how far a guest is, as the node knows it.
 type GuestStatus int32
 
 const (
+	// Never sent by a node.
 	GuestStatus_GUEST_STATUS_UNSPECIFIED GuestStatus = 0
 	// In the node's store; preparing.
 	GuestStatus_GUEST_STATUS_ACCEPTED GuestStatus = 1
@@ -110,8 +112,10 @@ type Conclusion int32
 const (
 	// Not known: a source could not be read.
 	Conclusion_CONCLUSION_UNSPECIFIED Conclusion = 0
-	Conclusion_CONCLUSION_YES         Conclusion = 1
-	Conclusion_CONCLUSION_NO          Conclusion = 2
+	// Yes.
+	Conclusion_CONCLUSION_YES Conclusion = 1
+	// No.
+	Conclusion_CONCLUSION_NO Conclusion = 2
 )
 
 // Enum value maps for Conclusion.
@@ -167,8 +171,9 @@ type Command struct {
 	// Increases with every command to this host within an epoch, from 1. Gaps
 	// and reordering are allowed, reuse is not.
 	Sequence uint64 `protobuf:"varint,4,opt,name=sequence,proto3" json:"sequence,omitempty"`
-	// Validity window; expires_at - not_before <= 24 h. Both are required.
+	// Begin of the window, required; expires_at - not_before <= 24 h.
 	NotBefore *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
+	// End of the window, required, after not_before.
 	ExpiresAt *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
 	// Lowest value of the node's protocol integer (api.Capability) that
 	// understands this command; 0 means any.
@@ -341,26 +346,32 @@ type isCommand_Verb interface {
 }
 
 type Command_LaunchGuest struct {
+	// Starts a guest.
 	LaunchGuest *LaunchGuest `protobuf:"bytes,16,opt,name=launch_guest,json=launchGuest,proto3,oneof"`
 }
 
 type Command_StopGuest struct {
+	// Ends a guest.
 	StopGuest *StopGuest `protobuf:"bytes,17,opt,name=stop_guest,json=stopGuest,proto3,oneof"`
 }
 
 type Command_RequestEvidence struct {
+	// Challenges a guest.
 	RequestEvidence *RequestEvidence `protobuf:"bytes,18,opt,name=request_evidence,json=requestEvidence,proto3,oneof"`
 }
 
 type Command_Cordon struct {
+	// Closes admission.
 	Cordon *Cordon `protobuf:"bytes,19,opt,name=cordon,proto3,oneof"`
 }
 
 type Command_Uncordon struct {
+	// Opens admission again.
 	Uncordon *Uncordon `protobuf:"bytes,20,opt,name=uncordon,proto3,oneof"`
 }
 
 type Command_BeginEpoch struct {
+	// Opens an epoch.
 	BeginEpoch *BeginEpoch `protobuf:"bytes,21,opt,name=begin_epoch,json=beginEpoch,proto3,oneof"`
 }
 
@@ -388,23 +399,29 @@ type LaunchGuest struct {
 	Manifest []byte `protobuf:"bytes,3,opt,name=manifest,proto3" json:"manifest,omitempty"`
 	// Commanded launch digest, 48 bytes. The node predicts it from the files
 	// it is about to boot and refuses the launch when they differ.
-	LaunchDigest []byte     `protobuf:"bytes,4,opt,name=launch_digest,json=launchDigest,proto3" json:"launch_digest,omitempty"`
-	Image        *BootImage `protobuf:"bytes,5,opt,name=image,proto3" json:"image,omitempty"`
-	Machine      *Machine   `protobuf:"bytes,6,opt,name=machine,proto3" json:"machine,omitempty"`
+	LaunchDigest []byte `protobuf:"bytes,4,opt,name=launch_digest,json=launchDigest,proto3" json:"launch_digest,omitempty"`
+	// Which image of the node's catalogue boots. Required.
+	Image *BootImage `protobuf:"bytes,5,opt,name=image,proto3" json:"image,omitempty"`
+	// Shape of the guest. Required.
+	Machine *Machine `protobuf:"bytes,6,opt,name=machine,proto3" json:"machine,omitempty"`
 	// One per manifest input, matched by SHA-256.
-	Inputs  []*InputBlob  `protobuf:"bytes,7,rep,name=inputs,proto3" json:"inputs,omitempty"`
+	Inputs []*InputBlob `protobuf:"bytes,7,rep,name=inputs,proto3" json:"inputs,omitempty"`
+	// Where the results go. Required, also for a guest without results: its
+	// signed list is one upload.
 	Results *ResultTarget `protobuf:"bytes,8,opt,name=results,proto3" json:"results,omitempty"`
 	// From acceptance to the guest's "running"; 0 means the host's policy.
 	// Reaching it ends the launch with guest.start-timeout.
 	StartTimeout *durationpb.Duration `protobuf:"bytes,9,opt,name=start_timeout,json=startTimeout,proto3" json:"start_timeout,omitempty"`
 	// From "running" to the end of the workload; 0 means the host's policy.
 	RunTimeout *durationpb.Duration `protobuf:"bytes,10,opt,name=run_timeout,json=runTimeout,proto3" json:"run_timeout,omitempty"`
-	Ports      []*PublishedPort     `protobuf:"bytes,11,rep,name=ports,proto3" json:"ports,omitempty"`
+	// Ports of the guest to publish on the host, at most 64; none means none.
+	Ports []*PublishedPort `protobuf:"bytes,11,rep,name=ports,proto3" json:"ports,omitempty"`
 	// Static names handed to the guest as hints, "name" -> "IPv4".
 	Hosts map[string]string `protobuf:"bytes,12,rep,name=hosts,proto3" json:"hosts,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// ID block (96 bytes) and ID auth (4096 bytes) by the image's publisher;
-	// both or neither. The node passes them on and never signs.
-	IdBlock       []byte `protobuf:"bytes,13,opt,name=id_block,json=idBlock,proto3" json:"id_block,omitempty"`
+	// ID block (96 bytes) by the image's publisher; empty for none, and only
+	// together with id_auth (4096 bytes). The node passes both on and never signs.
+	IdBlock []byte `protobuf:"bytes,13,opt,name=id_block,json=idBlock,proto3" json:"id_block,omitempty"`
+	// Signs id_block; empty without one.
 	IdAuth        []byte `protobuf:"bytes,14,opt,name=id_auth,json=idAuth,proto3" json:"id_auth,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -541,10 +558,12 @@ func (x *LaunchGuest) GetIdAuth() []byte {
 // BootImage names an image of the node's catalogue by what it contains.
 type BootImage struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// SHA-256, 32 bytes each.
+	// SHA-256 of the firmware, 32 bytes.
 	FirmwareSha256 []byte `protobuf:"bytes,1,opt,name=firmware_sha256,json=firmwareSha256,proto3" json:"firmware_sha256,omitempty"`
-	KernelSha256   []byte `protobuf:"bytes,2,opt,name=kernel_sha256,json=kernelSha256,proto3" json:"kernel_sha256,omitempty"`
-	InitrdSha256   []byte `protobuf:"bytes,3,opt,name=initrd_sha256,json=initrdSha256,proto3" json:"initrd_sha256,omitempty"`
+	// SHA-256 of the kernel, 32 bytes.
+	KernelSha256 []byte `protobuf:"bytes,2,opt,name=kernel_sha256,json=kernelSha256,proto3" json:"kernel_sha256,omitempty"`
+	// SHA-256 of the initrd, 32 bytes.
+	InitrdSha256 []byte `protobuf:"bytes,3,opt,name=initrd_sha256,json=initrdSha256,proto3" json:"initrd_sha256,omitempty"`
 	// Exact kernel command line, without trailing NUL.
 	Cmdline       string `protobuf:"bytes,4,opt,name=cmdline,proto3" json:"cmdline,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -811,9 +830,11 @@ func (x *ResultTarget) GetQuotaBytes() uint64 {
 	return 0
 }
 
+// ResultUpload is where one file goes.
 type ResultUpload struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Name of a manifest result, or "results.dsse.json".
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Presigned PUT URL, objects up to 5 GiB. A credential.
 	PutUrl        string `protobuf:"bytes,2,opt,name=put_url,json=putUrl,proto3" json:"put_url,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -864,6 +885,7 @@ func (x *ResultUpload) GetPutUrl() string {
 	return ""
 }
 
+// PublishedPort makes a port of the guest reachable on the host.
 type PublishedPort struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// TCP port of the guest, one of the manifest's ports.
@@ -921,9 +943,11 @@ func (x *PublishedPort) GetHostPort() uint32 {
 
 // StopGuest ends a guest; its results so far are uploaded.
 type StopGuest struct {
-	state      protoimpl.MessageState `protogen:"open.v1"`
-	GuestId    string                 `protobuf:"bytes,1,opt,name=guest_id,json=guestId,proto3" json:"guest_id,omitempty"`
-	Generation uint64                 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Guest to end, UUID, lower case.
+	GuestId string `protobuf:"bytes,1,opt,name=guest_id,json=guestId,proto3" json:"guest_id,omitempty"`
+	// As in LaunchGuest, >= 1; a lower one than the guest's is stale and refused.
+	Generation uint64 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
 	// Time the guest gets to end by itself; 0 ends it at once.
 	Grace         *durationpb.Duration `protobuf:"bytes,3,opt,name=grace,proto3" json:"grace,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -983,8 +1007,9 @@ func (x *StopGuest) GetGrace() *durationpb.Duration {
 
 // RequestEvidence relays a verifier's challenge to a running guest.
 type RequestEvidence struct {
-	state   protoimpl.MessageState `protogen:"open.v1"`
-	GuestId string                 `protobuf:"bytes,1,opt,name=guest_id,json=guestId,proto3" json:"guest_id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Guest to challenge, UUID, lower case.
+	GuestId string `protobuf:"bytes,1,opt,name=guest_id,json=guestId,proto3" json:"guest_id,omitempty"`
 	// The verifier's nonce, 16..64 bytes.
 	Nonce         []byte `protobuf:"bytes,2,opt,name=nonce,proto3" json:"nonce,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1081,6 +1106,7 @@ func (x *Cordon) GetReason() string {
 	return ""
 }
 
+// Uncordon opens admission again.
 type Uncordon struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1180,10 +1206,12 @@ type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// UUIDv7, also the transport's message id.
 	EventId string `protobuf:"bytes,1,opt,name=event_id,json=eventId,proto3" json:"event_id,omitempty"`
-	HostId  string `protobuf:"bytes,2,opt,name=host_id,json=hostId,proto3" json:"host_id,omitempty"`
+	// Host that speaks.
+	HostId string `protobuf:"bytes,2,opt,name=host_id,json=hostId,proto3" json:"host_id,omitempty"`
 	// Position in this store's outbox, from 1; 0 for a heartbeat.
-	Sequence uint64                 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
-	At       *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=at,proto3" json:"at,omitempty"`
+	Sequence uint64 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// The host's clock when it happened.
+	At *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=at,proto3" json:"at,omitempty"`
 	// Command this is an outcome of; empty when none.
 	CommandId string `protobuf:"bytes,5,opt,name=command_id,json=commandId,proto3" json:"command_id,omitempty"`
 	// Types that are valid to be assigned to Body:
@@ -1340,30 +1368,37 @@ type isEvent_Body interface {
 }
 
 type Event_CommandRefused struct {
+	// A command was not believed or not carried out.
 	CommandRefused *CommandRefused `protobuf:"bytes,16,opt,name=command_refused,json=commandRefused,proto3,oneof"`
 }
 
 type Event_GuestState struct {
+	// A guest went on.
 	GuestState *GuestState `protobuf:"bytes,17,opt,name=guest_state,json=guestState,proto3,oneof"`
 }
 
 type Event_Evidence struct {
+	// A guest answered a challenge.
 	Evidence *EvidenceReady `protobuf:"bytes,18,opt,name=evidence,proto3,oneof"`
 }
 
 type Event_ResultUploaded struct {
+	// A file is in the object store.
 	ResultUploaded *ResultUploaded `protobuf:"bytes,19,opt,name=result_uploaded,json=resultUploaded,proto3,oneof"`
 }
 
 type Event_Capability struct {
+	// What the host can do.
 	Capability *Capability `protobuf:"bytes,20,opt,name=capability,proto3,oneof"`
 }
 
 type Event_Heartbeat struct {
+	// The host lives.
 	Heartbeat *Heartbeat `protobuf:"bytes,21,opt,name=heartbeat,proto3,oneof"`
 }
 
 type Event_CommandDone struct {
+	// A command was carried out.
 	CommandDone *CommandDone `protobuf:"bytes,22,opt,name=command_done,json=commandDone,proto3,oneof"`
 }
 
@@ -1383,10 +1418,13 @@ func (*Event_CommandDone) isEvent_Body() {}
 
 // Refusal mirrors contract.Refusal.
 type Refusal struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Code          string                 `protobuf:"bytes,1,opt,name=code,proto3" json:"code,omitempty"`
-	Message       string                 `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
-	Remedy        string                 `protobuf:"bytes,3,opt,name=remedy,proto3" json:"remedy,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Stable and machine readable: part, dot, reason ("admit.cordoned").
+	Code string `protobuf:"bytes,1,opt,name=code,proto3" json:"code,omitempty"`
+	// What happened, to what, and why. For people; nothing secret.
+	Message string `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	// What whoever reads it can do about it.
+	Remedy        string `protobuf:"bytes,3,opt,name=remedy,proto3" json:"remedy,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1442,9 +1480,11 @@ func (x *Refusal) GetRemedy() string {
 	return ""
 }
 
+// CommandRefused reports that a command had no effect.
 type CommandRefused struct {
-	state   protoimpl.MessageState `protogen:"open.v1"`
-	Refusal *Refusal               `protobuf:"bytes,1,opt,name=refusal,proto3" json:"refusal,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Why. Always there.
+	Refusal *Refusal `protobuf:"bytes,1,opt,name=refusal,proto3" json:"refusal,omitempty"`
 	// Hex SHA-256 of the envelope as received: identifies commands whose id
 	// could not be believed.
 	EnvelopeSha256 string `protobuf:"bytes,2,opt,name=envelope_sha256,json=envelopeSha256,proto3" json:"envelope_sha256,omitempty"`
@@ -1535,20 +1575,25 @@ func (*CommandDone) Descriptor() ([]byte, []int) {
 	return file_node_proto_rawDescGZIP(), []int{16}
 }
 
+// GuestState reports that a guest went on.
 type GuestState struct {
-	state      protoimpl.MessageState `protogen:"open.v1"`
-	GuestId    string                 `protobuf:"bytes,1,opt,name=guest_id,json=guestId,proto3" json:"guest_id,omitempty"`
-	Generation uint64                 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
-	Status     GuestStatus            `protobuf:"varint,3,opt,name=status,proto3,enum=nodeagent.v1.GuestStatus" json:"status,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Guest it is about.
+	GuestId string `protobuf:"bytes,1,opt,name=guest_id,json=guestId,proto3" json:"guest_id,omitempty"`
+	// Generation of the guest that is meant, >= 1.
+	Generation uint64 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	// How far the guest is.
+	Status GuestStatus `protobuf:"varint,3,opt,name=status,proto3,enum=nodeagent.v1.GuestStatus" json:"status,omitempty"`
 	// Why, in FAILED.
 	Refusal *Refusal `protobuf:"bytes,4,opt,name=refusal,proto3" json:"refusal,omitempty"`
 	// Milliseconds per finished step, by step name.
 	StepMs map[string]uint64 `protobuf:"bytes,5,rep,name=step_ms,json=stepMs,proto3" json:"step_ms,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	// Ports as published, once STARTED.
 	Ports []*PublishedPort `protobuf:"bytes,6,rep,name=ports,proto3" json:"ports,omitempty"`
-	// The guest's own phase word and workload exit code, as it reported them.
-	GuestPhase    string `protobuf:"bytes,7,opt,name=guest_phase,json=guestPhase,proto3" json:"guest_phase,omitempty"`
-	ExitCode      int32  `protobuf:"varint,8,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
+	// The guest's own word for its phase; empty before the first.
+	GuestPhase string `protobuf:"bytes,7,opt,name=guest_phase,json=guestPhase,proto3" json:"guest_phase,omitempty"`
+	// Exit code of the workload as the guest reported it; 0 also before its end.
+	ExitCode      int32 `protobuf:"varint,8,opt,name=exit_code,json=exitCode,proto3" json:"exit_code,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1639,9 +1684,11 @@ func (x *GuestState) GetExitCode() int32 {
 	return 0
 }
 
+// EvidenceReady carries a guest's answer to a challenge.
 type EvidenceReady struct {
-	state   protoimpl.MessageState `protogen:"open.v1"`
-	GuestId string                 `protobuf:"bytes,1,opt,name=guest_id,json=guestId,proto3" json:"guest_id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Guest that answered.
+	GuestId string `protobuf:"bytes,1,opt,name=guest_id,json=guestId,proto3" json:"guest_id,omitempty"`
 	// contract.Evidence JSON, relayed unopened; at most 512 KiB.
 	Evidence      []byte `protobuf:"bytes,2,opt,name=evidence,proto3" json:"evidence,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1692,11 +1739,15 @@ func (x *EvidenceReady) GetEvidence() []byte {
 	return nil
 }
 
+// ResultUploaded reports that a file is in the object store.
 type ResultUploaded struct {
-	state   protoimpl.MessageState `protogen:"open.v1"`
-	GuestId string                 `protobuf:"bytes,1,opt,name=guest_id,json=guestId,proto3" json:"guest_id,omitempty"`
-	Name    string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	Size    uint64                 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Guest whose result it is.
+	GuestId string `protobuf:"bytes,1,opt,name=guest_id,json=guestId,proto3" json:"guest_id,omitempty"`
+	// Name of the result, or "results.dsse.json" for the signed list.
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// Bytes of ciphertext.
+	Size uint64 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
 	// SHA-256 of the uploaded ciphertext, 32 bytes.
 	Sha256        []byte `protobuf:"bytes,4,opt,name=sha256,proto3" json:"sha256,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1765,27 +1816,38 @@ func (x *ResultUploaded) GetSha256() []byte {
 type Capability struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Protocol integer, api.CapabilityVersion.
-	Protocol     uint32 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	Protocol uint32 `protobuf:"varint,1,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	// Version of the agent's build, "(devel)" for a build from a checkout.
 	AgentVersion string `protobuf:"bytes,2,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
 	// True only for builds that can emulate the TEE.
 	EmulatedBuild bool `protobuf:"varint,3,opt,name=emulated_build,json=emulatedBuild,proto3" json:"emulated_build,omitempty"`
 	// "sev-snp" or "emulated".
-	Tee      string   `protobuf:"bytes,4,opt,name=tee,proto3" json:"tee,omitempty"`
+	Tee string `protobuf:"bytes,4,opt,name=tee,proto3" json:"tee,omitempty"`
+	// Feature names commands may require, see api.Features.
 	Features []string `protobuf:"bytes,5,rep,name=features,proto3" json:"features,omitempty"`
-	// Epoch the store is in, 0 before BeginEpoch; and the store's id.
-	IssuerEpoch    uint64       `protobuf:"varint,6,opt,name=issuer_epoch,json=issuerEpoch,proto3" json:"issuer_epoch,omitempty"`
-	StoreId        []byte       `protobuf:"bytes,7,opt,name=store_id,json=storeId,proto3" json:"store_id,omitempty"`
-	MaxVcpus       uint32       `protobuf:"varint,8,opt,name=max_vcpus,json=maxVcpus,proto3" json:"max_vcpus,omitempty"`
-	MaxMemoryMib   uint64       `protobuf:"varint,9,opt,name=max_memory_mib,json=maxMemoryMib,proto3" json:"max_memory_mib,omitempty"`
-	Images         []*BootImage `protobuf:"bytes,10,rep,name=images,proto3" json:"images,omitempty"`
-	CpuBrand       string       `protobuf:"bytes,11,opt,name=cpu_brand,json=cpuBrand,proto3" json:"cpu_brand,omitempty"`
-	Kernel         string       `protobuf:"bytes,12,opt,name=kernel,proto3" json:"kernel,omitempty"`
-	LibvirtVersion string       `protobuf:"bytes,13,opt,name=libvirt_version,json=libvirtVersion,proto3" json:"libvirt_version,omitempty"`
-	QemuVersion    string       `protobuf:"bytes,14,opt,name=qemu_version,json=qemuVersion,proto3" json:"qemu_version,omitempty"`
+	// Epoch the store is in, 0 before BeginEpoch.
+	IssuerEpoch uint64 `protobuf:"varint,6,opt,name=issuer_epoch,json=issuerEpoch,proto3" json:"issuer_epoch,omitempty"`
+	// Random id of the store, 16 bytes; a new one means that the old was lost.
+	StoreId []byte `protobuf:"bytes,7,opt,name=store_id,json=storeId,proto3" json:"store_id,omitempty"`
+	// Most vCPUs of one guest by host policy.
+	MaxVcpus uint32 `protobuf:"varint,8,opt,name=max_vcpus,json=maxVcpus,proto3" json:"max_vcpus,omitempty"`
+	// Most memory of one guest in MiB, by host policy and capacity.
+	MaxMemoryMib uint64 `protobuf:"varint,9,opt,name=max_memory_mib,json=maxMemoryMib,proto3" json:"max_memory_mib,omitempty"`
+	// Guest images of the host's catalogue.
+	Images []*BootImage `protobuf:"bytes,10,rep,name=images,proto3" json:"images,omitempty"`
+	// Processor as /proc/cpuinfo names it.
+	CpuBrand string `protobuf:"bytes,11,opt,name=cpu_brand,json=cpuBrand,proto3" json:"cpu_brand,omitempty"`
+	// Release of the host's kernel.
+	Kernel string `protobuf:"bytes,12,opt,name=kernel,proto3" json:"kernel,omitempty"`
+	// Version of libvirtd; empty while it does not answer.
+	LibvirtVersion string `protobuf:"bytes,13,opt,name=libvirt_version,json=libvirtVersion,proto3" json:"libvirt_version,omitempty"`
+	// Version of QEMU as libvirt sees it; empty while it does not answer.
+	QemuVersion string `protobuf:"bytes,14,opt,name=qemu_version,json=qemuVersion,proto3" json:"qemu_version,omitempty"`
 	// What the machine has of AMD SEV-SNP, whatever tee says.
 	SevSnp *SEVSNP `protobuf:"bytes,15,opt,name=sev_snp,json=sevSnp,proto3" json:"sev_snp,omitempty"`
 	// Software that guests need: "kernel", "libvirt", "qemu", "ovmf".
-	Components   []*Component      `protobuf:"bytes,16,rep,name=components,proto3" json:"components,omitempty"`
+	Components []*Component `protobuf:"bytes,16,rep,name=components,proto3" json:"components,omitempty"`
+	// AMD's certificates at hand; absent means not known.
 	Endorsements *EndorsementState `protobuf:"bytes,17,opt,name=endorsements,proto3" json:"endorsements,omitempty"`
 	// Names of what changed since the report before this one, also across a
 	// restart of the node; empty in the reports that follow a connect. What
@@ -1957,30 +2019,39 @@ type SEVSNP struct {
 	// SNP guests can be started and verified here; when not, the findings of
 	// level "blocking" say why.
 	Enabled bool `protobuf:"varint,1,opt,name=enabled,proto3" json:"enabled,omitempty"`
-	// "Genoa", "Bergamo/Siena", "Turin", ..; core generation; product line of
-	// AMD's key service. Empty when the processor is none that is known.
-	Processor  string `protobuf:"bytes,2,opt,name=processor,proto3" json:"processor,omitempty"`
+	// Processor line, "Genoa", "Bergamo/Siena", "Turin", ..; empty when it is none
+	// that is known.
+	Processor string `protobuf:"bytes,2,opt,name=processor,proto3" json:"processor,omitempty"`
+	// Core generation; empty when not known.
 	Generation string `protobuf:"bytes,3,opt,name=generation,proto3" json:"generation,omitempty"`
-	Product    string `protobuf:"bytes,4,opt,name=product,proto3" json:"product,omitempty"`
-	// As CPUID and the kernel give them.
-	CpuFamily   uint32 `protobuf:"varint,5,opt,name=cpu_family,json=cpuFamily,proto3" json:"cpu_family,omitempty"`
-	CpuModel    uint32 `protobuf:"varint,6,opt,name=cpu_model,json=cpuModel,proto3" json:"cpu_model,omitempty"`
+	// Product line of AMD's key service; empty when not known.
+	Product string `protobuf:"bytes,4,opt,name=product,proto3" json:"product,omitempty"`
+	// CPU family as CPUID gives it; 0 means not known.
+	CpuFamily uint32 `protobuf:"varint,5,opt,name=cpu_family,json=cpuFamily,proto3" json:"cpu_family,omitempty"`
+	// CPU model as CPUID gives it.
+	CpuModel uint32 `protobuf:"varint,6,opt,name=cpu_model,json=cpuModel,proto3" json:"cpu_model,omitempty"`
+	// CPU stepping as CPUID gives it.
 	CpuStepping uint32 `protobuf:"varint,7,opt,name=cpu_stepping,json=cpuStepping,proto3" json:"cpu_stepping,omitempty"`
-	Microcode   string `protobuf:"bytes,8,opt,name=microcode,proto3" json:"microcode,omitempty"`
+	// Microcode revision as the kernel gives it; empty when not known.
+	Microcode string `protobuf:"bytes,8,opt,name=microcode,proto3" json:"microcode,omitempty"`
 	// KVM_CAP_VM_TYPES; bit 4 is SNP.
 	KvmVmTypes *uint32 `protobuf:"varint,9,opt,name=kvm_vm_types,json=kvmVmTypes,proto3,oneof" json:"kvm_vm_types,omitempty"`
-	// SEV firmware: API major, minor, build; state of SNP.
-	FirmwareVersion string      `protobuf:"bytes,10,opt,name=firmware_version,json=firmwareVersion,proto3" json:"firmware_version,omitempty"`
-	FirmwareState   string      `protobuf:"bytes,11,opt,name=firmware_state,json=firmwareState,proto3" json:"firmware_state,omitempty"`
-	CurrentTcb      *TCBVersion `protobuf:"bytes,12,opt,name=current_tcb,json=currentTcb,proto3" json:"current_tcb,omitempty"`
+	// SEV firmware, API major.minor and build; empty when it could not be asked.
+	FirmwareVersion string `protobuf:"bytes,10,opt,name=firmware_version,json=firmwareVersion,proto3" json:"firmware_version,omitempty"`
+	// State of SNP in the firmware; empty when it could not be asked.
+	FirmwareState string `protobuf:"bytes,11,opt,name=firmware_state,json=firmwareState,proto3" json:"firmware_state,omitempty"`
+	// TCB of the firmware that runs; absent when it could not be asked.
+	CurrentTcb *TCBVersion `protobuf:"bytes,12,opt,name=current_tcb,json=currentTcb,proto3" json:"current_tcb,omitempty"`
 	// What reports state, and VCEKs are for.
 	ReportedTcb *TCBVersion `protobuf:"bytes,13,opt,name=reported_tcb,json=reportedTcb,proto3" json:"reported_tcb,omitempty"`
 	// Hex, 64 bytes, one per socket.
 	ChipIds []string `protobuf:"bytes,14,rep,name=chip_ids,json=chipIds,proto3" json:"chip_ids,omitempty"`
 	// A VLEK is loaded and signs unless the guest asks for the VCEK, which
 	// signs where there is none.
-	VlekLoaded    *bool      `protobuf:"varint,15,opt,name=vlek_loaded,json=vlekLoaded,proto3,oneof" json:"vlek_loaded,omitempty"`
-	Asids         *ASIDs     `protobuf:"bytes,16,opt,name=asids,proto3" json:"asids,omitempty"`
+	VlekLoaded *bool `protobuf:"varint,15,opt,name=vlek_loaded,json=vlekLoaded,proto3,oneof" json:"vlek_loaded,omitempty"`
+	// Address space ids for SNP guests; absent when not known.
+	Asids *ASIDs `protobuf:"bytes,16,opt,name=asids,proto3" json:"asids,omitempty"`
+	// Conclusions about SNP on this machine.
 	Findings      []*Finding `protobuf:"bytes,17,rep,name=findings,proto3" json:"findings,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2138,12 +2209,17 @@ func (x *SEVSNP) GetFindings() []*Finding {
 // TCBVersion is a TCB_VERSION, raw and in the parts of the product's layout.
 type TCBVersion struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Raw   uint64                 `protobuf:"fixed64,1,opt,name=raw,proto3" json:"raw,omitempty"`
-	// Turin and later.
-	Fmc           uint32 `protobuf:"varint,2,opt,name=fmc,proto3" json:"fmc,omitempty"`
-	BootLoader    uint32 `protobuf:"varint,3,opt,name=boot_loader,json=bootLoader,proto3" json:"boot_loader,omitempty"`
-	Tee           uint32 `protobuf:"varint,4,opt,name=tee,proto3" json:"tee,omitempty"`
-	Snp           uint32 `protobuf:"varint,5,opt,name=snp,proto3" json:"snp,omitempty"`
+	// The 64-bit register.
+	Raw uint64 `protobuf:"fixed64,1,opt,name=raw,proto3" json:"raw,omitempty"`
+	// FMC, Turin and later; 0 before.
+	Fmc uint32 `protobuf:"varint,2,opt,name=fmc,proto3" json:"fmc,omitempty"`
+	// Boot loader of the security processor.
+	BootLoader uint32 `protobuf:"varint,3,opt,name=boot_loader,json=bootLoader,proto3" json:"boot_loader,omitempty"`
+	// Security processor's OS.
+	Tee uint32 `protobuf:"varint,4,opt,name=tee,proto3" json:"tee,omitempty"`
+	// SNP firmware.
+	Snp uint32 `protobuf:"varint,5,opt,name=snp,proto3" json:"snp,omitempty"`
+	// Lowest microcode of all cores.
 	Microcode     uint32 `protobuf:"varint,6,opt,name=microcode,proto3" json:"microcode,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2224,7 +2300,8 @@ func (x *TCBVersion) GetMicrocode() uint32 {
 // ASIDs counts what SNP guests need one of each.
 type ASIDs struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Total uint32                 `protobuf:"varint,1,opt,name=total,proto3" json:"total,omitempty"`
+	// What the machine has in all.
+	Total uint32 `protobuf:"varint,1,opt,name=total,proto3" json:"total,omitempty"`
 	// Absent when nothing tells.
 	Free *uint32 `protobuf:"varint,2,opt,name=free,proto3,oneof" json:"free,omitempty"`
 	// Used, but by no guest of the SNP firmware: starting, ending, or SEV-ES.
@@ -2299,9 +2376,12 @@ type Finding struct {
 	// Stable and machine readable.
 	Code string `protobuf:"bytes,1,opt,name=code,proto3" json:"code,omitempty"`
 	// "blocking", "warning", "unknown" or "note".
-	Level         string `protobuf:"bytes,2,opt,name=level,proto3" json:"level,omitempty"`
-	Message       string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
-	Remedy        string `protobuf:"bytes,4,opt,name=remedy,proto3" json:"remedy,omitempty"`
+	Level string `protobuf:"bytes,2,opt,name=level,proto3" json:"level,omitempty"`
+	// What was found. For people.
+	Message string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
+	// What the operator can do; empty for a note.
+	Remedy string `protobuf:"bytes,4,opt,name=remedy,proto3" json:"remedy,omitempty"`
+	// The raw fact behind it; empty when there is none.
 	Observed      string `protobuf:"bytes,5,opt,name=observed,proto3" json:"observed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2375,13 +2455,17 @@ func (x *Finding) GetObserved() string {
 // Component is a piece of software and whether it is new enough.
 type Component struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// "kernel", "libvirt", "qemu" or "ovmf".
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// As it names itself; empty when it could not be asked.
 	Observed string `protobuf:"bytes,2,opt,name=observed,proto3" json:"observed,omitempty"`
-	// Lowest version for guests without and with GPUs.
-	Floor    string     `protobuf:"bytes,3,opt,name=floor,proto3" json:"floor,omitempty"`
-	FloorGpu string     `protobuf:"bytes,4,opt,name=floor_gpu,json=floorGpu,proto3" json:"floor_gpu,omitempty"`
-	Meets    Conclusion `protobuf:"varint,5,opt,name=meets,proto3,enum=nodeagent.v1.Conclusion" json:"meets,omitempty"`
+	// Lowest version for guests without GPUs.
+	Floor string `protobuf:"bytes,3,opt,name=floor,proto3" json:"floor,omitempty"`
+	// Lowest version for guests with GPUs.
+	FloorGpu string `protobuf:"bytes,4,opt,name=floor_gpu,json=floorGpu,proto3" json:"floor_gpu,omitempty"`
+	// Whether it reaches floor.
+	Meets Conclusion `protobuf:"varint,5,opt,name=meets,proto3,enum=nodeagent.v1.Conclusion" json:"meets,omitempty"`
+	// Whether it reaches floor_gpu.
 	MeetsGpu Conclusion `protobuf:"varint,6,opt,name=meets_gpu,json=meetsGpu,proto3,enum=nodeagent.v1.Conclusion" json:"meets_gpu,omitempty"`
 	// What to do, unless both are YES.
 	Remedy        string `protobuf:"bytes,7,opt,name=remedy,proto3" json:"remedy,omitempty"`
@@ -2472,14 +2556,17 @@ func (x *Component) GetRemedy() string {
 type EndorsementState struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// A VCEK or VLEK for the reported TCB is at hand, with its chain.
-	Certificate         Conclusion             `protobuf:"varint,1,opt,name=certificate,proto3,enum=nodeagent.v1.Conclusion" json:"certificate,omitempty"`
+	Certificate Conclusion `protobuf:"varint,1,opt,name=certificate,proto3,enum=nodeagent.v1.Conclusion" json:"certificate,omitempty"`
+	// End of its validity; absent when there is none.
 	CertificateNotAfter *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=certificate_not_after,json=certificateNotAfter,proto3" json:"certificate_not_after,omitempty"`
 	// A revocation list is at hand and current.
-	RevocationList           Conclusion             `protobuf:"varint,3,opt,name=revocation_list,json=revocationList,proto3,enum=nodeagent.v1.Conclusion" json:"revocation_list,omitempty"`
+	RevocationList Conclusion `protobuf:"varint,3,opt,name=revocation_list,json=revocationList,proto3,enum=nodeagent.v1.Conclusion" json:"revocation_list,omitempty"`
+	// Until when it is current; absent when there is none.
 	RevocationListNextUpdate *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=revocation_list_next_update,json=revocationListNextUpdate,proto3" json:"revocation_list_next_update,omitempty"`
-	Findings                 []*Finding             `protobuf:"bytes,5,rep,name=findings,proto3" json:"findings,omitempty"`
-	unknownFields            protoimpl.UnknownFields
-	sizeCache                protoimpl.SizeCache
+	// What an operator should look at.
+	Findings      []*Finding `protobuf:"bytes,5,rep,name=findings,proto3" json:"findings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *EndorsementState) Reset() {
@@ -2547,14 +2634,19 @@ func (x *EndorsementState) GetFindings() []*Finding {
 	return nil
 }
 
+// Heartbeat says that the host lives. It is not stored.
 type Heartbeat struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Seconds since the agent started.
 	UptimeSeconds uint64 `protobuf:"varint,1,opt,name=uptime_seconds,json=uptimeSeconds,proto3" json:"uptime_seconds,omitempty"`
-	Cordoned      bool   `protobuf:"varint,2,opt,name=cordoned,proto3" json:"cordoned,omitempty"`
-	Guests        uint32 `protobuf:"varint,3,opt,name=guests,proto3" json:"guests,omitempty"`
-	IssuerEpoch   uint64 `protobuf:"varint,4,opt,name=issuer_epoch,json=issuerEpoch,proto3" json:"issuer_epoch,omitempty"`
-	StoreId       []byte `protobuf:"bytes,5,opt,name=store_id,json=storeId,proto3" json:"store_id,omitempty"`
+	// Admission is closed by a Cordon.
+	Cordoned bool `protobuf:"varint,2,opt,name=cordoned,proto3" json:"cordoned,omitempty"`
+	// Guests that have not ended.
+	Guests uint32 `protobuf:"varint,3,opt,name=guests,proto3" json:"guests,omitempty"`
+	// Epoch the store is in, 0 before BeginEpoch.
+	IssuerEpoch uint64 `protobuf:"varint,4,opt,name=issuer_epoch,json=issuerEpoch,proto3" json:"issuer_epoch,omitempty"`
+	// Random id of the store, 16 bytes.
+	StoreId []byte `protobuf:"bytes,5,opt,name=store_id,json=storeId,proto3" json:"store_id,omitempty"`
 	// Events waiting in the outbox.
 	Outbox        uint64 `protobuf:"varint,6,opt,name=outbox,proto3" json:"outbox,omitempty"`
 	unknownFields protoimpl.UnknownFields
