@@ -12,8 +12,17 @@ func TestDelaysDoubleToACapAndAreSpread(t *testing.T) {
 		attempt int
 		full    time.Duration
 	}{
-		{0, time.Second}, {1, 2 * time.Second}, {2, 4 * time.Second}, {3, 8 * time.Second}, {4, 16 * time.Second}, {5, 32 * time.Second},
-		{6, time.Minute}, {7, time.Minute}, {63, time.Minute}, {64, time.Minute}, {1 << 30, time.Minute},
+		{0, time.Second},
+		{1, 2 * time.Second},
+		{2, 4 * time.Second},
+		{3, 8 * time.Second},
+		{4, 16 * time.Second},
+		{5, 32 * time.Second},
+		{6, time.Minute},
+		{7, time.Minute},
+		{63, time.Minute},
+		{64, time.Minute},
+		{1 << 30, time.Minute},
 	} {
 		t.Run(strconv.Itoa(tc.attempt), func(t *testing.T) {
 			t.Parallel()
