@@ -46,16 +46,9 @@ type broker struct {
 }
 
 func startBroker(ctx context.Context, dir, listen string, cert tls.Certificate, id *identities, logger hclog.Logger) (b *broker, err error) {
-	host, portText, err := net.SplitHostPort(listen)
+	options, err := serverOptions(dir, listen, cert)
 	if err != nil {
 		return nil, fmt.Errorf("starting message server: %w", err)
-	}
-	port, err := strconv.Atoi(portText)
-	if err != nil {
-		return nil, fmt.Errorf("starting message server: port: %w", err)
-	}
-	if port == 0 {
-		port = server.RANDOM_PORT
 	}
 	operator, err := id.operatorClaims()
 	if err != nil {
@@ -73,14 +66,8 @@ func startBroker(ctx context.Context, dir, listen string, cert tls.Certificate, 
 	if err := errors.Join(resolver.Store(system, systemJWT), resolver.Store(account, accountJWT)); err != nil {
 		return nil, fmt.Errorf("storing accounts: %w", err)
 	}
-	s, err := server.NewServer(&server.Options{
-		ServerName: "reference-control-plane", Host: host, Port: port, NoSigs: true,
-		JetStream: true, StoreDir: filepath.Join(dir, "jetstream"), SyncAlways: true,
-		MaxPayload: maxMessage, MaxControlLine: 4096, TLSTimeout: 5, AuthTimeout: 5,
-		TLSConfig:         &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13},
-		TLSHandshakeFirst: true,
-		TrustedOperators:  []*jwt.OperatorClaims{operator}, AccountResolver: resolver, SystemAccount: system,
-	})
+	options.TrustedOperators, options.AccountResolver, options.SystemAccount = []*jwt.OperatorClaims{operator}, resolver, system
+	s, err := server.NewServer(options)
 	if err != nil {
 		return nil, fmt.Errorf("making message server: %w", err)
 	}
@@ -107,6 +94,31 @@ func startBroker(ctx context.Context, dir, listen string, cert tls.Certificate, 
 		return nil, fmt.Errorf("opening JetStream: %w", err)
 	}
 	return b, b.streams(ctx)
+}
+
+// serverOptions is how the message server stores and what it speaks; whom it
+// trusts is for the caller to add. Its answer to a publish makes the sender
+// forget the message, so every write is synced first.
+func serverOptions(dir, listen string, cert tls.Certificate) (*server.Options, error) {
+	host, portText, err := net.SplitHostPort(listen)
+	if err != nil {
+		return nil, fmt.Errorf("reading address: %w", err)
+	}
+	number, err := strconv.ParseUint(portText, 10, 16)
+	if err != nil {
+		return nil, fmt.Errorf("reading port of %s: %w", listen, err)
+	}
+	port := int(number)
+	if port == 0 {
+		port = server.RANDOM_PORT
+	}
+	return &server.Options{
+		ServerName: "reference-control-plane", Host: host, Port: port, NoSigs: true,
+		JetStream: true, StoreDir: filepath.Join(dir, "jetstream"), SyncAlways: true,
+		MaxPayload: maxMessage, MaxControlLine: 4096, TLSTimeout: 5, AuthTimeout: 5,
+		TLSConfig:         &tls.Config{Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13},
+		TLSHandshakeFirst: true,
+	}, nil
 }
 
 func (b *broker) streams(ctx context.Context) error {

@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"crypto/tls"
 	"net"
 	"os"
 	"strings"
@@ -73,6 +74,7 @@ func TestTheLinkNamesWhyItIsDown(t *testing.T) {
 		"nobody listens":        {unreachable(t, w), control.StateUnreachable, "refused"},
 		"server without TLS":    {plain(t, w), control.StateUnreachable, ""},
 		"server that is silent": {silent(t, w), control.StateUnreachable, ""},
+		"server of old TLS":     {outdated(t, w), control.StateUnreachable, "protocol version not supported"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -167,4 +169,18 @@ func plain(t *testing.T, w *world) control.Transport {
 func silent(t *testing.T, w *world) control.Transport {
 	t.Helper()
 	return at(t, w, mustCreds(t, w, host), func(c net.Conn) { _ = c.Close() })
+}
+
+// outdated has the right certificate, but speaks TLS 1.2 at most.
+func outdated(t *testing.T, w *world) control.Transport {
+	t.Helper()
+	options, err := serverOptions(t.TempDir(), w.cfg.ListenNATS, w.Server.cfg.Cert)
+	if err != nil {
+		t.Fatal(err)
+	}
+	options.TLSConfig.MinVersion, options.TLSConfig.MaxVersion = tls.VersionTLS12, tls.VersionTLS12 //nolint:gosec // that it is refused is the test
+	return at(t, w, mustCreds(t, w, host), func(c net.Conn) {
+		_ = tls.Server(c, options.TLSConfig).HandshakeContext(t.Context())
+		_ = c.Close()
+	})
 }

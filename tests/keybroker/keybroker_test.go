@@ -199,6 +199,13 @@ func TestEveryWrongEvidenceIsRefusedWithItsReason(t *testing.T) {
 	}{
 		{name: "another kernel", code: "broker.launch-digest", lie: func(g *guest) { g.report.Measurement[0] ^= 1 }},
 		{name: "key not bound by the report", code: "broker.report-data", lie: func(g *guest) { g.bound = otherKey }},
+		{name: "report over another nonce", code: "broker.report-data", lie: func(g *guest) { g.boundNonce = g.w.guest().auth() }},
+		{name: "report changed after it was signed", code: "broker.signature", lie: func(g *guest) {
+			g.tamper = func(signed []byte) { signed[bytes.Index(signed, g.report.ReportIDMA[:])-1] ^= 1 } // the end of REPORT_ID
+		}},
+		{name: "signature changed", code: "broker.signature", lie: func(g *guest) {
+			g.tamper = func(signed []byte) { signed[len(signed)-512] ^= 1 } // R's first byte
+		}},
 		{name: "report of another manifest", code: "broker.host-data", lie: func(g *guest) { g.report.HostData[3] ^= 1 }},
 		{name: "debug policy", code: "broker.policy-debug", lie: func(g *guest) { g.report.Policy |= snp.PolicyDebug }},
 		{name: "migration policy", code: "broker.policy-migration", lie: func(g *guest) { g.report.Policy |= snp.PolicyMigrationAgent }},

@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"net/http"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -296,6 +297,29 @@ func FuzzParseKey(f *testing.F) {
 		}
 		if _, err := sealTo(key, []byte(secret)); err != nil {
 			t.Fatalf("an accepted key cannot be sealed to: %v", err)
+		}
+	})
+}
+
+func FuzzParseResourcePath(f *testing.F) {
+	for _, path := range []string{secretName, "/" + secretName, "//a/b/c", "a/b", "a/b/c/d", "../b/c", "a/..%2f/c", "a/b/c?x", "a/\x00/c", "kbs:///a/b/c"} {
+		f.Add(path)
+	}
+	f.Fuzz(func(t *testing.T, path string) {
+		r, refused := parseResourcePath(path)
+		if refused != nil {
+			if refused.Code != "broker.resource-malformed" || refused.Remedy == "" || r != (contract.Resource{}) {
+				t.Fatalf("%+v with %+v", refused, r)
+			}
+			return
+		}
+		if r.Path() != strings.TrimPrefix(path, "/") {
+			t.Fatalf("%q names %q", path, r.Path())
+		}
+		for _, part := range []string{r.Repository, r.Type, r.Tag} {
+			if !filepath.IsLocal(part) || part == "." || strings.ContainsAny(part, "/%?#\\\x00") {
+				t.Fatalf("%q has the part %q", path, part)
+			}
 		}
 	})
 }

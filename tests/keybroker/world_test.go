@@ -2,6 +2,7 @@ package keybroker
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -170,6 +171,10 @@ type guest struct {
 	endorse  contract.Endorsements
 	report   snp.Report
 	extra    string // additional evidence
+	// boundNonce is the nonce the report vouches for; the session's when empty.
+	boundNonce string
+	// tamper changes the report after the chip signed it.
+	tamper func(signed []byte)
 }
 
 func (w *world) guest() *guest {
@@ -245,7 +250,7 @@ func (g *guest) auth() string {
 // attestBody signs a report over the nonce and returns the attest request.
 func (g *guest) attestBody(nonce string) map[string]any {
 	g.w.t.Helper()
-	data, err := contract.BrokerReportData(g.extra, nonce, g.bound)
+	data, err := contract.BrokerReportData(g.extra, cmp.Or(g.boundNonce, nonce), g.bound)
 	if err != nil {
 		g.w.t.Fatal(err)
 	}
@@ -253,6 +258,9 @@ func (g *guest) attestBody(nonce string) map[string]any {
 	signed, err := snptest.Sign(g.report.Marshal(), g.w.chain.Key)
 	if err != nil {
 		g.w.t.Fatal(err)
+	}
+	if g.tamper != nil {
+		g.tamper(signed)
 	}
 	return map[string]any{
 		"runtime-data": map[string]any{"nonce": nonce, "tee-pubkey": g.jwk},

@@ -10,7 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spf13/cobra"
+
 	"github.com/confidential-node/agent/nodeagent/config"
+	"github.com/confidential-node/agent/nodeagent/output"
 	"github.com/confidential-node/agent/tests/controlplane"
 	"github.com/confidential-node/agent/tests/controlplane/client"
 )
@@ -84,8 +87,8 @@ func TestTheToolDrivesAServedControlPlane(t *testing.T) {
 		t.Errorf("credentials: %v, %v", info, err)
 	}
 	code, stdout, _ = call(t, dir, "nodes", "-o", "json")
-	var nodes []client.Node
-	if err := json.Unmarshal([]byte(stdout), &nodes); code != exitOK || err != nil || len(nodes) != 1 || nodes[0].ID != "node-a" {
+	var list nodeList
+	if err := json.Unmarshal([]byte(stdout), &list); code != exitOK || err != nil || len(list.Nodes) != 1 || list.Nodes[0].ID != "node-a" {
 		t.Errorf("nodes: %d %s %v", code, stdout, err)
 	}
 	launch := filepath.Join(t.TempDir(), "launch.json")
@@ -122,6 +125,47 @@ func TestTheToolDrivesAServedControlPlane(t *testing.T) {
 		if code != c.code || !strings.Contains(stdout+stderr, c.says) {
 			t.Errorf("%s: %d %s%s, want %d saying %q", c.name, code, stdout, stderr, c.code, c.says)
 		}
+	}
+}
+
+func TestEveryDocumentSaysWhatItIs(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	serve(t, dir)
+	for kind, args := range map[string][]string{
+		"Enrolment": {"enrol", "node-a", "--out", t.TempDir()},
+		"NodeList":  {"nodes"},
+		"EventList": {"events"},
+	} {
+		code, stdout, stderr := call(t, dir, append(args, "-o", "json")...)
+		if code != exitOK {
+			t.Errorf("%v: %d %s", args, code, stderr)
+		}
+		identified(t, stdout, kind)
+	}
+	for kind, printed := range map[string]func(*app, *cobra.Command) error{
+		"Guest": func(a *app, cmd *cobra.Command) error { return a.printGuest(cmd, &client.Guest{GuestID: "x"}) },
+		"Sent":  func(a *app, cmd *cobra.Command) error { return a.sent(cmd, &client.Sent{GuestID: "x"}) },
+	} {
+		var out bytes.Buffer
+		cmd := &cobra.Command{}
+		cmd.SetOut(&out)
+		if err := printed(&app{format: "json"}, cmd); err != nil {
+			t.Error(err)
+		}
+		identified(t, out.String(), kind)
+		if !strings.Contains(out.String(), `"guest_id": "x"`) {
+			t.Errorf("%s does not carry its fields: %s", kind, out.String())
+		}
+	}
+}
+
+// identified checks the header of a document.
+func identified(t *testing.T, document, kind string) {
+	t.Helper()
+	var got output.Header
+	if err := json.Unmarshal([]byte(document), &got); err != nil || got != header(kind) || got.APIVersion == "" {
+		t.Errorf("%v: %s, want kind %s", err, document, kind)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
 
+	"github.com/confidential-node/agent/nodeagent/output"
 	"github.com/confidential-node/agent/tests/controlplane"
 )
 
@@ -62,6 +63,7 @@ and a certificate for --name and the listening addresses are made in --dir.`,
 
 // enrolled is what the verb prints. The credentials are in a file only.
 type enrolled struct {
+	output.Header
 	Host      string   `json:"host_id"`
 	CredsFile string   `json:"creds_file"`
 	CAFile    string   `json:"ca_file"`
@@ -93,7 +95,7 @@ func (a *app) enrol() *cobra.Command {
 				return fmt.Errorf("writing enrolment: %w", err)
 			}
 			doc := enrolled{
-				args[0], filepath.Join(dir, args[0]+".creds"), filepath.Join(dir, "control-ca.pem"),
+				header("Enrolment"), args[0], filepath.Join(dir, args[0]+".creds"), filepath.Join(dir, "control-ca.pem"),
 				base64.StdEncoding.EncodeToString(e.IssuerKey), e.Servers,
 			}
 			for path, data := range map[string][]byte{doc.CredsFile: e.Credentials, doc.CAFile: e.CAPEM} {

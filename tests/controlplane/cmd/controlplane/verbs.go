@@ -17,6 +17,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/output"
 	"github.com/confidential-node/agent/tests/controlplane/client"
 )
 
@@ -47,8 +48,33 @@ func table(w io.Writer, head string, rows func(w io.Writer)) error {
 	return tw.Flush()
 }
 
+// Documents of -o json and -o yaml.
+type (
+	nodeList struct {
+		output.Header
+		Nodes []client.Node `json:"nodes"`
+	}
+	guestDocument struct {
+		output.Header
+		*client.Guest
+	}
+	sentDocument struct {
+		output.Header
+		*client.Sent
+	}
+	eventList struct {
+		output.Header
+		Events []client.Event `json:"events"`
+	}
+)
+
+// header starts a document of this tool; its kinds are not the agent's.
+func header(kind string) output.Header {
+	return output.Header{APIVersion: "controlplane/v1", Kind: kind}
+}
+
 func (a *app) sent(cmd *cobra.Command, s *client.Sent) error {
-	return a.format.Print(cmd.OutOrStdout(), s, func(w io.Writer) error {
+	return a.format.Print(cmd.OutOrStdout(), sentDocument{header("Sent"), s}, func(w io.Writer) error {
 		return table(w, "COMMAND\tNODE\tGUEST", func(w io.Writer) { fmt.Fprintf(w, "%s\t%s\t%s\n", s.CommandID, s.Node, s.GuestID) })
 	})
 }
@@ -61,7 +87,7 @@ func (a *app) nodes() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.format.Print(cmd.OutOrStdout(), nodes, func(w io.Writer) error {
+			return a.format.Print(cmd.OutOrStdout(), nodeList{header("NodeList"), nodes}, func(w io.Writer) error {
 				return table(w, "NODE\tSEEN\tEPOCH\tADMISSION\tGUESTS\tOUTBOX", func(w io.Writer) {
 					for _, n := range nodes {
 						seen, admission := "never", "open"
@@ -184,7 +210,7 @@ func (a *app) printGuest(cmd *cobra.Command, g *client.Guest) error {
 	if err != nil {
 		return err
 	}
-	return a.format.Print(cmd.OutOrStdout(), g, func(w io.Writer) error {
+	return a.format.Print(cmd.OutOrStdout(), guestDocument{header("Guest"), g}, func(w io.Writer) error {
 		reason := ""
 		if g.Refusal != nil {
 			reason = g.Refusal.Code
@@ -321,7 +347,7 @@ func (a *app) events() *cobra.Command {
 }
 
 func (a *app) printEvents(cmd *cobra.Command, events []client.Event, head bool) error {
-	return a.format.Print(cmd.OutOrStdout(), events, func(w io.Writer) error {
+	return a.format.Print(cmd.OutOrStdout(), eventList{header("EventList"), events}, func(w io.Writer) error {
 		title := ""
 		if head {
 			title = "SEQ\tAT\tNODE\tKIND\tCOMMAND\tWHAT"
