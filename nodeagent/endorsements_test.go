@@ -108,7 +108,7 @@ func TestEndorsementVerbsRefuseMistakesBeforeAnythingIsAsked(t *testing.T) {
 	dir, chip := t.TempDir(), strings.Repeat("c1", 64)
 	full := "boot-loader=1,tee=0,snp=27,microcode=86"
 	emulated := filepath.Join(dir, "agent.toml")
-	text := fmt.Sprintf("host_id = \"h\"\ntee = \"emulated\"\nstate_dir = %q\n[emulated]\npsp_socket = \"/run/psp.sock\"\n[control]\nservers = [\"tls://c:1\"]\nca_file = \"/ca\"\ncreds_file = \"/creds\"\nissuer_keys = [\"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\"]\n", dir)
+	text := fmt.Sprintf("host_id = \"h\"\ntee = \"emulated\"\nstate_dir = %q\n[emulated]\npsp_socket = \"/run/psp.sock\"\n[control]\nservers = [\"tls://c:1\"]\nca_file = \"/ca\"\ncreds_file = \"/creds\"\nissuer_keys = [\"AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=\"]\n", dir)
 	if err := os.WriteFile(emulated, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -4,6 +4,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -81,6 +82,10 @@ any, in those of the distribution's packages and of the guest images.`,
 				doc.Firmware = append(doc.Firmware, facts(e))
 			}
 			return format.Print(cmd.OutOrStdout(), doc, func(w io.Writer) error {
+				if len(doc.Firmware) == 0 {
+					_, err := fmt.Fprintf(w, "no firmware image in %s; name other folders, or install Debian's package ovmf-amdsev\n", strings.Join(dirs, ", "))
+					return err
+				}
 				t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 				fmt.Fprintln(t, "USABLE\tBUILD\tSHA-256\tPATH")
 				for _, f := range doc.Firmware {

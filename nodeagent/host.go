@@ -199,7 +199,9 @@ func (a *agent) status(ctx context.Context) (admin.Status, error) {
 		StartedAt: a.started, Guests: []admin.Guest{}, Warnings: []string{},
 		Control: admin.Control{Connected: link.Connected, State: string(link.State), Server: link.Server, LastRoundTrip: link.LastRoundTrip, LastError: link.LastError},
 	}
-	warn := func(format string, args ...any) { s.Warnings = append(s.Warnings, strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "; ")) }
+	warn := func(format string, args ...any) {
+		s.Warnings = append(s.Warnings, strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "; "))
+	}
 	epoch, epochErr := a.store.Epoch()
 	reason, cordoned, cordonErr := a.store.Cordon()
 	waiting, outboxErr := a.store.OutboxLen()
