@@ -210,9 +210,12 @@ func (c *Client) call(ctx context.Context, method, path string, body, reply any)
 		return fmt.Errorf("%w: %w", ErrUnreachable, err)
 	}
 	defer resp.Body.Close() //nolint:errcheck // read only
-	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxReply))
+	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxReply+1))
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrUnreachable, err)
+	}
+	if len(raw) > maxReply {
+		return fmt.Errorf("reading the control plane's answer: it has more than %d bytes", maxReply)
 	}
 	if resp.StatusCode/100 != 2 {
 		var refusal contract.Refusal

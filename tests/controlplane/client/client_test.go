@@ -89,3 +89,11 @@ func FuzzDecode(f *testing.F) {
 		}
 	})
 }
+
+func TestAnAnswerThatIsTooLargeIsNotCut(t *testing.T) {
+	t.Parallel()
+	c := &Client{base: "https://control.example", http: &http.Client{Transport: answering{http.StatusOK, make([]byte, maxReply+1)}}}
+	if evidence, err := c.Evidence(t.Context(), "g", []byte{1}); err == nil {
+		t.Errorf("%d bytes of a longer answer count as evidence", len(evidence))
+	}
+}
