@@ -10,7 +10,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"sort"
 	"strings"
 
@@ -37,6 +39,7 @@ func summarise(in io.Reader, out io.Writer) (failed bool, err error) {
 	var passes, failures int
 	output := map[string][]string{}
 	skipped := map[string][]string{}
+	running := map[string]string{} // test by key, until it ends
 	lines := bufio.NewScanner(in)
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() {
@@ -55,6 +58,13 @@ func summarise(in io.Reader, out io.Writer) (failed bool, err error) {
 		case e.Test == "" && e.Action == "fail":
 			failures++
 			fmt.Fprintf(out, "FAIL %-70s %6.1fs\n%s", e.Package, e.Elapsed, strings.Join(output[key], ""))
+			// A test that the end of the process cut short has no last event.
+			for _, unfinished := range slices.Sorted(maps.Keys(running)) {
+				if strings.HasPrefix(unfinished, e.Package+" ") {
+					fmt.Fprintf(out, "FAIL %s did not end\n%s", running[unfinished], strings.Join(output[unfinished], ""))
+					delete(running, unfinished)
+				}
+			}
 		case e.Test == "" && e.Action == "pass":
 			fmt.Fprintf(out, "ok   %-70s %6.1fs\n", e.Package, e.Elapsed)
 		case e.Action == "pass":
@@ -70,6 +80,12 @@ func summarise(in io.Reader, out io.Writer) (failed bool, err error) {
 				break
 			}
 			skipped[reason] = append(skipped[reason], e.Package+" "+e.Test)
+		}
+		switch e.Action {
+		case "run":
+			running[key] = e.Package + " " + e.Test
+		case "pass", "fail", "skip":
+			delete(running, key)
 		}
 		if e.Action != "output" && e.Action != "build-output" && e.Action != "run" && e.Action != "pause" && e.Action != "cont" {
 			delete(output, key)

@@ -52,3 +52,23 @@ func TestASkipThatNamesNoCapabilityIsAFailure(t *testing.T) {
 		}
 	}
 }
+
+// A process that dies in the middle of a test leaves no verdict on it; what
+// the test had said is all there is to go by.
+func TestATestThatWasCutShortIsNamedWithItsWords(t *testing.T) {
+	t.Parallel()
+	var out strings.Builder
+	failed, err := summarise(strings.NewReader(`{"Action":"run","Package":"p","Test":"TestA"}
+{"Action":"output","Package":"p","Test":"TestA","Output":"fine\n"}
+{"Action":"pass","Package":"p","Test":"TestA"}
+{"Action":"run","Package":"p","Test":"TestB"}
+{"Action":"output","Package":"p","Test":"TestB","Output":"last words\n"}
+{"Action":"fail","Package":"p","Elapsed":1}
+`), &out)
+	if err != nil || !failed {
+		t.Errorf("%v %v", failed, err)
+	}
+	if text := out.String(); !strings.Contains(text, "p TestB did not end\nlast words") || strings.Contains(text, "fine") {
+		t.Errorf("summary:\n%s", text)
+	}
+}
