@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
@@ -213,13 +214,23 @@ func (l *lab) relaunch(ctx context.Context, id string, took *plain) (err error) 
 	}
 	if err := errors.Join(
 		run("mkdir", "-p", kept), os.WriteFile(l.h.Path(xmlFile), []byte(xml), 0o600), run("cp", "-a", copies, kept+"/copies"), l.end(ctx, id),
+	); err != nil {
+		return err
+	}
+	// The agent clears away what guests leave, these files too; it is held
+	// still meanwhile.
+	agent := l.h.Agent()
+	if err := agent.Signal(syscall.SIGSTOP); err != nil {
+		return fmt.Errorf("holding the agent still: %w", err)
+	}
+	defer func() {
+		err = errors.Join(err, run("ip", "link", "del", tap), run("rm", "-r", kept, copies), agent.Signal(syscall.SIGCONT), l.h.WaitClean(ctx))
+	}()
+	if err := errors.Join(
 		run("mv", kept+"/copies", copies), run("ip", "tuntap", "add", "dev", tap, "mode", "tap", "user", "libvirt-qemu", "vnet_hdr"), run("ip", "link", "set", tap, "up"),
 	); err != nil {
 		return err
 	}
-	defer func() {
-		err = errors.Join(err, run("ip", "link", "del", tap), run("rm", "-r", kept, copies), l.h.WaitClean(ctx))
-	}()
 	for range creates {
 		for _, verb := range []struct {
 			args []string
