@@ -141,7 +141,8 @@ func killNamespace(inode string, except int) error {
 	}
 }
 
-// members are the live processes of a network namespace. A zombie has none.
+// members are the live processes of a network namespace, never this one. A
+// zombie has none.
 func members(inode string, except int) ([]int, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
@@ -150,7 +151,7 @@ func members(inode string, except int) ([]int, error) {
 	var pids []int
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
-		if err != nil || pid == except {
+		if err != nil || pid == except || pid == os.Getpid() {
 			continue
 		}
 		if ns, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/net", pid)); err == nil && ns == inode {

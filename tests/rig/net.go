@@ -132,24 +132,38 @@ func (h *Host) Listen(ctx context.Context, address string) (net.Listener, error)
 	}
 	out := make(chan result, 1)
 	go func() {
-		// A socket belongs to the namespace of the thread that makes it. The
-		// thread is never unlocked, so it ends with this goroutine.
-		runtime.LockOSThread()
-		ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", h.holder.Process.Pid))
-		if err != nil {
-			out <- result{nil, fmt.Errorf("entering the host's network: %w", err)}
-			return
-		}
-		defer ns.Close() //nolint:errcheck // read only
-		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
-			out <- result{nil, fmt.Errorf("entering the host's network: %w", err)}
-			return
-		}
-		listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
+		listener, err := h.listen(ctx, address)
 		out <- result{listener, err}
 	}()
 	r := <-out
 	return r.listener, r.err
+}
+
+// listen must have a goroutine of its own. A socket belongs to the namespace of
+// the thread that makes it; the thread is brought back, because the process's
+// first thread, if this is it, would tell everybody that the whole process is
+// in the host's namespace, and be killed with the host.
+func (h *Host) listen(ctx context.Context, address string) (_ net.Listener, err error) {
+	runtime.LockOSThread() // until it is back, or for ever: then it ends with the goroutine
+	home, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		return nil, fmt.Errorf("entering the host's network: %w", err)
+	}
+	defer home.Close() //nolint:errcheck // read only
+	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/net", h.holder.Process.Pid))
+	if err != nil {
+		return nil, fmt.Errorf("entering the host's network: %w", err)
+	}
+	defer ns.Close() //nolint:errcheck // read only
+	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+		return nil, fmt.Errorf("entering the host's network: %w", err)
+	}
+	listener, listenErr := (&net.ListenConfig{}).Listen(ctx, "tcp", address)
+	if err := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); err != nil {
+		return listener, errors.Join(listenErr, fmt.Errorf("leaving the host's network: %w", err))
+	}
+	runtime.UnlockOSThread()
+	return listener, listenErr
 }
 
 // Processes are the names of the programs that run in the host's namespaces.

@@ -244,3 +244,36 @@ func TestTheNextHostNeedNotAskQEMUAgain(t *testing.T) {
 		t.Errorf("the second host's libvirtd asked QEMU again: %q, then %q", before, cached(h))
 	}
 }
+
+// A thread left in the host's network namespace would be taken for a process
+// of the host and killed with it.
+func TestListeningOnAHostLeavesEveryThreadAtHome(t *testing.T) {
+	h := newHost(t)
+	home, err := os.Readlink("/proc/self/ns/net")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		ln, err := h.Listen(t.Context(), "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, port, err := net.SplitHostPort(ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		output(t, h, "bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/"+port)
+		if err := ln.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	threads, err := filepath.Glob("/proc/self/task/*/ns/net")
+	if err != nil || len(threads) == 0 {
+		t.Fatal(threads, err)
+	}
+	for _, thread := range threads {
+		if at, err := os.Readlink(thread); err == nil && at != home {
+			t.Errorf("%s is %s, home is %s", thread, at, home)
+		}
+	}
+}
