@@ -3,8 +3,10 @@ package main
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strconv"
 
@@ -132,7 +134,7 @@ func predict(f measureFlags) (launchDigest, error) {
 }
 
 func hashFile(name string) (sum [sha256.Size]byte, err error) {
-	file, err := os.Open(name)
+	file, err := openNamed(name)
 	if err != nil {
 		return sum, err
 	}
@@ -144,9 +146,18 @@ func hashFile(name string) (sum [sha256.Size]byte, err error) {
 	return [sha256.Size]byte(h.Sum(nil)), nil
 }
 
+// openNamed opens a file that the user or the configuration named.
+func openNamed(name string) (*os.File, error) {
+	file, err := os.Open(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w; check the path", err)
+	}
+	return file, err
+}
+
 // readLimited reads a file of at most limit bytes whole.
 func readLimited(name string, limit int64) ([]byte, error) {
-	file, err := os.Open(name)
+	file, err := openNamed(name)
 	if err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@
 package catalogue
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -89,7 +90,7 @@ func Inspect(path string) (Entry, error) {
 		return Entry{}, fmt.Errorf("reading firmware: %s is not a regular file", path)
 	}
 	sum := sha256.New()
-	image, err := io.ReadAll(io.TeeReader(io.LimitReader(f, ovmf.MaxSize+1), sum))
+	image, err := readImage(io.TeeReader(f, sum), info.Size())
 	if err != nil {
 		return Entry{}, fmt.Errorf("reading firmware %s: %w", path, err)
 	}
@@ -100,4 +101,31 @@ func Inspect(path string) (Entry, error) {
 	e := Entry{Path: path, Size: int64(len(image)) + rest, SHA256: [sha256.Size]byte(sum.Sum(nil))}
 	e.Build, e.Firmware, e.Refusal = ovmf.Describe(image)
 	return e, nil
+}
+
+// Read reads an image whole; of one that is larger than any firmware, the
+// beginning that shows it.
+func Read(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("reading firmware: %w", err)
+	}
+	defer f.Close() //nolint:errcheck // read only
+	info, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("reading firmware: %w", err)
+	}
+	image, err := readImage(f, info.Size())
+	if err != nil {
+		return nil, fmt.Errorf("reading firmware: %w", err)
+	}
+	return image, nil
+}
+
+// readImage reads at most one byte more than the largest image into memory
+// that is taken once: the agent looks at images of several MiB again and again.
+func readImage(r io.Reader, size int64) ([]byte, error) {
+	image := bytes.NewBuffer(make([]byte, 0, min(size, ovmf.MaxSize+1)+bytes.MinRead))
+	_, err := image.ReadFrom(io.LimitReader(r, ovmf.MaxSize+1))
+	return image.Bytes(), err
 }

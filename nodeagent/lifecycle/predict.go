@@ -1,10 +1,7 @@
 package lifecycle
 
 import (
-	"fmt"
-	"io"
-	"os"
-
+	"github.com/confidential-node/agent/firmware/catalogue"
 	"github.com/confidential-node/agent/firmware/measure"
 	"github.com/confidential-node/agent/firmware/ovmf"
 )
@@ -30,14 +27,9 @@ type Measured struct {
 
 // Predict computes what the silicon will measure.
 func Predict(b Boot) (Measured, error) {
-	f, err := os.Open(b.Firmware)
+	image, err := catalogue.Read(b.Firmware)
 	if err != nil {
-		return Measured{}, fmt.Errorf("reading firmware: %w", err)
-	}
-	defer f.Close() //nolint:errcheck // read only
-	image, err := io.ReadAll(io.LimitReader(f, ovmf.MaxSize+1))
-	if err != nil {
-		return Measured{}, fmt.Errorf("reading firmware: %w", err)
+		return Measured{}, err
 	}
 	parsed, err := ovmf.RequireAmdSev(image)
 	if err != nil {
