@@ -7,7 +7,7 @@ SHELL         := bash
 .SHELLFLAGS   := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo build test lint fmt generate check-dirty bench clean
+.PHONY: help setup demo build test lint fmt generate check-dirty bench fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench: setup ## print tables of ratios: launch, boot, digest, blob fetch, idle a
 	@go build -tags $(EMULATED_TAGS) -o .cache/trial/bin/bench ./tests/bench
 	@.cache/trial/bin/bench build
 	@.cache/trial/bin/bench
+
+fuzz: setup ## fuzz every parser for FUZZTIME (10m each); MATCH=regexp for some of them
+	go run ./tests/fuzz -time $(or $(FUZZTIME),10m) -match '$(MATCH)' -log .cache/fuzz.log
 
 clean: ## remove what building made
 	rm -rf bin .cache/bin
