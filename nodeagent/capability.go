@@ -51,7 +51,7 @@ whatever the host can do.`,
 				return err
 			}
 			silent := hclog.NewNullLogger() // the document says what is unknown
-			machine := host.Judge(host.New("/", host.Linux{}).Facts())
+			machine := lookAtMachine()
 			versions := func(ctx context.Context) (string, string, error) { return libvirt.Probe(ctx, cfg.Libvirt.URI, silent) }
 			facts := softwareFacts(cmd.Context(), machine.Facts.Kernel.Release, firmwareDirs("/", cfg), versions, silent)
 			facts.Endorsements = localEndorsements(cmd.Context(), cfg, hclog.New(&hclog.LoggerOptions{Name: "nodeagent", Level: hclog.Warn, Output: cmd.ErrOrStderr()}))

@@ -8,7 +8,6 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/confidential-node/agent/firmware/catalogue"
-	"github.com/confidential-node/agent/firmware/snp/host"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/capability"
 	"github.com/confidential-node/agent/nodeagent/config"
@@ -90,7 +89,7 @@ func (a *agent) lookAtHost(ctx context.Context) *api.Capability {
 	facts := softwareFacts(ctx, a.host.kernel, firmwareDirs("/", a.cfg), a.driver.Versions, a.log)
 	facts.Endorsements = endorsementFacts(a.endorsements)
 	c.LibvirtVersion, c.QemuVersion = facts.Libvirt, facts.QEMU
-	capability.Fill(c, host.Judge(host.New("/", host.Linux{}).Facts()), capability.Judge(facts))
+	capability.Fill(c, lookAtMachine(), capability.Judge(facts))
 	return c
 }
 
