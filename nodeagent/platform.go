@@ -13,6 +13,8 @@ import (
 	"github.com/confidential-node/agent/firmware/snp"
 	"github.com/confidential-node/agent/firmware/snp/host"
 	"github.com/confidential-node/agent/firmware/snp/host/psp"
+	"github.com/confidential-node/agent/nodeagent/config"
+	"github.com/confidential-node/agent/nodeagent/history"
 	"github.com/confidential-node/agent/nodeagent/output"
 )
 
@@ -38,6 +40,7 @@ type platformState struct {
 // platformFlags are common to the verbs.
 type platformFlags struct {
 	root     string
+	stateDir string
 	kernel   host.Syscalls
 	accepted bool
 	format   output.Format
@@ -49,12 +52,14 @@ func newPlatformCommand(root string, kernel host.Syscalls) *cobra.Command {
 		Use: "platform", Short: "Change the SEV firmware of this host: commit, configure, load a VLEK",
 		Long: `Change the SEV firmware of this host. The agent never does any of this by itself,
 whatever a control plane asks. Each verb says what cannot be undone, and does
-nothing unless it is repeated with --accept-consequences.`,
+nothing unless it is repeated with --accept-consequences. What was done, or may have been
+done when the host died meanwhile, is in the history.`,
 		Args: exactArgs(), RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.PersistentFlags().BoolVar(&f.accepted, "accept-consequences", false, "do it; without this the consequences are told and nothing is done")
 	cmd.PersistentFlags().VarP(&f.format, "output", "o", "how to print")
-	cmd.AddCommand(newPlatformCommit(&f), newPlatformConfigure(&f), newPlatformLoadVLEK(&f))
+	cmd.PersistentFlags().StringVar(&f.stateDir, "state-dir", config.Default().StateDir, "the agent's state_dir; what is done is noted there")
+	cmd.AddCommand(newPlatformHistory(&f), newPlatformCommit(&f), newPlatformConfigure(&f), newPlatformLoadVLEK(&f))
 	return cmd
 }
 
@@ -174,19 +179,40 @@ func (f *platformFlags) change(cmd *cobra.Command, command psp.Command, conseque
 	if err != nil {
 		return err
 	}
-	operator, err := psp.OpenOperator(f.root, f.kernel)
+	log, err := history.Open(f.historyFile())
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(act(operator, before), operator.Close()); err != nil {
+	defer log.Close() //nolint:errcheck // each entry is on disk before it counts
+	doc := platformChange{Header: output.NewHeader("PlatformChange"), Command: command.String(), Before: stateOf(before)}
+	if err := f.note(log, doc, history.Unknown, nil); err != nil {
 		return err
+	}
+	after, err := f.give(before, act)
+	if err != nil {
+		return errors.Join(err, f.note(log, doc, history.Failed, err))
+	}
+	doc.After = stateOf(after)
+	if err := f.note(log, doc, history.Done, nil); err != nil {
+		return err
+	}
+	return f.format.Print(cmd.OutOrStdout(), doc, func(w io.Writer) error { return printPlatform(w, doc) })
+}
+
+// give gives the command to the firmware and reads the machine back.
+func (f *platformFlags) give(before host.Report, act func(*psp.Operator, host.Report) error) (host.Report, error) {
+	operator, err := psp.OpenOperator(f.root, f.kernel)
+	if err != nil {
+		return host.Report{}, err
+	}
+	if err := errors.Join(act(operator, before), operator.Close()); err != nil {
+		return host.Report{}, err
 	}
 	after, err := f.observe()
 	if err != nil {
-		return fmt.Errorf("%s was carried out, but reading the platform back: %w", command, err)
+		return after, fmt.Errorf("it was carried out, but reading the platform back: %w", err)
 	}
-	doc := platformChange{output.NewHeader("PlatformChange"), command.String(), stateOf(before), stateOf(after)}
-	return f.format.Print(cmd.OutOrStdout(), doc, func(w io.Writer) error { return printPlatform(w, doc) })
+	return after, nil
 }
 
 // observe reads the machine. One whose SNP is not in use is refused: to ask

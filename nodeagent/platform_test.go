@@ -2,12 +2,17 @@ package main
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
+	"io"
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp/host/hosttest"
@@ -17,6 +22,9 @@ import (
 // platformVerb runs `nodeagent platform` on a machine.
 func platformVerb(t *testing.T, m *hosttest.Machine, args ...string) (code int, stdout, stderr string, err error) {
 	t.Helper()
+	if err := os.MkdirAll(filepath.Join(m.Root, "var/lib/nodeagent"), 0o700); err != nil {
+		t.Fatal(err)
+	}
 	cmd := newPlatformCommand(m.Root, m)
 	cmd.SilenceErrors, cmd.SilenceUsage = true, true
 	var out, errOut bytes.Buffer
@@ -159,5 +167,62 @@ func TestThePlatformTableShowsBeforeAndAfter(t *testing.T) {
 	_, out, _, err := platformVerb(t, hosttest.Boot(t, heldBack), "commit", "--accept-consequences")
 	if err != nil || !strings.Contains(out, "SNP_COMMIT done") || !strings.Contains(out, "snp=23 microcode=84  fmc=0 boot-loader=10 tee=0 snp=27 microcode=86") {
 		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+// dying is a machine whose power fails when a command reaches its firmware.
+type dying struct{ *hosttest.Machine }
+
+func (d dying) Ioctl(file *os.File, request uint, arg uintptr) (int, error) {
+	command := make([]byte, 4)
+	local := []unix.Iovec{{Base: &command[0]}}
+	local[0].SetLen(len(command))
+	if _, err := unix.ProcessVMReadv(os.Getpid(), local, []unix.RemoteIovec{{Base: arg, Len: len(command)}}, 0); err != nil {
+		return 0, err
+	}
+	if request == psp.IssueCommand && psp.Command(binary.LittleEndian.Uint32(command)) == psp.SNPCommitCommand {
+		panic("power failed")
+	}
+	return d.Machine.Ioctl(file, request, arg)
+}
+
+func TestWhatIsDoneToThePlatformIsNotedBeforeItIsDone(t *testing.T) {
+	t.Parallel()
+	m := hosttest.Boot(t, hosttest.Genoa())
+	if code, _, _, err := platformVerb(t, m, "configure", "--mask-chip-id", "--accept-consequences"); code != exitOK {
+		t.Fatal(err)
+	}
+	if code, _, _, _ := platformVerb(t, m, "configure", "--reported-tcb", "boot-loader=10,tee=0,snp=28,microcode=86", "--accept-consequences"); code == exitOK {
+		t.Fatal("a TCB above the current one was taken")
+	}
+	func() {
+		defer func() {
+			if recover() == nil {
+				t.Error("power did not fail")
+			}
+		}()
+		cmd := newPlatformCommand(m.Root, dying{m})
+		cmd.SetArgs([]string{"commit", "--accept-consequences"})
+		cmd.SetErr(io.Discard)
+		_ = cmd.ExecuteContext(t.Context())
+	}()
+	code, out, _, err := platformVerb(t, m, "history", "-o", "json")
+	if code != exitOK {
+		t.Fatal(err)
+	}
+	matchesSchema(t, out)
+	var doc platformHistory
+	if err := json.Unmarshal([]byte(out), &doc); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, c := range doc.Changes {
+		got = append(got, c.Command+" "+c.Outcome)
+	}
+	if want := []string{"SNP_SET_CONFIG done", "SNP_SET_CONFIG failed", "SNP_COMMIT unknown"}; !slices.Equal(got, want) {
+		t.Errorf("history %q, want %q", got, want)
+	}
+	if _, table, _, _ := platformVerb(t, m, "history"); !strings.Contains(table, "SNP_COMMIT") || !strings.Contains(table, "may have happened") {
+		t.Errorf("table\n%s", table)
 	}
 }
