@@ -18,9 +18,9 @@ const challengePause = time.Second
 
 // answers is what is known about evidence so far.
 type answers struct {
-	mu           sync.Mutex
-	endorsements contract.Endorsements
-	boot         contract.BootComponents
+	hints hints
+	mu    sync.Mutex
+	boot  contract.BootComponents
 	// given is closed once evidence was given to somebody.
 	given     chan struct{}
 	givenOnce sync.Once
@@ -37,28 +37,18 @@ func (a *answers) gave() {
 	a.givenOnce.Do(func() { close(a.channel()) })
 }
 
-// endorsements are the certificates behind a report: the host's hints, asked
-// for until it has some, and what came beside the report where that is better.
+// endorsements are the certificates behind a report: the host's hints, and
+// what came beside the report where that is better.
 func (g *guest) endorsements(ctx context.Context, a tee.Attestation) contract.Endorsements {
-	e, err := endorse(a, g.hints(ctx), nil)
+	host, err := g.answers.hints.get(ctx, signerOf(a.Report), g.now(), g.host.Endorsements)
+	if err != nil {
+		g.log.Warn("no newer endorsements", "err", err)
+	}
+	e, err := endorse(a, host, nil)
 	if err != nil {
 		g.log.Warn("certificates beside the report are of no use", "err", err)
 	}
 	return e
-}
-
-func (g *guest) hints(ctx context.Context) contract.Endorsements {
-	g.answers.mu.Lock()
-	defer g.answers.mu.Unlock()
-	if len(g.answers.endorsements.VCEK) == 0 {
-		e, err := g.host.Endorsements(ctx)
-		if err != nil {
-			g.log.Warn("no endorsements", "err", err)
-			return contract.Endorsements{}
-		}
-		g.answers.endorsements = e
-	}
-	return g.answers.endorsements
 }
 
 func (g *guest) bootComponents(ctx context.Context) contract.BootComponents {
