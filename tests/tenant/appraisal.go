@@ -1,10 +1,12 @@
 package tenant
 
 import (
+	"bytes"
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
 	"reflect"
+	"slices"
 	"strings"
 
 	"github.com/confidential-node/agent/firmware/contract"
@@ -76,7 +78,30 @@ func (o *DeployOptions) idBlock(digest string) (*signedLaunch, error) {
 	if pair.Block.Policy != o.policy() {
 		return nil, contract.Refuse("tenant.id-block-mismatch", remedy, "the ID block is for guest policy %#x, this launch has %#x", pair.Block.Policy, o.policy())
 	}
-	return &s, nil
+	return &s, o.meetsDemands(pair)
+}
+
+// meetsDemands holds a pair against what the broker will demand of the report.
+func (o *DeployOptions) meetsDemands(pair *idblock.Signed) error {
+	var demands snp.AppraisalPolicy
+	if err := o.Appraisal.Demand(&demands); err != nil {
+		return Usage("appraisal policy: %v", err)
+	}
+	among := func(digest [idblock.DigestSize]byte, accepted [][]byte) bool {
+		return len(accepted) == 0 || slices.ContainsFunc(accepted, func(a []byte) bool { return bytes.Equal(a, digest[:]) })
+	}
+	const remedy = "use the publisher's current pair, or demand what this one has"
+	switch {
+	case !among(pair.IDKeyDigest, demands.IDKeys):
+		return contract.Refuse("tenant.id-block-mismatch", remedy, "the ID block is signed by key %x, which --id-key-digest does not name", pair.IDKeyDigest)
+	case len(demands.AuthorKeys) > 0 && !pair.HasAuthorKey:
+		return contract.Refuse("tenant.id-block-mismatch", remedy, "no author key signed the ID key, and --author-key-digest demands one")
+	case !among(pair.AuthorKeyDigest, demands.AuthorKeys):
+		return contract.Refuse("tenant.id-block-mismatch", remedy, "the author key is %x, which --author-key-digest does not name", pair.AuthorKeyDigest)
+	case pair.Block.GuestSVN < demands.MinGuestSVN:
+		return contract.Refuse("tenant.id-block-mismatch", remedy, "the ID block has guest SVN %d, and --min-guest-svn demands %d", pair.Block.GuestSVN, demands.MinGuestSVN)
+	}
+	return nil
 }
 
 func readBase64(file string) ([]byte, error) {

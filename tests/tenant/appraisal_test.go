@@ -70,7 +70,7 @@ func (w *world) publisher(digest string, policy uint64) (IDBlockFiles, *idblock.
 		w.t.Fatal(err)
 	}
 	encode := base64.StdEncoding.EncodeToString
-	return IDBlockFiles{Block: w.file("block", encode(signed.RawBlock)+"\n"), Auth: w.file("auth", encode(signed.RawAuth))}, signed
+	return IDBlockFiles{Block: w.file("block-"+digest[:8], encode(signed.RawBlock)+"\n"), Auth: w.file("auth-"+digest[:8], encode(signed.RawAuth))}, signed
 }
 
 func TestAnIDBlockGoesWithTheLaunchAndItsKeyIsDemanded(t *testing.T) {
@@ -106,6 +106,15 @@ func TestDemandsThatNoLaunchCouldMeetAreRefusedEarly(t *testing.T) {
 	w := newWorld(t)
 	image, _ := w.push(0)
 	otherDigest, _ := w.publisher(strings.Repeat("0d", 48), guestPolicy)
+	guest, err := loadImage(w.profile.ImageDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest, err := guest.predict(defaultVCPUs, defaultCPUModel, guestFeatures)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fitting, _ := w.publisher(digest, guestPolicy) // guest SVN 2, no author key
 	key := strings.Repeat("0d", 48)
 	for name, c := range map[string]struct {
 		code   string
@@ -116,6 +125,9 @@ func TestDemandsThatNoLaunchCouldMeetAreRefusedEarly(t *testing.T) {
 		"SVN without ID block":   {codeUsage, func(o *DeployOptions) { o.Appraisal.MinGuestSVN = 1 }},
 		"half a pair":            {codeUsage, func(o *DeployOptions) { o.IDBlock.Block = otherDigest.Block }},
 		"another launch's":       {"tenant.id-block-mismatch", func(o *DeployOptions) { o.IDBlock = otherDigest }},
+		"a key not demanded":     {"tenant.id-block-mismatch", func(o *DeployOptions) { o.IDBlock, o.Appraisal.IDKeyDigests = fitting, []string{key} }},
+		"no author key":          {"tenant.id-block-mismatch", func(o *DeployOptions) { o.IDBlock, o.Appraisal.AuthorKeyDigests = fitting, []string{key} }},
+		"an old guest SVN":       {"tenant.id-block-mismatch", func(o *DeployOptions) { o.IDBlock, o.Appraisal.MinGuestSVN = fitting, 3 }},
 		"no pair":                {"tenant.id-block-malformed", func(o *DeployOptions) { o.IDBlock = IDBlockFiles{otherDigest.Auth, otherDigest.Block} }},
 		"not base64":             {codeUsage, func(o *DeployOptions) { o.IDBlock = IDBlockFiles{w.file("no", "!"), otherDigest.Auth} }},
 	} {
