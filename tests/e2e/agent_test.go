@@ -2,11 +2,15 @@ package e2e_test
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -125,5 +129,58 @@ func TestTheDemoEndsWellAndLeavesNothing(t *testing.T) {
 	}
 	if steps < 8 || steps != times {
 		t.Errorf("%d steps and %d times in:\n%s", steps, times, out)
+	}
+}
+
+// A package that an operator installs while the agent is down changes what the
+// host can do, and the control plane is told what.
+func TestWhatChangesAboutAHostIsToldByName(t *testing.T) {
+	w, hosts := newWorld(t, trial.HostOptions{})
+	h := hosts[0]
+	if err := h.Agent().Stop(); err != nil {
+		t.Fatal(err)
+	}
+	images, err := filepath.Glob(filepath.Join(w.Programs.Images, "*", "*.fd"))
+	if err != nil || len(images) == 0 {
+		t.Fatalf("no firmware in %s: %v", w.Programs.Images, err)
+	}
+	firmware, err := os.ReadFile(images[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	const added = "/run/added-firmware"
+	if err := os.MkdirAll(h.Path(added), 0o755); err != nil { //nolint:gosec // as a package makes it
+		t.Fatal(err)
+	}
+	config, err := os.ReadFile(h.Path(trial.AgentConfig))
+	if err != nil {
+		t.Fatal(err)
+	}
+	config = bytes.Replace(config, []byte("image_dirs = ["), []byte(`image_dirs = ["`+added+`", `), 1)
+	if err := errors.Join(os.WriteFile(h.Path(added+"/OVMF.fd"), firmware, 0o600), os.WriteFile(h.Path(trial.AgentConfig), config, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if err := h.StartAgent(w.ctx); err != nil {
+		t.Fatal(err)
+	}
+	var told []string
+	if err := trial.Await(w.ctx, "news of the firmware", func() (bool, error) {
+		events, err := w.API.Events(w.ctx, 0, 1000, false)
+		if err != nil {
+			return false, err
+		}
+		for _, e := range events {
+			event, err := e.Decode()
+			if err != nil {
+				return false, err
+			}
+			told = append(told, event.GetCapability().GetChanged()...)
+		}
+		return len(told) > 0, nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(told, []string{"components.ovmf.observed"}) {
+		t.Errorf("told of %q, want the firmware and nothing else", told)
 	}
 }

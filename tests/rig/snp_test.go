@@ -134,8 +134,8 @@ func own(t *testing.T) map[string][]string {
 		return text
 	}
 	return map[string][]string{
-		"snp.xml":            {},
-		"snp-id-block.xml":   {`"id-block":"` + element("idBlock") + `"`, `"id-auth":"` + element("idAuth") + `"`, `"author-key-enabled":true`},
+		"snp.xml":          {},
+		"snp-id-block.xml": {`"id-block":"` + element("idBlock") + `"`, `"id-auth":"` + element("idAuth") + `"`, `"author-key-enabled":true`},
 		"snp-gpu.xml": {
 			"-fw_cfg name=opt/ovmf/X-PciMmio64Mb,string=262144", "-cpu EPYC-v4,host-phys-bits=on ",
 			`"driver":"pcie-root-port","port":1,"chassis":1,"id":"pci.1","hotplug":false,"bus":"pcie.0","addr":"0x10"`,
