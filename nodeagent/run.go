@@ -105,6 +105,7 @@ func runAgent(ctx context.Context, cfg config.Config, logger hclog.Logger) (err 
 	tasks.Go("admin", a.socket.Run)
 	tasks.Go("prune", a.prune)
 	tasks.Go("capability", a.watchCapability)
+	tasks.Go("memory", returnMemory)
 	logger.Info("started", "host_id", cfg.HostID, "tee", cfg.TEE, "emulated_build", platform.EmulatedBuild)
 	err = serve(ctx, tasks, func(state string) {
 		if _, err := daemon.SdNotify(false, state); err != nil {
