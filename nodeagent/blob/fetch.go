@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/confidential-node/agent/firmware/contract"
 )
@@ -58,11 +59,15 @@ type download struct {
 	// resumed says that parts of an earlier attempt were taken over.
 	resumed bool
 
+	// more is told, without waiting, when a part has come.
+	more chan struct{}
+	// hash is the hasher's alone.
+	hash hash.Hash
+
 	mu      sync.Mutex
 	journal journal
-	// there are the parts on disk; those in journal.Parts are in hash.
+	// there are the parts on disk.
 	there []bool
-	hash  hash.Hash
 	done  int64
 }
 
@@ -105,17 +110,18 @@ func (c *Cache) fetchOnce(ctx context.Context, ref Ref, progress func(done, tota
 	if err := file.Truncate(ref.Size); err != nil {
 		return fmt.Errorf("preparing partial blob: %w", err)
 	}
-	d := &download{c: c, ref: ref, file: file, progress: progress, hash: sha256.New()}
-	if err := d.resume(ctx); err != nil {
-		return err
-	}
+	d := &download{c: c, ref: ref, file: file, progress: progress, hash: sha256.New(), more: make(chan struct{}, 1)}
+	d.resume()
 	// The first part alone: it pins the object and shows whether it is sealed.
 	if err := d.part(ctx, 0); err != nil {
 		return err
 	}
 	work, workCtx := errgroup.WithContext(ctx)
-	work.SetLimit(c.cfg.Parts)
-	for i := d.journal.Parts; i < len(d.there) && workCtx.Err() == nil; i++ {
+	work.SetLimit(c.cfg.Parts + 1)
+	// Hashed beside the parts, in their order: a part that comes does not wait
+	// until another is hashed.
+	work.Go(func() error { return d.hashParts(workCtx) })
+	for i := 1; i < len(d.there) && workCtx.Err() == nil; i++ {
 		work.Go(func() error { return d.part(workCtx, i) })
 	}
 	if err := work.Wait(); err != nil {
@@ -156,26 +162,19 @@ func syncDir(path string) error {
 }
 
 // resume takes up what an earlier attempt left, when it was of the same shape.
-func (d *download) resume(ctx context.Context) error {
+func (d *download) resume() {
 	parts := int((d.ref.Size + d.c.cfg.PartSize - 1) / d.c.cfg.PartSize)
 	d.journal = journal{Size: d.ref.Size, PartSize: d.c.cfg.PartSize}
 	d.there = make([]bool, parts)
 	old, err := readJournal(d.c.journalFile(d.ref.name()))
 	if err != nil || old.Size != d.journal.Size || old.PartSize != d.journal.PartSize || old.Parts > parts {
-		return nil //nolint:nilerr // nothing to take up
+		return // nothing to take up
 	}
-	d.journal.ETag, d.resumed = old.ETag, old.Parts > 0
+	d.journal.ETag, d.journal.Parts, d.resumed = old.ETag, old.Parts, old.Parts > 0
 	for i := range old.Parts {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
 		d.there[i] = true
 		d.done += d.length(i)
-		if err := d.advance(); err != nil {
-			return err
-		}
 	}
-	return nil
 }
 
 func readJournal(path string) (journal, error) {
@@ -219,18 +218,36 @@ func (d *download) length(i int) int64 {
 	return min(d.journal.PartSize, d.journal.Size-int64(i)*d.journal.PartSize)
 }
 
-// advance hashes the parts that are complete in order. Caller holds mu, or
-// nobody else runs yet.
-func (d *download) advance() error {
-	for d.journal.Parts < len(d.there) && d.there[d.journal.Parts] {
-		i := d.journal.Parts
+// hashParts hashes the parts in their order as they come, until all have.
+func (d *download) hashParts(ctx context.Context) error {
+	buffer := make([]byte, 256<<10)
+	for i := range d.there {
+		if err := d.await(ctx, i); err != nil {
+			return err
+		}
 		r := io.NewSectionReader(d.file, int64(i)*d.journal.PartSize, d.length(i))
-		if _, err := io.CopyBuffer(d.hash, r, make([]byte, 1<<20)); err != nil {
+		if _, err := io.CopyBuffer(struct{ io.Writer }{d.hash}, r, buffer); err != nil {
 			return fmt.Errorf("hashing partial blob: %w", err)
 		}
-		d.journal.Parts++
 	}
 	return nil
+}
+
+// await waits until a part is there.
+func (d *download) await(ctx context.Context, i int) error {
+	for {
+		d.mu.Lock()
+		there := d.there[i]
+		d.mu.Unlock()
+		if there {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-d.more:
+		}
+	}
 }
 
 // part fetches one part, with retries for what may pass.
@@ -269,9 +286,16 @@ func (d *download) complete(i int) error {
 	d.there[i] = true
 	d.done += d.length(i)
 	d.progress(d.done, d.journal.Size)
+	select {
+	case d.more <- struct{}{}:
+	default:
+	}
 	before := d.journal.Parts
-	if err := d.advance(); err != nil || d.journal.Parts == before {
-		return err
+	for d.journal.Parts < len(d.there) && d.there[d.journal.Parts] {
+		d.journal.Parts++
+	}
+	if d.journal.Parts == before {
+		return nil
 	}
 	return d.saveLocked()
 }
@@ -317,7 +341,12 @@ func (d *download) keep(body io.Reader, first int64) (err error) {
 			return err
 		}
 	}
-	_, err = io.CopyBuffer(io.NewOffsetWriter(d.file, first), body, make([]byte, 256<<10))
+	n, err := io.CopyBuffer(io.NewOffsetWriter(d.file, first), body, make([]byte, 256<<10))
+	if err == nil {
+		// The disk begins with it now, or publishing waits for all of it at the
+		// end. That a file system cannot do so is no error.
+		_ = unix.SyncFileRange(int(d.file.Fd()), first, n, unix.SYNC_FILE_RANGE_WRITE)
+	}
 	return err
 }
 
