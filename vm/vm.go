@@ -30,11 +30,9 @@ type Spec struct {
 	Disks []Disk
 	NIC   NIC
 	TEE   TEE
-	// Devices are passed through, at most 12. They are bound to vfio-pci and
-	// stay with their owner: libvirt neither binds, resets nor gives back.
-	Devices []PCIDevice
-	// IOMMUFD maps their memory through iommufd; libvirt 12.2.0 or later.
-	IOMMUFD bool
+	// MMIO64MiB is the 64-bit MMIO window that the firmware opens for GPUs
+	// (domain.GPUWindowMiB); 0 leaves it to the firmware.
+	MMIO64MiB uint64
 	// ConsoleLog receives the serial console of a debug image; "" gives the
 	// guest none.
 	ConsoleLog string
@@ -52,18 +50,6 @@ type Disk struct {
 
 // NIC is the guest's only network interface, on a tap that exists already.
 type NIC struct{ Tap, MAC string }
-
-// PCIDevice is a host function for the guest, a GPU or an NVSwitch.
-type PCIDevice struct {
-	// Address is the host's, "0000:41:00.0".
-	Address string
-	// LargestBAR in bytes, a power of two from 1 MiB to 16 TiB.
-	LargestBAR uint64
-	// NUMANode of the host, -1 when unknown, and the CPUs next to it as the
-	// kernel lists them, "0-31,64-95".
-	NUMANode  int
-	LocalCPUs string
-}
 
 // TEE is exactly one of its fields.
 type TEE struct {

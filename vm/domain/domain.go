@@ -43,7 +43,7 @@ type slice func(vm.Spec, *libvirtxml.Domain) error
 
 // rendering is the slices in order. Reading the list is reading the domain.
 func rendering() []slice {
-	return []slice{identity, machine, processor, memory, boot, disks, nic, console, devices, placement, tee}
+	return []slice{identity, machine, processor, memory, boot, disks, nic, console, window, tee}
 }
 
 // Render checks a specification and returns its domain XML.
@@ -60,11 +60,6 @@ func Render(s vm.Spec) (string, error) {
 	text, err := d.Marshal()
 	if err != nil {
 		return "", fmt.Errorf("rendering domain of guest %s: %w", s.GuestID, err)
-	}
-	if s.IOMMUFD {
-		if text, err = iommufd(text); err != nil {
-			return "", err
-		}
 	}
 	return text + "\n", nil
 }
@@ -84,6 +79,8 @@ func Check(s vm.Spec) error {
 		return refuse("CPU model %q is not a name", s.CPUModel)
 	case s.CPUModel == "" || strings.HasPrefix(s.CPUModel, "host") || s.CPUModel == "max":
 		return refuse("CPU model %q makes the launch digest depend on the host; use a named one (EPYC-v4)", s.CPUModel)
+	case s.MMIO64MiB > maxWindowMiB:
+		return refuse("an MMIO window of %d MiB is more than %d", s.MMIO64MiB, maxWindowMiB)
 	case s.Kernel == "":
 		return refuse("kernel hashes without a kernel make QEMU abort")
 	case (s.TEE.SNP == nil) == (s.TEE.Emulated == nil):
@@ -102,7 +99,7 @@ func Check(s vm.Spec) error {
 	if strings.ContainsFunc(s.Cmdline, func(r rune) bool { return r < ' ' || r > '~' }) || strings.TrimSpace(s.Cmdline) != s.Cmdline {
 		return refuse("kernel command line %q is not printable ASCII without blanks around it", s.Cmdline)
 	}
-	if err := errors.Join(checkDevices(s), checkPCIDevices(s)); err != nil {
+	if err := checkDevices(s); err != nil {
 		return err
 	}
 	if s.TEE.Emulated != nil {
