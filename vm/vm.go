@@ -30,9 +30,13 @@ type Spec struct {
 	Disks []Disk
 	NIC   NIC
 	TEE   TEE
-	// MMIO64MiB is the 64-bit MMIO window that the firmware opens for GPUs
-	// (domain.GPUWindowMiB); 0 leaves it to the firmware.
-	MMIO64MiB uint64
+	// Devices are passed through, in this order: GPUs first, then NVSwitches.
+	// They come with the guest and leave with it; there is no hotplug.
+	Devices []PCIDevice
+	// IOMMUFD attaches them through iommufd (floor.Attach decides), else type1.
+	IOMMUFD bool
+	// Placement of memory and vCPUs; the zero value leaves it to the kernel.
+	Placement Placement
 	// ConsoleLog receives the serial console of a debug image; "" gives the
 	// guest none.
 	ConsoleLog string
@@ -47,6 +51,31 @@ type Disk struct {
 	// Serial has at most 20 characters: virtio-blk cuts there.
 	Serial string
 }
+
+// Kind of a device that is passed through.
+type Kind string
+
+// Kinds.
+const (
+	KindGPU      Kind = "gpu"
+	KindNVSwitch Kind = "nvswitch"
+)
+
+// PCIDevice is a function that is passed through, bound to vfio-pci already.
+type PCIDevice struct {
+	// Address is DDDD:BB:SS.F in lower-case hex.
+	Address string
+	Kind    Kind
+	// BARs are the sizes in bytes of its memory BARs.
+	BARs []uint64
+	// NUMANode is -1 when the platform does not tell.
+	NUMANode int
+	// IOMMUGroup of the device: no other function of it may stay outside.
+	IOMMUGroup int
+}
+
+// Placement is where on the host a guest lives.
+type Placement struct{ Nodes, CPUs []int }
 
 // NIC is the guest's only network interface, on a tap that exists already.
 type NIC struct{ Tap, MAC string }

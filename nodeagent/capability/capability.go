@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/vm/floor"
 )
 
 // Conclusion is a yes or no that may not be known.
@@ -90,8 +91,8 @@ type Endorsements struct {
 // Judge concludes.
 func Judge(f Facts) Report {
 	r := Report{Components: []Component{}}
-	for _, rule := range versionRules() {
-		r.Components = append(r.Components, rule.judge(rule.observed(f)))
+	for _, rule := range floor.Rules() {
+		r.Components = append(r.Components, judge(rule, f))
 	}
 	r.Components = append(r.Components, judgeFirmware(f.Firmware))
 	if f.Endorsements != nil {
@@ -101,68 +102,37 @@ func Judge(f Facts) Report {
 	return r
 }
 
-// versionRule is the floor of one component.
-type versionRule struct {
-	name       string
-	observed   func(Facts) string
-	floor, gpu string
-	// update is what to do below a floor, ask what to do when nothing is known.
-	update, ask string
-}
-
-const startLibvirt = "start libvirtd (or virtqemud) and see that libvirt.uri is right"
-
-// versionRules are the floors, each for what it first has: kernel 6.11 hosts
-// SNP, and NVIDIA supports GPUs from 6.17 on; libvirt 10.5.0 has the launch
-// security of SNP, and passes GPUs through as long as the domain does not name
-// iommufd, which the agent's does not; QEMU 9.1 has sev-snp-guest, and up to
-// 10.0 refuses it together with any VFIO device.
-func versionRules() []versionRule {
-	return []versionRule{
-		{"kernel", func(f Facts) string { return f.Kernel }, "6.11", "6.17", "install a newer kernel and reboot", "mount proc"},
-		{"libvirt", func(f Facts) string { return f.Libvirt }, "10.5.0", "10.5.0", "install a newer libvirt", startLibvirt},
-		{"qemu", func(f Facts) string { return f.QEMU }, "9.1", "10.1", "install a newer QEMU, for instance from the distribution's backports", startLibvirt},
+// askFor is what to do when nothing is known of a component.
+func askFor(name string) string {
+	if name == "kernel" {
+		return "mount proc"
 	}
+	return "start libvirtd (or virtqemud) and see that libvirt.uri is right"
 }
 
-func (rule versionRule) judge(observed string) Component {
+func judge(rule floor.Rule, f Facts) Component {
+	observed := rule.Of(floor.Versions{Kernel: f.Kernel, Libvirt: f.Libvirt, QEMU: f.QEMU})
 	c := Component{
-		Name: rule.name, Observed: observed, Floor: rule.floor, FloorGPU: rule.gpu,
-		Meets: atLeast(observed, rule.floor), MeetsGPU: atLeast(observed, rule.gpu),
+		Name: rule.Name, Observed: observed, Floor: rule.Plain, FloorGPU: rule.GPU,
+		Meets: atLeast(observed, rule.Plain), MeetsGPU: atLeast(observed, rule.GPU),
 	}
 	switch {
 	case c.Meets == Unknown:
-		c.Remedy = rule.ask
+		c.Remedy = askFor(rule.Name)
 	case c.Meets == No:
-		c.Remedy = fmt.Sprintf("%s: at least %s, with GPUs %s", rule.update, rule.floor, rule.gpu)
+		c.Remedy = fmt.Sprintf("%s: at least %s, with GPUs %s", rule.Update, rule.Plain, rule.GPU)
 	case c.MeetsGPU == No:
-		c.Remedy = fmt.Sprintf("%s before renting out GPUs: at least %s", rule.update, rule.gpu)
+		c.Remedy = fmt.Sprintf("%s before renting out GPUs: at least %s", rule.Update, rule.GPU)
 	}
 	return c
 }
 
-// atLeast compares numbers that dots separate; what follows them is the
-// distribution's.
-func atLeast(observed, floor string) Conclusion {
-	have, want := numbers(observed), numbers(floor)
-	if len(have) < 2 {
+func atLeast(observed, least string) Conclusion {
+	meets, known := floor.AtLeast(observed, least)
+	if !known {
 		return Unknown
 	}
-	return conclude(slices.Compare(have, want) >= 0 || slices.Equal(have, want[:min(len(have), len(want))]))
-}
-
-func numbers(version string) (out []int) {
-	for part := range strings.SplitSeq(version, ".") {
-		var n int
-		if _, err := fmt.Sscanf(part, "%d", &n); err != nil || n < 0 {
-			return out
-		}
-		out = append(out, n)
-		if strings.Trim(part, "0123456789") != "" {
-			return out
-		}
-	}
-	return out
+	return conclude(meets)
 }
 
 // firmwareFloor: only this build makes the kernel part of the launch digest.

@@ -109,7 +109,7 @@ func always() []string {
 		`"host-data":"` + base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{0xAB}, 32)) + `"`,
 		"confidential-guest-support=lsec0", "-machine pc-q35-", "dump-guest-core=off",
 		"-bios /run/nodeagent/guests/g/firmware", "-kernel /run/nodeagent/guests/g/kernel", "-initrd /run/nodeagent/guests/g/initrd",
-		"-append 'panic=-1 quiet'", "-cpu EPYC-v4 ", "-smp 4,sockets=4", "-nodefaults", "-display none",
+		"-append 'panic=-1 quiet'", "-smp 4,sockets=4", "-nodefaults", "-display none",
 		`"read-only":true`, `"serial":"bbbbbbbbbbbbbbbbbbbb"`,
 	}
 }
@@ -131,9 +131,16 @@ func own(t *testing.T) map[string][]string {
 		return text
 	}
 	return map[string][]string{
-		"snp.xml":            {},
-		"snp-id-block.xml":   {`"id-block":"` + element("idBlock") + `"`, `"id-auth":"` + element("idAuth") + `"`, `"author-key-enabled":true`},
-		"snp-gpu-window.xml": {"-fw_cfg name=opt/ovmf/X-PciMmio64Mb,string=262144"},
+		"snp.xml":          {"-cpu EPYC-v4 "},
+		"snp-id-block.xml": {"-cpu EPYC-v4 ", `"id-block":"` + element("idBlock") + `"`, `"id-auth":"` + element("idAuth") + `"`, `"author-key-enabled":true`},
+		"gpu-1-type1.xml": {
+			"-cpu EPYC-v4,host-phys-bits=on ", "-fw_cfg name=opt/ovmf/X-PciMmio64Mb,string=262144", `"driver":"pcie-root-port","port":128,"chassis":1,`,
+			`"driver":"vfio-pci","host":"0000:18:00.0"`,
+		},
+		"gpu-8-ppcie.xml": {
+			"-cpu EPYC-v4,host-phys-bits=on ", "-fw_cfg name=opt/ovmf/X-PciMmio64Mb,string=2097152", `"driver":"pcie-root-port","port":139,"chassis":12,`,
+			`"driver":"vfio-pci","host":"0000:88:00.0"`, `"driver":"vfio-pci","host":"0000:08:00.0"`,
+		},
 	}
 }
 
@@ -156,6 +163,8 @@ func TestLibvirtAndQEMUTakeTheGoldenSNPDomains(t *testing.T) {
 					t.Errorf("QEMU's arguments have %s", bad)
 				}
 			}
+			// Whether VFIO maps the device only a host that has it can tell.
+			args = regexp.MustCompile(`"driver":"vfio-pci","host":"[^"]*"`).ReplaceAllString(args, `"driver":"pci-testdev"`)
 			_, stderr, failed := runQEMU(t, h, args)
 			if r, known := diagnosis.Start(stderr); !failed || !known || r.Code != "host.snp-unavailable" {
 				t.Errorf("on a host without SEV-SNP QEMU says %q (%+v)", stderr, r)

@@ -43,7 +43,7 @@ type slice func(vm.Spec, *libvirtxml.Domain) error
 
 // rendering is the slices in order. Reading the list is reading the domain.
 func rendering() []slice {
-	return []slice{identity, machine, processor, memory, boot, disks, nic, console, window, tee}
+	return []slice{identity, machine, processor, memory, boot, disks, nic, console, devices, placement, window, tee}
 }
 
 // Render checks a specification and returns its domain XML.
@@ -57,7 +57,7 @@ func Render(s vm.Spec) (string, error) {
 			return "", err
 		}
 	}
-	text, err := d.Marshal()
+	text, err := marshal(d, s.IOMMUFD)
 	if err != nil {
 		return "", fmt.Errorf("rendering domain of guest %s: %w", s.GuestID, err)
 	}
@@ -79,8 +79,6 @@ func Check(s vm.Spec) error {
 		return refuse("CPU model %q is not a name", s.CPUModel)
 	case s.CPUModel == "" || strings.HasPrefix(s.CPUModel, "host") || s.CPUModel == "max":
 		return refuse("CPU model %q makes the launch digest depend on the host; use a named one (EPYC-v4)", s.CPUModel)
-	case s.MMIO64MiB > maxWindowMiB:
-		return refuse("an MMIO window of %d MiB is more than %d", s.MMIO64MiB, maxWindowMiB)
 	case s.Kernel == "":
 		return refuse("kernel hashes without a kernel make QEMU abort")
 	case (s.TEE.SNP == nil) == (s.TEE.Emulated == nil):
@@ -100,6 +98,9 @@ func Check(s vm.Spec) error {
 		return refuse("kernel command line %q is not printable ASCII without blanks around it", s.Cmdline)
 	}
 	if err := checkDevices(s); err != nil {
+		return err
+	}
+	if err := checkPassthrough(s); err != nil {
 		return err
 	}
 	if s.TEE.Emulated != nil {

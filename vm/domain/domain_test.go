@@ -100,13 +100,6 @@ func TestAnIDBlockIsPassedOnAsItsPublisherSignedIt(t *testing.T) {
 	}
 }
 
-func TestTheMMIOWindowForGPUsIsAnArgumentOfQEMUs(t *testing.T) {
-	t.Parallel()
-	s := spec()
-	s.MMIO64MiB = 262144
-	golden(t, "snp-gpu-window.xml", s)
-}
-
 // The sizes are NVIDIA's published one and its multiples.
 func TestTheMMIOWindowHoldsEveryGPU(t *testing.T) {
 	t.Parallel()
@@ -156,6 +149,9 @@ func TestGoldenDomainsFitLibvirtsSchema(t *testing.T) {
 		t.Fatalf("golden files: %v, %v", files, err)
 	}
 	for _, file := range files {
+		if strings.Contains(file, "iommufd") {
+			continue // newer than libvirt 11.3's schema; see TestIOMMUFDIsOneElementMore
+		}
 		if out, err := exec.CommandContext(t.Context(), "virt-xml-validate", file, "domain").CombinedOutput(); err != nil {
 			t.Errorf("%s: %v\n%s", file, err, out)
 		}
@@ -214,7 +210,6 @@ func TestWhatLibvirtLetsThroughAndCannotWorkIsRefused(t *testing.T) {
 		"ID block nobody signed":   func(s *vm.Spec) { s.TEE.SNP.IDBlock, s.TEE.SNP.IDAuth = make([]byte, 96), make([]byte, 4096) },
 		"ID block changed":         func(s *vm.Spec) { identify(t, s, true); s.TEE.SNP.IDBlock[0x54]++ },
 		"ID block of other policy": func(s *vm.Spec) { identify(t, s, true); s.TEE.SNP.Policy = 0x20000 },
-		"window beyond firmware's": func(s *vm.Spec) { s.MMIO64MiB = 0x1000001 },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

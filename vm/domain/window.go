@@ -40,10 +40,25 @@ func GPUWindowMiB(bars []uint64) (uint64, error) {
 	return window, nil
 }
 
-func window(s vm.Spec, d *libvirtxml.Domain) error {
-	if s.MMIO64MiB != 0 {
-		argument(d, "-fw_cfg", "name="+windowItem+",string="+strconv.FormatUint(s.MMIO64MiB, 10))
+// gpuBARs is the largest BAR of each GPU.
+func gpuBARs(devices []vm.PCIDevice) (bars []uint64) {
+	for _, dev := range devices {
+		if dev.Kind == vm.KindGPU {
+			bars = append(bars, slices.Max(dev.BARs))
+		}
 	}
+	return bars
+}
+
+// window sizes the MMIO window. Firmware also needs the host's width of
+// physical addresses: the default of 40 bits ends below it.
+func window(s vm.Spec, d *libvirtxml.Domain) error {
+	mib, err := GPUWindowMiB(gpuBARs(s.Devices))
+	if err != nil || mib == 0 {
+		return err
+	}
+	d.CPU.MaxPhysAddr = &libvirtxml.DomainCPUMaxPhysAddr{Mode: "passthrough"}
+	argument(d, "-fw_cfg", "name="+windowItem+",string="+strconv.FormatUint(mib, 10))
 	return nil
 }
 

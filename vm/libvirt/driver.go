@@ -173,15 +173,18 @@ func (d *Driver) Start(ctx context.Context, spec vm.Spec) error {
 	if err != nil {
 		return err
 	}
-	return d.start(ctx, spec.GuestID, spec.Generation, text)
+	return d.start(ctx, spec.GuestID, spec.Generation, text, spec.Devices)
 }
 
-func (d *Driver) start(ctx context.Context, guestID string, generation uint64, text string) error {
+func (d *Driver) start(ctx context.Context, guestID string, generation uint64, text string, devices []vm.PCIDevice) error {
 	_, err := call(ctx, d, startTimeout, func(conn *libvirt.Connect) (struct{}, error) {
 		existing, err := conn.LookupDomainByUUIDString(guestID)
 		if err == nil {
 			defer free(existing)
-			return struct{}{}, runsAlready(existing, guestID, generation)
+			if err := runsAlready(existing, guestID, generation); err != nil {
+				return struct{}{}, err
+			}
+			return struct{}{}, hasDevices(existing, guestID, devices)
 		}
 		if !isCode(err, libvirt.ERR_NO_DOMAIN) {
 			return struct{}{}, fmt.Errorf("looking for guest %s: %w", guestID, err)
@@ -192,9 +195,31 @@ func (d *Driver) start(ctx context.Context, guestID string, generation uint64, t
 		if err != nil {
 			return struct{}{}, d.startError(guestID, began, err)
 		}
-		free(created)
-		return struct{}{}, nil
+		defer free(created)
+		return struct{}{}, endUnless(hasDevices(created, guestID, devices), created, guestID)
 	})
+	return err
+}
+
+// hasDevices reads the domain back: libvirt let through what was asked for,
+// and nobody added to it.
+func hasDevices(dom *libvirt.Domain, guestID string, devices []vm.PCIDevice) error {
+	text, err := dom.GetXMLDesc(0)
+	if err != nil {
+		return fmt.Errorf("reading the domain of guest %s back: %w", guestID, err)
+	}
+	return domain.CheckDevices(text, devices)
+}
+
+// endUnless ends a domain that was created a moment ago with other devices: a
+// refusal says that nothing runs. Where that fails the error is none.
+func endUnless(err error, created *libvirt.Domain, guestID string) error {
+	if _, refused := errors.AsType[*contract.Refusal](err); !refused {
+		return err
+	}
+	if ended := created.Destroy(); ended != nil && !isCode(ended, libvirt.ERR_NO_DOMAIN) {
+		return fmt.Errorf("ending guest %s, which has other devices (%s): %w", guestID, err.Error(), ended)
+	}
 	return err
 }
 

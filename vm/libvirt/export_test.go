@@ -5,11 +5,13 @@ import (
 	"testing"
 
 	"libvirt.org/go/libvirt"
+
+	"github.com/confidential-node/agent/vm"
 )
 
 // StartXML starts a domain from text, for hypervisors Render knows nothing of.
-func (d *Driver) StartXML(ctx context.Context, guestID string, generation uint64, text string) error {
-	return d.start(ctx, guestID, generation, text)
+func (d *Driver) StartXML(ctx context.Context, guestID string, generation uint64, text string, devices ...vm.PCIDevice) error {
+	return d.start(ctx, guestID, generation, text, devices)
 }
 
 // CreateForeign starts any domain.

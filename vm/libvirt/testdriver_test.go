@@ -145,3 +145,27 @@ func TestOneQuestionNeedsNoDriver(t *testing.T) {
 		t.Error("a driver that is not there has a version")
 	}
 }
+
+func TestADomainIsReadBackWithTheDevicesAskedFor(t *testing.T) {
+	d := connected(t)
+	const id = "11111111-2222-4333-8444-555555555551"
+	gpu := vm.PCIDevice{Address: "0000:18:00.0", Kind: vm.KindGPU}
+	text := strings.Replace(testDomain(vm.NamePrefix+id, id, mark(id, 1)), "</domain>",
+		`<devices><hostdev mode="subsystem" type="pci" managed="no"><source><address domain="0x0000" bus="0x18" slot="0x00" function="0x0"/></source></hostdev></devices></domain>`, 1)
+	if err := d.StartXML(t.Context(), id, 1, text); err == nil || !strings.Contains(err.Error(), "vm.devices-differ") {
+		t.Errorf("a device nobody asked for: %v", err)
+	}
+	if d.Runs(t.Context(), id) {
+		t.Error("a refused guest runs")
+	}
+	if err := d.StartXML(t.Context(), id, 1, text, gpu); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.StartXML(t.Context(), id, 1, text); err == nil || !strings.Contains(err.Error(), "vm.devices-differ") {
+		t.Errorf("a running guest with an unexpected device: %v", err)
+	}
+	if !d.Runs(t.Context(), id) {
+		t.Error("a running guest was ended")
+	}
+	d.DestroyForeign(t, id)
+}
