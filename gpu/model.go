@@ -98,7 +98,8 @@ func Identify(f vfio.Function) (Model, error) {
 			"%s (%04x:%04x, class %06x) is neither", f.Address, f.Vendor, f.Device, f.Class)
 	}
 	for _, b := range boards() {
-		if b.device != f.Device || !(slices.Contains(b.subsystems, f.SubsystemDevice) || slices.Contains(b.subsystems, anySubsystem)) {
+		known := slices.Contains(b.subsystems, f.SubsystemDevice) || slices.Contains(b.subsystems, anySubsystem)
+		if b.device != f.Device || !known {
 			continue
 		}
 		if b.refuse != "" {
