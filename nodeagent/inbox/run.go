@@ -128,16 +128,25 @@ func (x *Inbox) carryOut(ctx context.Context, c Command) error {
 	if err != nil {
 		cmd = &api.Command{CommandId: c.ID}
 	}
-	events, err := x.attempt(ctx, cmd)
-	if err != nil && ctx.Err() != nil {
+	events, over := x.outcome(ctx, c, cmd)
+	if !over || !x.finish(ctx, c.ID, events) {
 		x.release(c.ID)
-		return nil
 	}
-	if err != nil {
+	return nil
+}
+
+// outcome executes a command and returns what to report, unless the agent
+// stopped meanwhile.
+func (x *Inbox) outcome(ctx context.Context, c Command, cmd *api.Command) (events []*api.Event, over bool) {
+	events, err := x.attempt(ctx, cmd)
+	switch {
+	case err != nil && ctx.Err() != nil:
+		return nil, false
+	case err != nil:
 		r := contract.AsRefusal(err)
 		x.d.Logger.Warn("command not carried out", keyCommand, c.ID, keyVerb, c.Verb, keyCode, r.Code, keyRemedy, r.Remedy, keyError, err)
 		events = append(events, api.NewRefused(x.d.HostID, c.ID, x.d.Clock(), r, nil))
-	} else if len(events) == 0 {
+	case len(events) == 0:
 		events = []*api.Event{api.NewDone(x.d.HostID, c.ID, x.d.Clock())}
 	}
 	for _, e := range events {
@@ -145,10 +154,7 @@ func (x *Inbox) carryOut(ctx context.Context, c Command) error {
 			e.CommandId = c.ID
 		}
 	}
-	if !x.finish(ctx, c.ID, events) {
-		x.release(c.ID)
-	}
-	return nil
+	return events, true
 }
 
 // attempt executes a command, a challenge for as long as somebody waits.
