@@ -231,11 +231,14 @@ func TestAFloodIsRefusedAndStopsStillPass(t *testing.T) {
 			}
 		}
 		release := make(chan struct{})
-		n.executor.execute = func(context.Context, *api.Command) ([]*api.Event, error) {
+		ctx, cancel := context.WithCancel(t.Context())
+		n.executor.execute = func(_ context.Context, cmd *api.Command) ([]*api.Event, error) {
 			<-release
+			if cmd.GetStopGuest() != nil {
+				cancel() // draining the rest would show nothing more
+			}
 			return nil, nil
 		}
-		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- n.Run(ctx) }()
 		synctest.Wait()
@@ -247,13 +250,12 @@ func TestAFloodIsRefusedAndStopsStillPass(t *testing.T) {
 			t.Errorf("no refusal: %q", got[max(0, len(got)-3):])
 		}
 		close(release)
-		synctest.Wait()
-		cancel()
+		<-ctx.Done()
 		if err := <-done; err != nil {
 			t.Error(err)
 		}
-		if got := n.executor.executed(); !slices.Contains(got, last.GetCommandId()) {
-			t.Errorf("%d executed, not the stop", len(got))
+		if got := n.executor.executed(); len(got) != 2 || got[1] != last.GetCommandId() {
+			t.Errorf("%d executed, the stop was not the second", len(got))
 		}
 	})
 }
@@ -304,7 +306,7 @@ func (g *guests) execute(cmd *api.Command, again bool) error {
 // dies and restarts at any step. Seeded, so that a failure can be looked at.
 func TestConflictingCommandsInAnyOrderAndThroughAnyDeath(t *testing.T) {
 	t.Parallel()
-	for seed := range uint64(60) {
+	for seed := range uint64(30) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) { randomLife(t, rand.New(rand.NewPCG(seed, 0))) })
