@@ -24,6 +24,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
 )
 
@@ -40,6 +41,9 @@ const (
 	// outboxLook is how often the outbox is looked at without a signal.
 	outboxLook = 30 * time.Second
 )
+
+// CodeEventOversize takes the place of an event that is too large.
+const CodeEventOversize = "event.oversize"
 
 // Log keys.
 const (
@@ -364,9 +368,10 @@ func (l *Link) publishBatch(ctx context.Context, conn Conn) (int, error) {
 	for i, e := range events {
 		err := l.publish(ctx, conn, e)
 		if errors.Is(err, ErrTooLarge) {
-			// It can never leave, and would hold back all others for ever.
-			l.d.Logger.Error("event dropped", keyEvent, e.GetEventId(), "kind", api.EventKind(e), keyError, err)
-			err = nil
+			// It can never leave, and would hold back all others for ever. Its
+			// command must not stay without an outcome.
+			l.d.Logger.Error("event too large, told so instead", keyEvent, e.GetEventId(), "kind", api.EventKind(e), keyError, err)
+			err = l.publish(ctx, conn, l.tooLarge(e))
 		}
 		if err != nil {
 			return i, err
@@ -377,6 +382,15 @@ func (l *Link) publishBatch(ctx context.Context, conn Conn) (int, error) {
 		}
 	}
 	return len(events), nil
+}
+
+// tooLarge takes the place of an event that cannot be published.
+func (l *Link) tooLarge(e *api.Event) *api.Event {
+	said := api.NewRefused(l.d.HostID, e.GetCommandId(), l.d.Clock(), contract.Refuse(CodeEventOversize,
+		"look at the guest with nodeagent status on the host; what it said is too large for the link",
+		"an event of kind %s is larger than the link carries", api.EventKind(e)), nil)
+	said.EventId, said.Sequence = e.GetEventId(), e.GetSequence()
+	return said
 }
 
 func (l *Link) publish(ctx context.Context, conn Conn, e *api.Event) error {

@@ -9,8 +9,14 @@
 //
 // Receive and Run may be called concurrently; each is called by one goroutine
 // at a time. Commands are executed one after another in the order of their
-// sequence, except RequestEvidence, which waits for guests and so runs beside
-// them, at most 16 at a time.
+// sequence, with two exceptions: StopGuest goes before everything that has not
+// begun, so that it never waits behind a line of launches, and RequestEvidence,
+// which waits for guests, runs beside the rest, at most 16 at a time.
+//
+// A stop is a fence: a launch of the same guest, of its generation or an older
+// one, that has not begun when the stop is carried out never begins, in
+// whichever order the two arrive. A command during which the agent died
+// maxDeaths times is refused as poison, and the queue goes on.
 package inbox
 
 import (
@@ -37,6 +43,9 @@ const (
 	// maxUnsigned bounds the outbox for refusals of bytes nobody signed:
 	// whoever can write to the stream must not fill the disk with them.
 	maxUnsigned = 4096
+	// maxWaiting commands are stored and not carried out. A waiting one costs
+	// about 200 bytes of memory; its payload is on disk.
+	maxWaiting = 16384
 	// maxRemembered refused envelopes are not refused again in public.
 	maxRemembered = 1024
 )
@@ -80,11 +89,12 @@ type Inbox struct {
 	d    Deps
 	wake chan struct{}
 
-	mu       sync.Mutex // serialises Receive's check-then-store; guards below
-	refused  map[[sha256.Size]byte]bool
-	order    [][sha256.Size]byte // of refused, oldest first
-	inflight map[string]bool     // challenges being executed
-	ended    []string            // of inflight, over since the last listing
+	queue  queue
+	fences fences // Run only
+
+	mu      sync.Mutex // serialises Receive's check-then-store; guards below
+	refused map[[sha256.Size]byte]bool
+	order   [][sha256.Size]byte // of refused, oldest first
 }
 
 // New makes an inbox. Nothing happens before Receive or Run.
@@ -101,7 +111,7 @@ func New(d Deps) (*Inbox, error) {
 	d.Logger = d.Logger.Named("inbox")
 	return &Inbox{
 		d: d, wake: make(chan struct{}, 1),
-		refused: map[[sha256.Size]byte]bool{}, inflight: map[string]bool{},
+		refused: map[[sha256.Size]byte]bool{},
 	}, nil
 }
 
@@ -157,7 +167,7 @@ func (x *Inbox) judge(cmd *api.Command, epoch Epoch, now time.Time) *contract.Re
 		return contract.AsRefusal(err)
 	}
 	for _, r := range []*contract.Refusal{
-		x.checkWindow(cmd, now), checkEpoch(cmd, epoch), checkReplay(cmd, epoch), x.checkFeatures(cmd),
+		x.checkWindow(cmd, now), checkEpoch(cmd, epoch), checkReplay(cmd, epoch), x.checkFeatures(cmd), x.checkQueue(cmd),
 	} {
 		if r != nil {
 			return r
@@ -219,6 +229,16 @@ func (x *Inbox) checkFeatures(cmd *api.Command) *contract.Refusal {
 		"the node lacks the features %q", missing)
 }
 
+// checkQueue keeps a flood of commands from filling memory and disk. What
+// ends guests or begins an epoch is always taken.
+func (x *Inbox) checkQueue(cmd *api.Command) *contract.Refusal {
+	if cmd.GetStopGuest() != nil || cmd.GetBeginEpoch() != nil || x.queue.len() < maxWaiting {
+		return nil
+	}
+	return contract.Refuse(CodeQueueFull, "issue it again when the node has answered the others",
+		"%d commands wait to be carried out", maxWaiting)
+}
+
 // accept stores a command that passed every check.
 func (x *Inbox) accept(cmd *api.Command, epoch Epoch, now time.Time) error {
 	if begin := cmd.GetBeginEpoch(); begin != nil && begin.GetEpoch() > epoch.Number {
@@ -243,14 +263,33 @@ func (x *Inbox) add(cmd *api.Command, now time.Time, done bool) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("encoding command: %w", err)
 	}
-	fresh, err := x.d.Journal.AddCommand(Command{
-		ID: cmd.GetCommandId(), Epoch: cmd.GetIssuerEpoch(), Sequence: cmd.GetSequence(),
+	c := Command{
+		ID: cmd.GetCommandId(), Epoch: cmd.GetIssuerEpoch(), Sequence: cmd.GetSequence(), Verb: verb(cmd),
 		ExpiresAt: cmd.GetExpiresAt().AsTime(), ReceivedAt: now, Payload: payload, Done: done,
-	})
+	}
+	if stop := cmd.GetStopGuest(); stop != nil {
+		c.Guest, c.Generation = stop.GetGuestId(), stop.GetGeneration()
+		// It is a fence for as long as a launch signed before it may come.
+		c.ExpiresAt = later(c.ExpiresAt, now.Add(api.MaxWindow+2*x.d.Skew))
+	}
+	if launch := cmd.GetLaunchGuest(); launch != nil {
+		c.Guest, c.Generation = launch.GetGuestId(), launch.GetGeneration()
+	}
+	fresh, err := x.d.Journal.AddCommand(c)
 	if err != nil {
 		return false, fmt.Errorf("storing command: %w", err)
 	}
+	if fresh && !done {
+		x.queue.add(c)
+	}
 	return fresh, nil
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
 }
 
 // retire remembers the id of a refused command that might be acceptable

@@ -1,6 +1,7 @@
 package inbox
 
 import (
+	"errors"
 	"time"
 
 	"github.com/confidential-node/agent/nodeagent/api"
@@ -23,11 +24,24 @@ type Command struct {
 	Epoch, Sequence uint64
 	// ExpiresAt bounds how long the id must be remembered.
 	ExpiresAt, ReceivedAt time.Time
+	// Verb is the name of the command's verb in the wire format.
+	Verb string
+	// Guest and Generation are those of a StopGuest or LaunchGuest.
+	Guest      string
+	Generation uint64
 	// Payload is the serialised Command, without its envelope.
 	Payload []byte
-	// Done commands are remembered for their ids alone.
+	// Begun commands may have taken effect.
+	Begun bool
+	// Deaths is how often the agent died while it executed the command, the
+	// execution at hand included.
+	Deaths int
+	// Done commands are remembered for their ids, and stops as fences.
 	Done bool
 }
+
+// ErrUnreadable means that a stored command is damaged and stays so.
+var ErrUnreadable = errors.New("stored command cannot be read")
 
 // Journal is what the inbox needs of the store. A nil error means that the
 // change survives a power failure.
@@ -39,8 +53,16 @@ type Journal interface {
 	KnownCommand(id string) (bool, error)
 	// AddCommand remembers a command; fresh is false when the id is known.
 	AddCommand(c Command) (fresh bool, err error)
-	// PendingCommands are those not done, in any order.
+	// PendingCommands are those not done, in any order, without payloads: a
+	// long queue must not be in memory at once.
 	PendingCommands() ([]Command, error)
+	// Stops are the remembered StopGuests, done or not, without payloads.
+	Stops() ([]Command, error)
+	// TakeCommand marks a command begun, counts a death in advance, and
+	// returns it whole. Whatever ends well takes the death back.
+	TakeCommand(id string) (Command, error)
+	// ReleaseCommand takes the death back of a command that stays pending.
+	ReleaseCommand(id string) error
 	// FinishCommand marks a command done and appends its outcome to the
 	// outbox, both or neither.
 	FinishCommand(id string, events ...*api.Event) error

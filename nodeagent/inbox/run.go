@@ -1,23 +1,41 @@
 package inbox
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"runtime/debug"
-	"slices"
-	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
 )
 
-// CodeTimeout refuses a challenge that no guest answered in time.
-const CodeTimeout = "evidence.timeout"
+// Codes of commands that were taken and are not carried out.
+const (
+	// CodeTimeout: no guest answered the challenge in time.
+	CodeTimeout = "evidence.timeout"
+	// CodePoison: the agent died too often while it executed the command.
+	CodePoison = "command.poison"
+	// CodeStopped: the guest was stopped before its launch began.
+	CodeStopped = "launch.stopped"
+	// CodeQueueFull: too many commands wait already; refused on receipt.
+	CodeQueueFull = "command.queue-full"
+)
+
+// Verbs that are treated apart, as verb names them.
+const (
+	verbLaunch    = "launch_guest"
+	verbStop      = "stop_guest"
+	verbChallenge = "request_evidence"
+)
 
 const (
+	// maxDeaths of the agent during one command. One may be a power failure,
+	// two bad luck.
+	maxDeaths = 3
 	// maxEvidence challenges run at a time; the rest waits in the store.
 	maxEvidence = 16
 	// evidenceTimeout bounds one challenge; a live guest answers in seconds.
@@ -30,85 +48,53 @@ const (
 // Run executes stored commands until ctx ends, which is not an error. Commands
 // that were pending when the agent last stopped come first.
 func (x *Inbox) Run(ctx context.Context) error {
-	var evidence sync.WaitGroup
-	defer evidence.Wait()
-	slots := make(chan struct{}, maxEvidence)
-	for {
-		x.forgetEnded()
-		pending, err := x.d.Journal.PendingCommands()
-		if err != nil {
-			return fmt.Errorf("listing pending commands: %w", err)
-		}
-		slices.SortStableFunc(pending, func(a, b Command) int {
-			return cmp.Or(cmp.Compare(a.Epoch, b.Epoch), cmp.Compare(a.Sequence, b.Sequence))
-		})
-		for _, c := range pending {
-			if ctx.Err() != nil {
-				return nil
+	if err := x.load(); err != nil {
+		return err
+	}
+	evidence, ctx := errgroup.WithContext(ctx)
+	evidence.Go(func() error {
+		for ctx.Err() == nil {
+			for c, ok := x.queue.nextChallenge(); ok; c, ok = x.queue.nextChallenge() {
+				evidence.Go(func() error {
+					defer x.poke() // a slot is free
+					defer x.queue.challengeOver()
+					return x.carryOut(ctx, c)
+				})
 			}
-			cmd, err := api.ParseCommand(c.Payload)
-			if err != nil {
-				cmd = &api.Command{CommandId: c.ID}
-			}
-			if cmd.GetRequestEvidence() == nil {
-				x.carryOut(ctx, cmd, 0)
-				continue
-			}
-			if !x.begin(c.ID) {
+			if c, ok := x.queue.next(); ok {
+				if err := x.carryOut(ctx, c); err != nil {
+					return err
+				}
 				continue
 			}
 			select {
-			case slots <- struct{}{}:
-				evidence.Go(func() {
-					x.carryOut(ctx, cmd, x.patience(cmd))
-					x.end(c.ID)
-					<-slots
-					x.poke() // a slot is free
-				})
-			default:
-				x.unbegin(c.ID)
+			case <-ctx.Done():
+			case <-x.wake:
 			}
 		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-x.wake:
-		}
+		return nil
+	})
+	return evidence.Wait()
+}
+
+// load begins with what an earlier agent left.
+func (x *Inbox) load() error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	pending, err := x.d.Journal.PendingCommands()
+	if err != nil {
+		return fmt.Errorf("listing pending commands: %w", err)
 	}
-}
-
-// begin reports whether the challenge is not being executed.
-func (x *Inbox) begin(id string) bool {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	if x.inflight[id] {
-		return false
+	stops, err := x.d.Journal.Stops()
+	if err != nil {
+		return fmt.Errorf("listing stops: %w", err)
 	}
-	x.inflight[id] = true
-	return true
-}
-
-func (x *Inbox) unbegin(id string) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	delete(x.inflight, id)
-}
-
-// end says that a challenge is over. It counts as being executed until the
-// next listing, because the one at hand may still call it pending.
-func (x *Inbox) end(id string) {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	x.ended = append(x.ended, id)
-}
-
-func (x *Inbox) forgetEnded() {
-	x.mu.Lock()
-	defer x.mu.Unlock()
-	for _, id := range x.ended {
-		delete(x.inflight, id)
+	x.queue.reset(pending)
+	x.fences = fences{}
+	for _, c := range stops {
+		x.fences.add(c, x.d.Clock())
 	}
-	x.ended = nil
+	return nil
 }
 
 // patience is how long a challenge may take.
@@ -117,57 +103,124 @@ func (x *Inbox) patience(cmd *api.Command) time.Duration {
 	return max(min(left, evidenceTimeout), time.Millisecond)
 }
 
-// carryOut executes one command, for at most limit when it is not 0, and
-// records the outcome. When the agent stops meanwhile the command stays
-// pending.
-func (x *Inbox) carryOut(ctx context.Context, cmd *api.Command, limit time.Duration) {
-	limited := ctx
-	if limit > 0 {
-		var cancel context.CancelFunc
-		limited, cancel = context.WithTimeout(ctx, limit)
-		defer cancel()
+// carryOut executes one waiting command and records the outcome. When the
+// agent stops meanwhile the command stays pending. An error means that the
+// store is damaged.
+func (x *Inbox) carryOut(ctx context.Context, c Command) error {
+	if c.Verb == verbLaunch && !c.Begun && x.fences.hold(c) {
+		x.refuse(ctx, c, contract.Refuse(CodeStopped, "launch with a new guest_id or a higher generation",
+			"guest %s was stopped before this launch began", c.Guest))
+		return nil
 	}
-	id := cmd.GetCommandId()
-	events, err := x.execute(limited, cmd)
-	if err != nil && ctx.Err() != nil {
-		return
+	c, err := x.take(ctx, c.ID)
+	if err != nil || ctx.Err() != nil {
+		return err
 	}
-	now := x.d.Clock()
+	if c.Deaths > maxDeaths {
+		x.refuse(ctx, c, contract.Refuse(CodePoison, "look for the cause in the agent's log on the host; then issue it again",
+			"the agent died %d times while it carried out the command", c.Deaths-1))
+		return nil
+	}
+	if c.Verb == verbStop {
+		x.fences.add(c, x.d.Clock())
+	}
+	cmd, err := api.ParseCommand(c.Payload)
+	if err != nil {
+		cmd = &api.Command{CommandId: c.ID}
+	}
+	events, over := x.outcome(ctx, c, cmd)
+	if !over || !x.finish(ctx, c.ID, events) {
+		x.release(c.ID)
+	}
+	return nil
+}
+
+// outcome executes a command and returns what to report, unless the agent
+// stopped meanwhile.
+func (x *Inbox) outcome(ctx context.Context, c Command, cmd *api.Command) (events []*api.Event, over bool) {
+	events, err := x.attempt(ctx, cmd)
 	switch {
+	case err != nil && ctx.Err() != nil:
+		return nil, false
 	case err != nil:
-		if errors.Is(err, context.DeadlineExceeded) && limit > 0 {
-			err = contract.Refuse(CodeTimeout, "ask again; if it repeats, look at the guest's state",
-				"the guest did not answer in time").Because(err)
-		}
 		r := contract.AsRefusal(err)
-		x.d.Logger.Warn("command not carried out", keyCommand, id, keyVerb, verb(cmd), keyCode, r.Code, keyRemedy, r.Remedy, keyError, err)
-		events = append(events, api.NewRefused(x.d.HostID, id, now, r, nil))
+		x.d.Logger.Warn("command not carried out", keyCommand, c.ID, keyVerb, c.Verb, keyCode, r.Code, keyRemedy, r.Remedy, keyError, err)
+		events = append(events, api.NewRefused(x.d.HostID, c.ID, x.d.Clock(), r, nil))
 	case len(events) == 0:
-		events = []*api.Event{api.NewDone(x.d.HostID, id, now)}
+		events = []*api.Event{api.NewDone(x.d.HostID, c.ID, x.d.Clock())}
 	}
 	for _, e := range events {
 		if e.GetCommandId() == "" {
-			e.CommandId = id
+			e.CommandId = c.ID
 		}
 	}
-	x.finish(ctx, id, events)
+	return events, true
 }
 
-// finish records an outcome, asking again for as long as the agent runs: what
-// was done must be reported, and must not be done twice.
-func (x *Inbox) finish(ctx context.Context, id string, events []*api.Event) {
+// attempt executes a command, a challenge for as long as somebody waits.
+func (x *Inbox) attempt(ctx context.Context, cmd *api.Command) ([]*api.Event, error) {
+	if cmd.GetRequestEvidence() == nil {
+		return x.execute(ctx, cmd)
+	}
+	ctx, cancel := context.WithTimeout(ctx, x.patience(cmd))
+	defer cancel()
+	events, err := x.execute(ctx, cmd)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = contract.Refuse(CodeTimeout, "ask again; if it repeats, look at the guest's state",
+			"the guest did not answer in time").Because(err)
+	}
+	return events, err
+}
+
+// refuse ends a command that is not executed.
+func (x *Inbox) refuse(ctx context.Context, c Command, r *contract.Refusal) {
+	x.d.Logger.Warn("command not carried out", keyCommand, c.ID, keyVerb, c.Verb, keyCode, r.Code, keyRemedy, r.Remedy, keyError, r)
+	x.finish(ctx, c.ID, []*api.Event{api.NewRefused(x.d.HostID, c.ID, x.d.Clock(), r, nil)})
+}
+
+// take records that a command begins, asking again for as long as the agent
+// runs: nothing is done that is not on disk first.
+func (x *Inbox) take(ctx context.Context, id string) (Command, error) {
+	var c Command
+	err := x.insist(ctx, "command not begun", id, func() (err error) { c, err = x.d.Journal.TakeCommand(id); return err })
+	if errors.Is(err, ErrUnreadable) {
+		return c, fmt.Errorf("beginning command %s: %w", id, err)
+	}
+	return c, nil
+}
+
+// release says that the agent ends in good order, and not because of the
+// command. It is not worth waiting for: a death too many costs little.
+func (x *Inbox) release(id string) {
+	if err := x.d.Journal.ReleaseCommand(id); err != nil {
+		x.d.Logger.Warn("command counts as interrupted", keyCommand, id, keyError, err)
+	}
+}
+
+// finish records an outcome: what was done must be reported, and must not be
+// done twice. It returns false when the agent ended first.
+func (x *Inbox) finish(ctx context.Context, id string, events []*api.Event) bool {
+	if err := x.insist(ctx, "outcome not recorded", id, func() error { return x.d.Journal.FinishCommand(id, events...) }); err != nil {
+		return false
+	}
+	x.d.Logger.Info("command finished", keyCommand, id, "events", len(events))
+	return true
+}
+
+// insist writes to the store until it succeeds, the record is damaged, or ctx
+// ends.
+func (x *Inbox) insist(ctx context.Context, failed, id string, write func() error) error {
 	for wait := firstRetry; ; wait = min(2*wait, lastRetry) {
-		err := x.d.Journal.FinishCommand(id, events...)
-		if err == nil {
-			x.d.Logger.Info("command finished", keyCommand, id, "events", len(events))
-			return
+		err := write()
+		if err == nil || errors.Is(err, ErrUnreadable) {
+			return err
 		}
-		x.d.Logger.Error("outcome not recorded, tried again; see that the disk of state_dir has space and can be written", keyCommand, id, "pause", wait.String(), keyError, err)
+		x.d.Logger.Error(failed+", tried again; see that the disk of state_dir has space and can be written", keyCommand, id, "pause", wait.String(), keyError, err)
 		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
 			timer.Stop()
-			return
+			return ctx.Err()
 		case <-timer.C:
 		}
 	}

@@ -95,10 +95,10 @@ type Result struct {
 // PutGuest stores a guest and appends events to the outbox, both or neither.
 // A guest that is not known yet is refused while the outbox is full.
 func (s *Store) PutGuest(g Guest, events ...*api.Event) error {
-	return s.append(events, s.limit+s.reserve, func(tx *bbolt.Tx) error {
+	return s.append(events, s.reserve, func(tx *bbolt.Tx) error {
 		b := tx.Bucket([]byte("guests"))
 		if b.Get([]byte(g.ID)) == nil {
-			if err := room(tx, s.limit-1); err != nil {
+			if err := s.room(tx, 0, 1, 0); err != nil {
 				return err
 			}
 		}
@@ -149,7 +149,7 @@ type cordon struct {
 // SetCordon closes or opens admission and appends events to the outbox, both
 // or neither.
 func (s *Store) SetCordon(reason string, on bool, events ...*api.Event) error {
-	return s.append(events, s.limit+s.reserve, func(tx *bbolt.Tx) error {
+	return s.append(events, s.reserve, func(tx *bbolt.Tx) error {
 		return putJSON(tx.Bucket([]byte("meta")), []byte("cordon"), recordCordon, cordon{on, reason})
 	})
 }

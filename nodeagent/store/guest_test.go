@@ -165,6 +165,9 @@ func TestAFullOutboxClosesAdmissionOnly(t *testing.T) {
 			t.Errorf("%s taken: %v", what, err)
 		}
 	}
+	if fresh, err := s.AddCommand(inbox.Command{ID: "stop", Sequence: 3, Verb: "stop_guest"}); err != nil || !fresh {
+		t.Errorf("a stop is not taken: %v", err)
+	}
 	done(t, s.PutGuest(Guest{ID: "old", Slot: 1}, &api.Event{}))
 	done(t, s.FinishCommand("old", &api.Event{}))
 	if err := s.PutGuest(Guest{ID: "old", Slot: 2}, &api.Event{}); !errors.Is(err, ErrOutboxFull) {
@@ -172,6 +175,29 @@ func TestAFullOutboxClosesAdmissionOnly(t *testing.T) {
 	}
 	if g, err := s.Guest("old"); err != nil || g.Slot != 1 {
 		t.Errorf("half a change: %+v %v", g, err)
+	}
+	done(t, s.Close())
+}
+
+// The outbox is bounded in bytes too, also after a restart, and what leaves it
+// makes room.
+func TestLargeEventsFillTheOutbox(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "state.db")
+	large := &api.Event{HostId: string(bytes.Repeat([]byte{'x'}, 1000))}
+	s := reopen(t, path)
+	s.limitBytes = 2500
+	done(t, s.AppendEvents(large, large))
+	done(t, s.Close())
+	s = reopen(t, path)
+	s.limitBytes = 2500
+	if err := s.AppendEvents(large); !errors.Is(err, ErrOutboxFull) {
+		t.Errorf("taken: %v", err)
+	}
+	done(t, s.DropEvents(1))
+	done(t, s.AppendEvents(large))
+	if events, err := s.NextEvents(10); err != nil || len(events) != 2 || events[1].GetSequence() != 3 {
+		t.Errorf("%d events, %v", len(events), err)
 	}
 	done(t, s.Close())
 }

@@ -2,7 +2,6 @@ package store
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 
 	"go.etcd.io/bbolt"
@@ -13,52 +12,56 @@ import (
 
 // AppendEvents appends events of no command to the outbox.
 func (s *Store) AppendEvents(events ...*api.Event) error {
-	return s.append(events, s.limit, func(*bbolt.Tx) error { return nil })
+	return s.append(events, 0, func(*bbolt.Tx) error { return nil })
 }
 
-// room refuses when more than limit events wait.
-func room(tx *bbolt.Tx, limit int) error {
-	if n := length(tx.Bucket([]byte("outbox"))); n > limit {
-		return fmt.Errorf("%w: %d events wait", ErrOutboxFull, n)
+// room refuses when the outbox would hold more than it may, in events or
+// bytes. extra events are allowed above the limit, and bytes in proportion.
+func (s *Store) room(tx *bbolt.Tx, extra, events int, size int64) error {
+	b := tx.Bucket([]byte("outbox"))
+	n, waiting := length(b), s.outboxBytes.Load()
+	most := s.limitBytes + s.limitBytes*int64(extra)/int64(s.limit)
+	if n+events > s.limit+extra || waiting+size > most {
+		return fmt.Errorf("%w: %d events of %d bytes wait", ErrOutboxFull, n, waiting)
 	}
 	return nil
 }
 
-// append runs with and appends events in one transaction, to at most limit
-// events.
-func (s *Store) append(events []*api.Event, limit int, with func(*bbolt.Tx) error) error {
+// append runs with and appends events in one transaction, to at most extra
+// events above the limit. Nothing in the outbox is ever dropped for others:
+// what does not fit is refused before it is done.
+func (s *Store) append(events []*api.Event, extra int, with func(*bbolt.Tx) error) error {
+	var size int64
 	err := s.update(func(tx *bbolt.Tx) error {
-		if err := with(tx); err != nil {
+		size = 0
+		if err := with(tx); err != nil || len(events) == 0 {
 			return err
-		}
-		if len(events) == 0 {
-			return nil
 		}
 		b := tx.Bucket([]byte("outbox"))
-		if err := room(tx, limit-len(events)); err != nil {
-			return err
-		}
-		for _, event := range events {
-			sequence, err := b.NextSequence()
-			if err != nil {
-				return err
-			}
-			stored, ok := proto.Clone(event).(*api.Event)
-			if !ok {
-				return errors.New("cloning event")
-			}
-			stored.Sequence = sequence
+		records := make([][]byte, 0, len(events))
+		first := b.Sequence() + 1
+		for i, event := range events {
+			stored := proto.CloneOf(event)
+			stored.Sequence = first + uint64(i)
 			raw, err := proto.Marshal(stored)
 			if err != nil {
 				return fmt.Errorf("encoding event: %w", err)
 			}
-			if err := b.Put(binary.BigEndian.AppendUint64(nil, sequence), seal(recordEvent, raw)); err != nil {
+			records = append(records, seal(recordEvent, raw))
+			size += int64(len(raw) + headerSize)
+		}
+		if err := s.room(tx, extra, len(events), size); err != nil {
+			return err
+		}
+		for i, record := range records {
+			if err := b.Put(binary.BigEndian.AppendUint64(nil, first+uint64(i)), record); err != nil {
 				return err
 			}
 		}
-		return nil
+		return b.SetSequence(first + uint64(len(events)) - 1)
 	})
 	if err == nil && len(events) > 0 {
+		s.outboxBytes.Add(size)
 		select {
 		case s.changed <- struct{}{}:
 		default:
@@ -77,11 +80,13 @@ func length(b *bbolt.Bucket) int {
 	return int(b.Sequence() - binary.BigEndian.Uint64(first) + 1)
 }
 
-// NextEvents returns the oldest events, at most limit.
+// NextEvents returns the oldest events, at most limit and about
+// maxNextBytes, but at least one if there is one.
 func (s *Store) NextEvents(limit int) (events []*api.Event, err error) {
 	err = s.view(func(tx *bbolt.Tx) error {
+		size := 0
 		c := tx.Bucket([]byte("outbox")).Cursor()
-		for key, raw := c.First(); key != nil && len(events) < limit; key, raw = c.Next() {
+		for key, raw := c.First(); key != nil && len(events) < limit && size < maxNextBytes; key, raw = c.Next() {
 			payload, err := unseal(recordEvent, raw)
 			if err != nil {
 				return err
@@ -91,6 +96,7 @@ func (s *Store) NextEvents(limit int) (events []*api.Event, err error) {
 				return fmt.Errorf("%w: %w", ErrDamaged, err)
 			}
 			events = append(events, event)
+			size += len(raw)
 		}
 		return nil
 	})
@@ -100,14 +106,31 @@ func (s *Store) NextEvents(limit int) (events []*api.Event, err error) {
 // DropEvents forgets events up to and including a sequence: the control plane
 // has confirmed them.
 func (s *Store) DropEvents(upTo uint64) error {
-	return s.update(func(tx *bbolt.Tx) error {
+	var size int64
+	err := s.update(func(tx *bbolt.Tx) error {
+		size = 0
 		c := tx.Bucket([]byte("outbox")).Cursor()
-		for key, _ := c.First(); key != nil && binary.BigEndian.Uint64(key) <= upTo; key, _ = c.First() {
+		for key, raw := c.First(); key != nil && binary.BigEndian.Uint64(key) <= upTo; key, raw = c.First() {
+			size += int64(len(raw))
 			if err := c.Delete(); err != nil {
 				return err
 			}
 		}
 		return nil
+	})
+	if err == nil {
+		s.outboxBytes.Add(-size)
+	}
+	return err
+}
+
+// weigh counts the bytes of an outbox that was left by an earlier agent.
+func (s *Store) weigh() error {
+	return s.view(func(tx *bbolt.Tx) error {
+		return tx.Bucket([]byte("outbox")).ForEach(func(_, raw []byte) error {
+			s.outboxBytes.Add(int64(len(raw)))
+			return nil
+		})
 	})
 }
 

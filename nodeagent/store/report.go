@@ -38,7 +38,7 @@ func (s *Store) SaveReport(report *api.Capability, events ...*api.Event) error {
 	if err != nil {
 		return fmt.Errorf("encoding report: %w", err)
 	}
-	return s.append(events, s.limit, func(tx *bbolt.Tx) error {
+	return s.append(events, 0, func(tx *bbolt.Tx) error {
 		return tx.Bucket([]byte("meta")).Put([]byte("report"), seal(recordReport, payload))
 	})
 }

@@ -32,6 +32,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -39,7 +40,6 @@ import (
 	berrors "go.etcd.io/bbolt/errors"
 
 	"github.com/confidential-node/agent/firmware/contract"
-	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/inbox"
 )
 
@@ -52,6 +52,10 @@ const (
 	lockRetry = 50 * time.Millisecond
 	// maxOutbox closes admission before the disk fills with events.
 	maxOutbox = 100_000
+	// maxOutboxBytes does so for large events: about 800 pieces of evidence.
+	maxOutboxBytes = 512 << 20
+	// maxNextBytes of events are in memory at a time.
+	maxNextBytes = 4 << 20
 	// headerSize of a record.
 	headerSize = 6
 )
@@ -87,6 +91,10 @@ type Store struct {
 	// limit of events in the outbox, and reserve above it for the outcomes of
 	// what was admitted before.
 	limit, reserve int
+	limitBytes     int64
+	// outboxBytes follows the transactions; two appends at once may exceed
+	// the limit by one of them.
+	outboxBytes atomic.Int64
 }
 
 // buckets and the kind of their records; meta holds one of each kind.
@@ -136,13 +144,17 @@ func open(path string) (s *Store, err error) {
 		if err != nil {
 			return fmt.Errorf("opening store %s: %w", path, err)
 		}
-		s = &Store{db: db, changed: make(chan struct{}, 1), limit: maxOutbox, reserve: maxOutbox / 10}
+		s = &Store{db: db, changed: make(chan struct{}, 1), limit: maxOutbox, reserve: maxOutbox / 10, limitBytes: maxOutboxBytes}
 		return nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	if err := s.prepare(); err != nil {
+	err = s.prepare()
+	if err == nil {
+		err = s.weigh()
+	}
+	if err != nil {
 		return nil, errors.Join(err, guard(s.db.Close))
 	}
 	return s, nil
@@ -337,106 +349,4 @@ func (s *Store) BeginEpoch(number uint64) error {
 		}
 		return putJSON(tx.Bucket([]byte("meta")), []byte("epoch"), recordEpoch, inbox.Epoch{Number: number, StoreID: e.StoreID})
 	})
-}
-
-// KnownCommand reports whether the id was added and is still remembered.
-func (s *Store) KnownCommand(id string) (known bool, err error) {
-	err = s.view(func(tx *bbolt.Tx) error {
-		known = tx.Bucket([]byte("commands")).Get([]byte(id)) != nil
-		return nil
-	})
-	return known, err
-}
-
-// AddCommand remembers a command; fresh is false when the id is known. A
-// sequence that may have been forgotten is refused as a replay, and nothing is
-// taken on while the outbox is full.
-func (s *Store) AddCommand(c inbox.Command) (fresh bool, err error) {
-	err = s.update(func(tx *bbolt.Tx) error {
-		b := tx.Bucket([]byte("commands"))
-		if fresh = b.Get([]byte(c.ID)) == nil; !fresh {
-			return nil
-		}
-		e, err := epochOf(tx)
-		if err != nil {
-			return err
-		}
-		if c.Epoch == e.Number && c.Sequence <= e.Floor {
-			return contract.Refuse(api.CodeReplayed, "issue it again with a new id and a higher sequence",
-				"sequence %d is not above %d, up to which commands are over", c.Sequence, e.Floor)
-		}
-		if err := room(tx, s.limit-1); err != nil {
-			return err
-		}
-		return putJSON(b, []byte(c.ID), recordCommand, c)
-	})
-	return fresh && err == nil, err
-}
-
-// PendingCommands are those not done.
-func (s *Store) PendingCommands() (pending []inbox.Command, err error) {
-	err = s.view(func(tx *bbolt.Tx) error {
-		return tx.Bucket([]byte("commands")).ForEach(func(_, raw []byte) error {
-			var c inbox.Command
-			if err := getJSON(raw, recordCommand, &c); err != nil {
-				return err
-			}
-			if !c.Done {
-				pending = append(pending, c)
-			}
-			return nil
-		})
-	})
-	return pending, err
-}
-
-// FinishCommand marks a command done and appends its outcome to the outbox,
-// both or neither.
-func (s *Store) FinishCommand(id string, events ...*api.Event) error {
-	return s.append(events, s.limit+s.reserve, func(tx *bbolt.Tx) error {
-		b := tx.Bucket([]byte("commands"))
-		var c inbox.Command
-		if err := getJSON(b.Get([]byte(id)), recordCommand, &c); err != nil {
-			return fmt.Errorf("finishing command %s: %w", id, err)
-		}
-		c.Done, c.Payload = true, nil
-		return putJSON(b, []byte(id), recordCommand, c)
-	})
-}
-
-// PruneCommands forgets done commands that expired before the given time, and
-// raises the floor to the highest sequence it forgets.
-func (s *Store) PruneCommands(before time.Time) (forgotten int, err error) {
-	err = s.update(func(tx *bbolt.Tx) error {
-		e, err := epochOf(tx)
-		if err != nil {
-			return err
-		}
-		b := tx.Bucket([]byte("commands"))
-		var ids [][]byte
-		err = b.ForEach(func(id, raw []byte) error {
-			var c inbox.Command
-			if err := getJSON(raw, recordCommand, &c); err != nil {
-				return err
-			}
-			if c.Done && c.ExpiresAt.Before(before) {
-				ids = append(ids, append([]byte(nil), id...))
-				if c.Epoch == e.Number {
-					e.Floor = max(e.Floor, c.Sequence)
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return err
-		}
-		for _, id := range ids {
-			if err := b.Delete(id); err != nil {
-				return err
-			}
-		}
-		forgotten = len(ids)
-		return putJSON(tx.Bucket([]byte("meta")), []byte("epoch"), recordEpoch, e)
-	})
-	return forgotten, err
 }

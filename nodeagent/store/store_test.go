@@ -55,8 +55,19 @@ func TestWhatIsAddedSurvivesAndHasOneEffect(t *testing.T) {
 	done(t, s.Close())
 	s = reopen(t, path)
 	pending, err := s.PendingCommands()
-	if err != nil || len(pending) != 1 || string(pending[0].Payload) != "p" {
+	if err != nil || len(pending) != 1 || pending[0].Payload != nil || pending[0].Begun {
 		t.Fatalf("pending %+v %v", pending, err)
+	}
+	for deaths := 1; deaths <= 2; deaths++ {
+		if c, err := s.TakeCommand("a"); err != nil || string(c.Payload) != "p" || !c.Begun || c.Deaths != deaths {
+			t.Errorf("taken: %+v %v", c, err)
+		}
+	}
+	done(t, s.ReleaseCommand("a"))
+	done(t, s.Close())
+	s = reopen(t, path)
+	if pending, err = s.PendingCommands(); err != nil || len(pending) != 1 || !pending[0].Begun || pending[0].Deaths != 1 {
+		t.Errorf("after a restart: %+v %v", pending, err)
 	}
 	done(t, s.FinishCommand("a", &api.Event{EventId: "e1"}, &api.Event{EventId: "e2"}))
 	if err := s.FinishCommand("nobody"); err == nil {

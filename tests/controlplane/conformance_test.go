@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"errors"
 	"testing"
 
 	"github.com/confidential-node/agent/nodeagent/api"
@@ -12,6 +13,9 @@ import (
 type realServer struct {
 	w         *world
 	transport control.Transport
+	// wiped streams are read from the server itself: the control plane
+	// follows the one it began with.
+	wiped bool
 }
 
 func (s *realServer) Transport() control.Transport { return s.transport }
@@ -23,7 +27,30 @@ func (s *realServer) Send(tb testing.TB, raw []byte) {
 	}
 }
 
-func (s *realServer) Events(testing.TB) []*api.Event { return s.w.events() }
+func (s *realServer) Events(tb testing.TB) []*api.Event {
+	tb.Helper()
+	if !s.wiped {
+		return s.w.events()
+	}
+	stream, err := s.w.Server.broker.js.Stream(tb.Context(), EventStream)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	state := stream.CachedInfo().State
+	var out []*api.Event
+	for seq := max(state.FirstSeq, 1); seq <= state.LastSeq; seq++ {
+		msg, err := stream.GetMsg(tb.Context(), seq)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		e, err := api.ParseEvent(msg.Data)
+		if err != nil {
+			tb.Fatal(err)
+		}
+		out = append(out, e)
+	}
+	return out
+}
 
 func (s *realServer) Unsettled(tb testing.TB) int {
 	tb.Helper()
@@ -45,12 +72,35 @@ func (s *realServer) Stop(testing.TB) { s.w.stop() }
 
 func (s *realServer) Start(testing.TB) { s.w.start() }
 
+func (s *realServer) LoseQueue(tb testing.TB) {
+	tb.Helper()
+	if err := s.w.Server.broker.js.DeleteConsumer(tb.Context(), CommandStream, host); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+func (s *realServer) LoseStream(tb testing.TB) {
+	tb.Helper()
+	s.wiped = true
+	if err := s.w.Server.broker.js.DeleteStream(tb.Context(), EventStream); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+func (s *realServer) Restore(tb testing.TB) {
+	tb.Helper()
+	b := s.w.Server.broker
+	if err := errors.Join(b.streams(tb.Context()), b.consumer(tb.Context(), host)); err != nil {
+		tb.Fatal(err)
+	}
+}
+
 func TestTheRealTransportConforms(t *testing.T) {
 	t.Parallel()
 	controltest.Suite(t, func(t *testing.T, body func(*testing.T, controltest.Server)) {
 		t.Helper()
 		t.Parallel()
 		w := newWorld(t)
-		body(t, &realServer{w, w.enrol(host)})
+		body(t, &realServer{w: w, transport: w.enrol(host)})
 	})
 }

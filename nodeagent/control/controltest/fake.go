@@ -19,8 +19,12 @@ import (
 	"github.com/confidential-node/agent/nodeagent/control"
 )
 
-// ackWait is how long a delivery may stay unsettled before it is repeated.
-const ackWait = 30 * time.Second
+const (
+	// ackWait is how long a delivery may stay unsettled before it is repeated.
+	ackWait = 30 * time.Second
+	// duplicates is how long the server recognises an event's id.
+	duplicates = 2 * time.Minute
+)
 
 // Fake is the message server of one host.
 type Fake struct {
@@ -29,7 +33,7 @@ type Fake struct {
 	mu       sync.Mutex
 	commands []*queued
 	events   []*api.Event
-	ids      map[string]bool
+	ids      map[string]time.Time // stored at
 	conns    map[*conn]bool
 	dials    int
 	changed  chan struct{}
@@ -52,7 +56,7 @@ type queued struct {
 
 // NewFake returns a running server for a host.
 func NewFake(host string) *Fake {
-	return &Fake{host: host, ids: map[string]bool{}, conns: map[*conn]bool{}, changed: make(chan struct{})}
+	return &Fake{host: host, ids: map[string]time.Time{}, conns: map[*conn]bool{}, changed: make(chan struct{})}
 }
 
 // set changes the server under its lock and wakes everybody who waits.
@@ -123,6 +127,17 @@ func (f *Fake) RemoveQueue(gone bool) { f.set(func() { f.noQueue = gone }) }
 
 // RemoveStream lets nobody store events; false ends it.
 func (f *Fake) RemoveStream(gone bool) { f.set(func() { f.noStream = gone }) }
+
+// LoseQueue implements Server.
+func (f *Fake) LoseQueue(testing.TB) { f.RemoveQueue(true) }
+
+// LoseStream implements Server.
+func (f *Fake) LoseStream(testing.TB) {
+	f.set(func() { f.noStream, f.events, f.ids = true, nil, map[string]time.Time{} })
+}
+
+// Restore implements Server.
+func (f *Fake) Restore(testing.TB) { f.set(func() { f.noQueue, f.noStream = false, false }) }
 
 // LoseAcks loses the next n acknowledgements on their way.
 func (f *Fake) LoseAcks(n int) { f.set(func() { f.loseAcks = n }) }
@@ -274,8 +289,8 @@ func (c *conn) Publish(ctx context.Context, subject, id string, data []byte) err
 	if want := api.EventSubject(c.f.host, api.EventKind(e)); subject != want || !strings.HasPrefix(subject, "evt.") || e.GetEventId() != id {
 		return fmt.Errorf("published on %s with id %s, want %s, %s", subject, id, want, e.GetEventId())
 	}
-	if !c.f.ids[id] {
-		c.f.ids[id] = true
+	if at, stored := c.f.ids[id]; !stored || time.Since(at) > duplicates {
+		c.f.ids[id] = time.Now()
 		c.f.events = append(c.f.events, e)
 	}
 	if c.f.losePuts > 0 {

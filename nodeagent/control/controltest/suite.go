@@ -30,6 +30,11 @@ type Server interface {
 	Cut(t testing.TB)
 	Stop(t testing.TB)
 	Start(t testing.TB)
+	// LoseQueue deletes the queue of Host, LoseStream the stream of events
+	// with what it holds; Restore makes both as they were, empty.
+	LoseQueue(t testing.TB)
+	LoseStream(t testing.TB)
+	Restore(t testing.TB)
 }
 
 // Receiver remembers what it took.
@@ -169,6 +174,10 @@ func Suite(t *testing.T, run func(t *testing.T, body func(t *testing.T, s Server
 		"commands and events survive cut connections":    cut,
 		"commands and events survive a server's restart": restart,
 		"a link started before its server waits for it":  late,
+		"a deleted queue is named, and heals":            loseQueue,
+		"a wiped event stream is named, and heals":       loseStream,
+		"an event too large is answered for by another":  oversize,
+		"a guest that lives while the link is down":      outage,
 	} {
 		t.Run(name, func(t *testing.T) { run(t, body) })
 	}

@@ -99,15 +99,51 @@ func (j *Journal) AddCommand(c inbox.Command) (bool, error) {
 
 // PendingCommands implements inbox.Journal. The order is random.
 func (j *Journal) PendingCommands() ([]inbox.Command, error) {
+	return j.list("PendingCommands", func(c inbox.Command) bool { return !c.Done })
+}
+
+// Stops implements inbox.Journal.
+func (j *Journal) Stops() ([]inbox.Command, error) {
+	return j.list("Stops", func(c inbox.Command) bool { return c.Verb == "stop_guest" })
+}
+
+func (j *Journal) list(op string, want func(inbox.Command) bool) ([]inbox.Command, error) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	var out []inbox.Command
 	for c := range maps.Values(j.commands) {
-		if !c.Done {
+		if want(c) {
+			c.Payload = nil
 			out = append(out, c)
 		}
 	}
-	return out, j.checkLocked("PendingCommands")
+	return out, j.checkLocked(op)
+}
+
+// TakeCommand implements inbox.Journal.
+func (j *Journal) TakeCommand(id string) (inbox.Command, error) {
+	return j.change("TakeCommand", id, func(c *inbox.Command) { c.Begun, c.Deaths = true, c.Deaths+1 })
+}
+
+// ReleaseCommand implements inbox.Journal.
+func (j *Journal) ReleaseCommand(id string) error {
+	_, err := j.change("ReleaseCommand", id, func(c *inbox.Command) { c.Deaths-- })
+	return err
+}
+
+func (j *Journal) change(op, id string, f func(*inbox.Command)) (inbox.Command, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if err := j.checkLocked(op); err != nil {
+		return inbox.Command{}, err
+	}
+	c, known := j.commands[id]
+	if !known || c.Done {
+		return c, errors.New("changing command: it is unknown or done")
+	}
+	f(&c)
+	j.commands[id] = c
+	return c, nil
 }
 
 // FinishCommand implements inbox.Journal.
