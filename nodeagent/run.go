@@ -193,7 +193,7 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 		return nil, errors.Join(err, a.store.Close())
 	}
 	a.inbox, err = inbox.New(inbox.Deps{
-		Journal: a.store, Executor: a.guests, Keys: issuers, HostID: cfg.HostID, Features: api.Features(), Logger: logger,
+		Journal: a.store, Executor: a.guests, Ready: a.guests.Ready(), Keys: issuers, HostID: cfg.HostID, Features: api.Features(), Logger: logger,
 	})
 	if err != nil {
 		return nil, errors.Join(err, a.store.Close())

@@ -72,6 +72,9 @@ type Executor interface {
 type Deps struct {
 	Journal  Journal
 	Executor Executor
+	// Ready, unless nil, is closed when the executor can take commands. A death
+	// while it cannot is no command's.
+	Ready <-chan struct{}
 	// Keys are the issuers whose commands are believed.
 	Keys   []ed25519.PublicKey
 	HostID string

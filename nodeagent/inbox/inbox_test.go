@@ -75,11 +75,14 @@ func newNode(t *testing.T, epoch uint64) *node {
 }
 
 // restart makes a new inbox over the same journal.
-func (n *node) restart() {
+func (n *node) restart() { n.t.Helper(); n.restartWhen(nil) }
+
+// restartWhen is restart with an executor that is not ready yet.
+func (n *node) restartWhen(ready <-chan struct{}) {
 	n.t.Helper()
 	var err error
 	n.Inbox, err = inbox.New(inbox.Deps{
-		Journal: n.journal, Executor: n.executor, Keys: []ed25519.PublicKey{ed25519.PublicKey(n.key[32:])},
+		Journal: n.journal, Executor: n.executor, Ready: ready, Keys: []ed25519.PublicKey{ed25519.PublicKey(n.key[32:])},
 		HostID: host, Features: []string{"a.b"}, Logger: hclog.NewNullLogger(),
 	})
 	if err != nil {

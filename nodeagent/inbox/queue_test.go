@@ -143,6 +143,29 @@ func TestAStopFencesLaunchesByGeneration(t *testing.T) {
 	}
 }
 
+// A host whose hypervisor is away may see its agent die and begin again.
+func TestDeathsBeforeTheHostIsReadyCountForNoCommand(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		n := newNode(t, 1)
+		c := command(1)
+		n.receive(n.seal(c))
+		ready := make(chan struct{})
+		for range 5 {
+			n.restartWhen(ready)
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error, 1)
+			go func() { done <- n.Run(ctx) }()
+			synctest.Wait()
+			if pending, err := n.journal.PendingCommands(); err != nil || len(pending) != 1 || pending[0].Begun || pending[0].Deaths > 0 {
+				t.Errorf("waiting: %+v, %v", pending, err)
+			}
+			cancel()
+			<-done
+		}
+	})
+}
+
 func TestACommandThatKillsTheAgentIsQuarantinedAndTheQueueGoesOn(t *testing.T) {
 	t.Parallel()
 	for name, poison := range map[string]func(uint64) *api.Command{"cordon": command, "challenge": evidence} {

@@ -112,6 +112,13 @@ func (x *Inbox) carryOut(ctx context.Context, c Command) error {
 			"guest %s was stopped before this launch began", c.Guest))
 		return nil
 	}
+	if x.d.Ready != nil {
+		select {
+		case <-x.d.Ready:
+		case <-ctx.Done():
+			return nil
+		}
+	}
 	c, err := x.take(ctx, c.ID)
 	if err != nil || ctx.Err() != nil {
 		return err
