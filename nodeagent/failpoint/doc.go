@@ -30,3 +30,6 @@
 // Points are safe for concurrent use. There is no state of the package: two
 // tests do not see each other's faults.
 package failpoint
+
+// FileEnv names the file that holds a process's faults.
+const FileEnv = "NODEAGENT_FAILPOINTS"

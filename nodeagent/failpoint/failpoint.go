@@ -13,9 +13,6 @@ import (
 	"time"
 )
 
-// FileEnv names the file that holds a process's faults.
-const FileEnv = "NODEAGENT_FAILPOINTS"
-
 // pollInterval is how often a held process looks whether it may go on.
 const pollInterval = 10 * time.Millisecond
 
