@@ -68,7 +68,7 @@ func New(ctx context.Context) (f *Field, err error) {
 			err = errors.Join(err, f.Close())
 		}
 	}()
-	if err := f.readImage(); err != nil {
+	if err := errors.Join(f.StopListening(), f.readImage()); err != nil {
 		return nil, err
 	}
 	cert, err := f.CA.Issue(rig.StoreName)

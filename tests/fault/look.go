@@ -12,18 +12,17 @@ import (
 )
 
 // leftScript lists what the platform's own look does not: claims on blobs,
-// blobs half fetched, temporary files, mounts under the agent's folders, and
+// temporary files, mounts under the agent's folders, and
 // open ends of the security processor, one per guest.
 const leftScript = `set -e
 find ` + trial.CacheDir + `/owners -mindepth 1 2>/dev/null | sed 's/^/claim /'
-find ` + trial.CacheDir + `/partial -type f 2>/dev/null | sed 's/^/partial /'
 find /run/nodeagent ` + trial.StateDir + ` ` + trial.CacheDir + ` \( -name '*.tmp' -o -name '.*' -o -name '*.new' \) -type f 2>/dev/null | sed 's/^/temporary /'
 awk '$2 ~ "^/(run|var/lib|var/cache)/nodeagent/" {print "mount " $2}' /proc/self/mounts
 ip -o link show type tun 2>/dev/null | sed 's/^/tap /'
 find /run/nodeagent/guests -mindepth 1 2>/dev/null | sed 's/^/file /'`
 
-// Left lists everything guests left on the host but complete blobs, which are
-// a cache.
+// Left lists everything guests left on the host but blobs, whole or in part:
+// they are a cache with a limit, and the next fetch goes on where one stopped.
 func (f *Field) Left(ctx context.Context) ([]string, error) {
 	all, err := f.Host.Leftovers(ctx)
 	all = slices.DeleteFunc(all, func(l string) bool { return strings.HasPrefix(l, "cached ") })
