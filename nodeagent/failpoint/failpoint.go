@@ -18,7 +18,7 @@ const pollInterval = 10 * time.Millisecond
 
 // Points are the armed faults of one process, or of one test.
 type Points struct {
-	// Sleep is time.Sleep unless a test brings its own clock.
+	// Sleep is the real clock's unless a test brings its own.
 	Sleep func(time.Duration)
 	file  string
 
@@ -27,7 +27,7 @@ type Points struct {
 }
 
 // New makes points without a fault.
-func New() *Points { return &Points{Sleep: time.Sleep, armed: map[string]string{}} }
+func New() *Points { return &Points{Sleep: sleep, armed: map[string]string{}} }
 
 // FromEnvironment makes the points of this process: nil unless FileEnv is set.
 func FromEnvironment() *Points {
@@ -37,6 +37,8 @@ func FromEnvironment() *Points {
 	}
 	return p
 }
+
+func sleep(d time.Duration) { <-time.After(d) }
 
 // Arm puts a fault on a point.
 func (p *Points) Arm(point, fault string) {
@@ -74,13 +76,12 @@ func (p *Points) Hit(point string) error {
 	case action == "kill" && arg == "":
 		kill()
 	case action == "kill":
-		d := duration(point, arg)
-		go func() { time.Sleep(d); kill() }()
+		time.AfterFunc(duration(point, arg), kill)
 	case action == "delay":
 		p.Sleep(duration(point, arg))
 	case action == "hang":
 		for still := fault; armed && still == fault; still, armed = p.fault(point) {
-			time.Sleep(pollInterval)
+			sleep(pollInterval)
 		}
 	default:
 		panic(fmt.Sprintf("failpoint %s: unknown fault %q", point, fault))

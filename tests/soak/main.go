@@ -41,7 +41,7 @@ func main() {
 }
 
 func run(ctx context.Context, duration time.Duration, seed uint64) (err error) {
-	fmt.Printf("seed %d, %s\n", seed, duration)
+	fmt.Fprintf(os.Stdout, "seed %d, %s\n", seed, duration)
 	f, err := fault.New(ctx)
 	if err != nil {
 		return err
@@ -50,10 +50,10 @@ func run(ctx context.Context, duration time.Duration, seed uint64) (err error) {
 	defer func() {
 		if err != nil {
 			for _, step := range s.steps {
-				fmt.Println(step)
+				fmt.Fprintln(os.Stdout, step)
 			}
 			for name, text := range f.LogTails(60) {
-				fmt.Printf("%s:\n%s\n", name, text)
+				fmt.Fprintf(os.Stdout, "%s:\n%s\n", name, text)
 			}
 		}
 		err = errors.Join(err, f.Close())

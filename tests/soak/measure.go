@@ -51,7 +51,7 @@ func (s *soak) measure(ctx context.Context, k kind) error {
 		return fmt.Errorf("measuring the disk: %w", err)
 	}
 	s.samples = append(s.samples, x)
-	fmt.Printf("%6.0f s  round %3d  %-24s launches %3d  RSS %d KiB  fds %d  threads %d  state %d KiB\n",
+	fmt.Fprintf(os.Stdout, "%6.0f s  round %3d  %-24s launches %3d  RSS %d KiB  fds %d  threads %d  state %d KiB\n",
 		time.Since(s.begun).Seconds(), s.rounds, k.name, s.launches, x.rss, x.fds, x.threads, x.disk)
 	return nil
 }
@@ -104,11 +104,11 @@ func (s *soak) quarters(of func(sample) int) (first, last int) {
 }
 
 func (s *soak) table() {
-	fmt.Printf("\n%d rounds, %d launches, %d stops in %s\n", s.rounds, s.launches, s.stops, time.Since(s.begun).Round(time.Second))
+	fmt.Fprintf(os.Stdout, "\n%d rounds, %d launches, %d stops in %s\n", s.rounds, s.launches, s.stops, time.Since(s.begun).Round(time.Second))
 	for _, name := range slices.Sorted(maps.Keys(s.kinds)) {
-		fmt.Printf("  %-26s %d\n", name, s.kinds[name])
+		fmt.Fprintf(os.Stdout, "  %-26s %d\n", name, s.kinds[name])
 	}
-	fmt.Printf("%-12s %10s %10s %14s %14s\n", "", "max", "final", "first quarter", "last quarter")
+	fmt.Fprintf(os.Stdout, "%-12s %10s %10s %14s %14s\n", "", "max", "final", "first quarter", "last quarter")
 	for _, name := range slices.Sorted(maps.Keys(figures())) {
 		of := figures()[name]
 		most := 0
@@ -116,7 +116,7 @@ func (s *soak) table() {
 			most = max(most, of(x))
 		}
 		first, last := s.quarters(of)
-		fmt.Printf("%-12s %10d %10d %14d %14d\n", name, most, of(s.samples[len(s.samples)-1]), first, last)
+		fmt.Fprintf(os.Stdout, "%-12s %10d %10d %14d %14d\n", name, most, of(s.samples[len(s.samples)-1]), first, last)
 	}
 }
 

