@@ -199,6 +199,9 @@ func (s *soak) ends(ctx context.Context, k kind, orders []*fault.Order) error {
 		if err != nil {
 			return fmt.Errorf("guest %s has not ended: %w", o.GetGuestId(), err)
 		}
+		if g.Refusal != nil {
+			return fmt.Errorf("the launch of guest %s was refused: %w", o.GetGuestId(), g.Refusal)
+		}
 		state, err := g.GuestState()
 		if err != nil {
 			return err
