@@ -7,7 +7,7 @@ SHELL         := bash
 .SHELLFLAGS   := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo build test lint fmt generate check-dirty bench fuzz clean
+.PHONY: help setup demo build test test-full soak lint fmt generate check-dirty bench fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,15 @@ test: setup ## run all tests; ends with the skipped ones and what each misses
 	@# One package at a time: real guests on two cores starve each other.
 	{ go test -tags $(TAGS) -json ./nodeagent/... ./vm/... ./tests/arch && \
 	  go test -race -p 1 -tags $(EMULATED_TAGS) -json ./...; } | go run ./tests/summary
+
+test-full: setup ## kill the agent at every point and every sync of a guest's life: the whole crash matrix (root)
+	FAULT_ALL=1 go test -tags $(EMULATED_TAGS) -count=1 -timeout 4h -v ./tests/fault
+
+DURATION ?= 2h
+SEED     ?= 0
+soak: setup ## launch, kill and break at random; DURATION=2h, SEED=n repeats (root)
+	@go build -tags $(EMULATED_TAGS) -o .cache/trial/bin/soak ./tests/soak
+	@.cache/trial/bin/soak -duration $(DURATION) -seed $(SEED)
 
 $(LINTER): .ci/tools/go.mod .ci/tools/go.sum
 	cd .ci/tools && go build -o ../../$@ github.com/golangci/golangci-lint/v2/cmd/golangci-lint

@@ -229,6 +229,7 @@ func (h *Host) removeLocked(ctx context.Context, id string) error {
 		return err
 	}
 	m, known := h.guests[id]
+	removed := false
 	for _, t := range taps {
 		if t.GuestID != id {
 			continue
@@ -237,9 +238,17 @@ func (h *Host) removeLocked(ctx context.Context, id string) error {
 		if err := errors.Join(h.links.down(t.Name), h.links.remove(t.Name)); err != nil {
 			return err
 		}
+		removed = true
 		h.log.Info("guest network removed", "guest_id", id, "tap", t.Name)
 	}
-	if !known {
+	switch {
+	case !known && h.written == "":
+		// The table is an earlier run's and may still publish the guest's
+		// ports. While taps are left it is rewritten with their adoption.
+		return h.eraseUnusedLocked(ctx)
+	case !known && removed:
+		return h.writeLocked(ctx)
+	case !known:
 		return nil
 	}
 	delete(h.guests, id)
@@ -293,6 +302,10 @@ func (h *Host) Sweep(ctx context.Context, keep map[string]bool) error {
 func (h *Host) Close(ctx context.Context) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	return h.eraseUnusedLocked(ctx)
+}
+
+func (h *Host) eraseUnusedLocked(ctx context.Context) error {
 	taps, err := h.links.list()
 	if err != nil || len(taps) > 0 {
 		return err

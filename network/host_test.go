@@ -188,6 +188,35 @@ func TestCloseLeavesTheRulesOfRunningGuests(t *testing.T) {
 	}
 }
 
+// The agent that gave a guest its network is dead; the next one undoes the
+// launch without ever having added the guest.
+func TestTheLastTapTakesADeadAgentsTableWithIt(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	if err := newTestHost(k).Adopt(t.Context(), []Guest{testGuest(1), testGuest(2)}); err != nil {
+		t.Fatal(err)
+	}
+	next := newTestHost(k)
+	before := k.table()
+	if err := next.Remove(t.Context(), "guest-b"); err != nil || k.table() != before {
+		t.Errorf("%v; the rules of a guest that runs were changed to\n%s", err, k.table())
+	}
+	if err := next.Remove(t.Context(), "guest-c"); err != nil || k.table() != "" {
+		t.Errorf("%v; without guests the table is\n%s", err, k.table())
+	}
+}
+
+// A tap that was cut off is no longer named once it is gone.
+func TestARemovedStrayIsForgotten(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	k.taps["na00000002"] = Tap{Name: "na00000002", GuestID: "guest-c", Up: true}
+	h := newTestHost(k)
+	if err := errors.Join(h.Add(t.Context(), testGuest(1)), h.Remove(t.Context(), "guest-c")); err != nil || strings.Contains(k.table(), "na00000002") {
+		t.Errorf("%v; the table is\n%s", err, k.table())
+	}
+}
+
 func runHost(t *testing.T, h *Host) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())

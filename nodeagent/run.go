@@ -21,6 +21,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/config"
 	"github.com/confidential-node/agent/nodeagent/control"
 	"github.com/confidential-node/agent/nodeagent/endorsements"
+	"github.com/confidential-node/agent/nodeagent/failpoint"
 	"github.com/confidential-node/agent/nodeagent/inbox"
 	"github.com/confidential-node/agent/nodeagent/lifecycle"
 	"github.com/confidential-node/agent/nodeagent/metadata"
@@ -184,7 +185,7 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	a.guests, err = lifecycle.New(lifecycle.Deps{
 		Records: a.store, Hypervisor: a.driver, Network: a.network, Metadata: a.metadata,
 		Blobs: blobs{cache}, Spools: spoolsOf{spools}, Images: a.images, Measure: lifecycle.Predict, TEE: tee, GPURule: gpu.Rule,
-		Endorsements: a.endorsements.Endorsements, Logger: logger,
+		Endorsements: a.endorsements.Endorsements, Logger: logger, Hook: failpoint.FromEnvironment().Hit,
 	}, lifecycle.Config{
 		HostID: cfg.HostID, BootID: a.host.bootID, GuestsDir: guestsDir(cfg), Policy: cfg.Policy, Capacity: a.host.capacity,
 		Network: networkConfig, TapUser: a.host.qemuUID, TapGroup: a.host.qemuGID, DNS: dnsOf(cfg), Emulated: cfg.TEE == config.TEEEmulated,

@@ -100,6 +100,22 @@ func open(tb testing.TB, dir string) *blob.Cache {
 	return c
 }
 
+func TestAHalfWrittenJournalIsClearedAway(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	open(t, dir)
+	half, whole := filepath.Join(dir, "partial", "aa.json.new"), filepath.Join(dir, "partial", "aa.json")
+	for _, file := range []string{half, whole} {
+		if err := os.WriteFile(file, []byte("{"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	open(t, dir)
+	if left, err := filepath.Glob(filepath.Join(dir, "partial", "*")); err != nil || len(left) != 1 || left[0] != whole {
+		t.Errorf("left %v, %v", left, err)
+	}
+}
+
 func ref(data []byte, url string) blob.Ref {
 	return blob.Ref{SHA256: sha256.Sum256(data), Size: int64(len(data)), URL: url}
 }

@@ -85,6 +85,14 @@ func Open(dir string, cfg Config, client *http.Client, logger hclog.Logger) (*Ca
 			return nil, fmt.Errorf("making blob cache: %w", err)
 		}
 	}
+	// A journal that was being written when an earlier run died.
+	halves, err := filepath.Glob(filepath.Join(dir, "partial", "*.new"))
+	for _, half := range halves {
+		err = errors.Join(err, os.Remove(half))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("clearing blob cache: %w", err)
+	}
 	return c, nil
 }
 

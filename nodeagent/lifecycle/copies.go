@@ -49,6 +49,9 @@ func (g *guest) copyBoot(ctx context.Context, image admit.Image) error {
 				"the image's %s is not the file its %s describes", name, contract.ImageDescriptionName)
 		}
 	}
+	if err := g.m.hook("inside:" + stepCopies); err != nil {
+		return err
+	}
 	_, err := copyFile(ctx, filepath.Join(image.Dir, contract.ImageDescriptionName), filepath.Join(dir, contract.ImageDescriptionName))
 	return err
 }

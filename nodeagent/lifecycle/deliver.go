@@ -132,7 +132,7 @@ func (g *guest) settle(e Entry, failure *contract.Refusal) error {
 		g.note("")
 		g.m.log.Info("result uploaded", keyGuest, g.id, "name", e.Name, "size", e.Size)
 	}
-	g.m.hook("settled:" + e.Name)
+	g.m.mark("settled:" + e.Name)
 	return err
 }
 

@@ -133,8 +133,9 @@ type Deps struct {
 	// Clock is time.Now when nil.
 	Clock func() time.Time
 	// Hook, if set, is called at every boundary between an intent, its effect
-	// and its record. Tests end the agent there.
-	Hook func(point string)
+	// and its record, and inside every step: (*failpoint.Points).Hit. Tests end
+	// the agent there.
+	Hook func(point string) error
 }
 
 // Config is how a Manager works. The zero value of a duration is its default.

@@ -93,7 +93,7 @@ func (m *Manager) launch(ctx context.Context, cmd *api.Command, l *api.LaunchGue
 			"the node could not record the guest").Because(err)
 	}
 	m.log.Info("guest accepted", keyGuest, rec.ID, keyCommand, rec.CommandID, "slot", rec.Slot)
-	m.hook("accepted")
+	m.mark("accepted")
 	m.begin(newGuest(m, rec, true))
 	return nil
 }
@@ -227,7 +227,7 @@ func (m *Manager) stop(commandID string, s *api.StopGuest) error {
 		return err
 	}
 	m.log.Info("guest is to stop", keyGuest, rec.ID, keyCommand, commandID, "grace", s.GetGrace().AsDuration().String())
-	m.hook("stopping")
+	m.mark("stopping")
 	g.mu.Lock()
 	cancel := g.cancel
 	g.mu.Unlock()

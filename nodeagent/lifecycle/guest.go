@@ -125,7 +125,7 @@ func (g *guest) decideEnd(e ending) error {
 	if news {
 		g.m.logEnd("guest is taken down", g.record())
 	}
-	g.m.hook("undoing")
+	g.m.mark("undoing")
 	return nil
 }
 

@@ -1,6 +1,7 @@
 package lifecycle
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -50,10 +51,11 @@ func (g *guest) take(ctx, within context.Context, s step) (*ending, error) {
 	}); err != nil {
 		return nil, err
 	}
-	g.m.hook("begun:" + s.name)
-	err := s.do(g, within)
-	g.m.hook("did:" + s.name)
-	if err != nil {
+	err := g.m.hook("begun:" + s.name)
+	if err == nil {
+		err = s.do(g, within)
+	}
+	if err = cmp.Or(err, g.m.hook("did:"+s.name)); err != nil {
 		if ctx.Err() != nil {
 			return nil, ctx.Err() // the agent ends, the launch is undone by the next
 		}
@@ -66,7 +68,7 @@ func (g *guest) take(ctx, within context.Context, s step) (*ending, error) {
 		find(r.Steps, s.name).DoneAt = g.m.now()
 		return false, true
 	})
-	g.m.hook("done:" + s.name)
+	g.m.mark("done:" + s.name)
 	return nil, err
 }
 
@@ -79,7 +81,7 @@ func (g *guest) started() error {
 		r.Status = max(r.Status, api.GuestStatus_GUEST_STATUS_STARTED)
 		return true, true
 	})
-	g.m.hook("done:" + stepDomain)
+	g.m.mark("done:" + stepDomain)
 	return err
 }
 
@@ -227,7 +229,9 @@ func (g *guest) undo(ctx context.Context, s step) error {
 	if err := s.undo(g, ctx); err != nil {
 		return err
 	}
-	g.m.hook("undone:" + s.name)
+	if err := g.m.hook("undone:" + s.name); err != nil {
+		return err
+	}
 	if s.left != nil {
 		left, err := s.left(g, ctx)
 		if err != nil {
@@ -245,6 +249,6 @@ func (g *guest) undo(ctx context.Context, s step) error {
 	if err == nil {
 		g.finding("")
 	}
-	g.m.hook("gone:" + s.name)
+	g.m.mark("gone:" + s.name)
 	return err
 }

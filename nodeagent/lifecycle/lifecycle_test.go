@@ -94,7 +94,13 @@ func (h *host) lifeUntil(ctx context.Context, hook func(string)) (_ *lifecycle.M
 		Blobs: lifecycletest.Cache{World: w}, Spools: lifecycletest.Store{World: w},
 		Images: func() ([]admit.Image, error) { return []admit.Image{h.image}, nil }, Measure: h.measure, TEE: tee,
 		GPURule:      func(string, int) *contract.Refusal { return nil },
-		Endorsements: func() contract.Endorsements { return contract.Endorsements{} }, Logger: hclog.NewNullLogger(), Hook: hook,
+		Endorsements: func() contract.Endorsements { return contract.Endorsements{} }, Logger: hclog.NewNullLogger(),
+		Hook: func(point string) error {
+			if hook != nil {
+				hook(point)
+			}
+			return nil
+		},
 		Clock: func() time.Time { return time.Now().Add(time.Duration(h.ahead.Load())) },
 	}, h.cfg)
 	if err != nil {

@@ -77,9 +77,18 @@ func New(d Deps, c Config) (*Manager, error) {
 
 func (m *Manager) now() time.Time { return m.d.Clock() }
 
-func (m *Manager) hook(point string) {
-	if m.d.Hook != nil {
-		m.d.Hook(point)
+// hook is a point where what goes on may fail.
+func (m *Manager) hook(point string) error {
+	if m.d.Hook == nil {
+		return nil
+	}
+	return m.d.Hook(point)
+}
+
+// mark is a point where the agent may die, and where nothing is left to fail.
+func (m *Manager) mark(point string) {
+	if err := m.hook(point); err != nil {
+		panic("nothing fails at " + point + ": " + err.Error())
 	}
 }
 
@@ -296,7 +305,7 @@ func (m *Manager) finish(g *guest) error {
 	if err != nil {
 		return err
 	}
-	m.hook("ended")
+	m.mark("ended")
 	m.mu.Lock()
 	delete(m.guests, g.id)
 	m.mu.Unlock()

@@ -67,6 +67,9 @@ func (g *guest) makeSpool(context.Context) error {
 	if err != nil {
 		return fmt.Errorf("opening spool: %w", err)
 	}
+	if err := g.m.hook("inside:" + stepSpool); err != nil {
+		return err
+	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.spool = spool
@@ -99,7 +102,7 @@ func (g *guest) fetch(ctx context.Context) error {
 		}
 		g.paths = append(g.paths, path)
 	}
-	return nil
+	return g.m.hook("inside:" + stepBlobs)
 }
 
 func (g *guest) release(context.Context) error { return g.m.d.Blobs.Release(g.id) }
@@ -176,11 +179,14 @@ func (g *guest) measure(context.Context) error {
 			"the guest would measure as %s, commanded is %s", hex.EncodeToString(measured.Digest[:]), hex.EncodeToString(cmd.GetLaunchDigest()))
 	}
 	g.measured = measured
-	return nil
+	return g.m.hook("inside:" + stepMeasure)
 }
 
 func (g *guest) addTap(ctx context.Context) error {
 	if err := g.m.holdForwarding(); err != nil {
+		return err
+	}
+	if err := g.m.hook("inside:" + stepTap); err != nil {
 		return err
 	}
 	return g.m.d.Network.Adopt(ctx, []network.Guest{g.m.c.nic(g.record())})
@@ -202,6 +208,9 @@ func (g *guest) serve(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := g.m.hook("inside:" + stepMetadata); err != nil {
+		return err
+	}
 	return g.m.d.Metadata.Open(ctx, session)
 }
 
@@ -216,6 +225,9 @@ func (g *guest) start(ctx context.Context) error {
 		return err
 	}
 	if _, err := g.see(ctx); err != nil {
+		return err
+	}
+	if err := g.m.hook("inside:" + stepDomain); err != nil {
 		return err
 	}
 	err = g.m.d.Hypervisor.Start(ctx, spec)

@@ -165,6 +165,8 @@ func TestTheShippedAgentCannotEmulate(t *testing.T) {
 		"opt/org.confidential-node/emulated-launch", // policy and HOST_DATA for that process
 		"force-raw=on",                              // the hash table, loaded by QEMU's generic loader
 		"writing hash table",                        // its file
+		"NODEAGENT_FAILPOINTS",                      // faults for tests
+		"unknown fault %q",                          // and what carries them out
 	}
 	for _, c := range []struct {
 		tags     string

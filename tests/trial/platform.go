@@ -58,6 +58,7 @@ type Platform struct {
 	// traffic is a file with every NATS message.
 	traffic string
 	silence func() error
+	private bool
 }
 
 // New starts the outside; it must run inside rig.Enter. Its services end with
@@ -121,6 +122,9 @@ func (p *Platform) startControl(ctx context.Context) error {
 	}
 	if p.API, err = client.New(p.Control.URL(), p.CA.PEM, p.Control.Token()); err != nil {
 		return err
+	}
+	if p.private {
+		return nil
 	}
 	return p.listen()
 }
@@ -237,4 +241,27 @@ func (p *Platform) Close() error {
 // ControlCommand is a verb of the program that drives the control plane.
 func (p *Platform) ControlCommand(ctx context.Context, args ...string) *exec.Cmd {
 	return exec.CommandContext(ctx, p.Programs.ControlPlane, append([]string{"--dir", p.ControlDir}, args...)...)
+}
+
+// StopListening makes traffic private: Search does not find it any more. Who
+// listens to every subject is interest in every inbox, so that the server
+// delivers commands to pull requests of an agent that is dead, and again only
+// after the acknowledgement is overdue.
+func (p *Platform) StopListening() error {
+	err := p.silence()
+	p.silence, p.private = nil, true
+	return err
+}
+
+// RestartControl ends the control plane and starts it again on its folder. Not
+// safe for concurrent use.
+func (p *Platform) RestartControl(ctx context.Context) error {
+	if p.silence != nil {
+		if err := p.silence(); err != nil {
+			return err
+		}
+	}
+	p.API.Close()
+	p.Control.Close()
+	return p.startControl(ctx)
 }

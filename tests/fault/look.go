@@ -1,0 +1,85 @@
+package fault
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/tests/trial"
+)
+
+// leftScript lists what the platform's own look does not: claims on blobs,
+// temporary files, mounts under the agent's folders, and
+// open ends of the security processor, one per guest.
+const leftScript = `set -e
+find ` + trial.CacheDir + `/owners -mindepth 1 2>/dev/null | sed 's/^/claim /'
+find /run/nodeagent ` + trial.StateDir + ` ` + trial.CacheDir + ` \( -name '*.tmp' -o -name '.*' -o -name '*.new' \) -type f 2>/dev/null | sed 's/^/temporary /'
+awk '$2 ~ "^/(run|var/lib|var/cache)/nodeagent/" {print "mount " $2}' /proc/self/mounts
+ip -o link show type tun 2>/dev/null | sed 's/^/tap /'
+find /run/nodeagent/guests -mindepth 1 2>/dev/null | sed 's/^/file /'`
+
+// Left lists everything guests left on the host but blobs, whole or in part:
+// they are a cache with a limit, and the next fetch goes on where one stopped.
+func (f *Field) Left(ctx context.Context) ([]string, error) {
+	all, err := f.Host.Leftovers(ctx)
+	all = slices.DeleteFunc(all, func(l string) bool { return strings.HasPrefix(l, "cached ") })
+	out, moreErr := f.Host.Output(ctx, "bash", "-c", leftScript)
+	for line := range strings.Lines(out) {
+		all = append(all, strings.TrimSpace(line))
+	}
+	return all, errors.Join(err, moreErr)
+}
+
+// Clean waits until nothing is left.
+func (f *Field) Clean(ctx context.Context) error {
+	var left []string
+	err := trial.Await(ctx, "the host to be clean", func() (bool, error) {
+		now, err := f.Left(ctx)
+		if err == nil {
+			left = now
+		}
+		return len(now) == 0, err
+	})
+	if err != nil {
+		return fmt.Errorf("%w; left over: %v", err, left)
+	}
+	return nil
+}
+
+// Once makes sure that a guest had at most one machine and one end.
+func (f *Field) Once(ctx context.Context, id string) error {
+	out, err := f.Host.Output(ctx, "bash", "-c", "grep -c 'starting up libvirt' /var/log/libvirt/qemu/nodeagent-"+id+".log 2>/dev/null || true")
+	if err != nil {
+		return err
+	}
+	if n := strings.TrimSpace(out); n != "" && n != "0" && n != "1" {
+		return fmt.Errorf("guest %s was started %s times", id, n)
+	}
+	ends := map[string]bool{}
+	for since := uint64(0); ; {
+		events, err := f.API.Events(ctx, since, 1000, false)
+		if err != nil {
+			return err
+		}
+		for _, e := range events {
+			since = e.Seq
+			event, err := e.Decode()
+			if err != nil {
+				return err
+			}
+			if s := event.GetGuestState(); s.GetGuestId() == id && s.GetStatus() >= api.GuestStatus_GUEST_STATUS_FINISHED {
+				ends[s.GetStatus().String()+" "+s.GetRefusal().GetCode()] = true
+			}
+		}
+		if len(events) < 1000 {
+			break
+		}
+	}
+	if len(ends) != 1 {
+		return fmt.Errorf("guest %s was reported to end as %v", id, ends)
+	}
+	return nil
+}
