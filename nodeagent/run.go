@@ -45,6 +45,9 @@ guests are never touched by its end, and are found again by the next start.`,
 			if err != nil {
 				return err
 			}
+			if err := leaveNoCore(); err != nil {
+				return err
+			}
 			cfg, err := config.Load(configFile)
 			if err != nil {
 				return err
