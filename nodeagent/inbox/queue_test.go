@@ -161,7 +161,9 @@ func TestDeathsBeforeTheHostIsReadyCountForNoCommand(t *testing.T) {
 				t.Errorf("waiting: %+v, %v", pending, err)
 			}
 			cancel()
-			<-done
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
 		}
 	})
 }

