@@ -285,11 +285,15 @@ func points(t *testing.T, change func(*api.LaunchGuest)) []string {
 	defer cancel()
 	var mu sync.Mutex
 	var seen []string
+	last := make(chan struct{}) // passed after the guest's end was told
 	m := h.life(ctx, func(p string) {
 		mu.Lock()
 		defer mu.Unlock()
 		if !slices.Contains(seen, p) {
 			seen = append(seen, p)
+			if p == "ended" {
+				close(last)
+			}
 		}
 	})
 	go h.guest(ctx)
@@ -297,6 +301,7 @@ func points(t *testing.T, change func(*api.LaunchGuest)) []string {
 		t.Fatal(err)
 	}
 	h.ended(ctx)
+	<-last
 	mu.Lock()
 	defer mu.Unlock()
 	return slices.Clone(seen)
