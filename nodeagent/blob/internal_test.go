@@ -163,3 +163,28 @@ func TestAClaimWaitsForAnEvictionUnderWay(t *testing.T) {
 		t.Errorf("%q, %v", got, err)
 	}
 }
+
+func TestAPresignedURLTellsItsEnd(t *testing.T) {
+	t.Parallel()
+	const date = "?X-Amz-Date=20261123T120000Z&X-Amz-Expires="
+	for url, want := range map[string]time.Time{
+		"https://s/o" + date + "60":         time.Date(2026, 11, 23, 12, 1, 0, 0, time.UTC),
+		"https://s/o" + date + "-60":        {},
+		"https://s/o" + date + "9999999999": {},
+		"https://s/o":                       {},
+		"://" + date + "60":                 {},
+	} {
+		if got := Expiry(url); !got.Equal(want) {
+			t.Errorf("%s ends at %v, want %v", url, got, want)
+		}
+	}
+}
+
+func FuzzExpiry(f *testing.F) {
+	f.Add("https://s/o?X-Amz-Date=20261123T120000Z&X-Amz-Expires=60")
+	f.Fuzz(func(t *testing.T, url string) {
+		if at := Expiry(url); !at.IsZero() && (at.Year() < 0 || at.Year() > 9999+70) {
+			t.Errorf("%q ends at %v", url, at)
+		}
+	})
+}

@@ -19,7 +19,7 @@ import (
 
 func spools(t *testing.T) *blob.Spools {
 	t.Helper()
-	s, err := blob.OpenSpools(t.TempDir(), sealed.CheckHeader, client(t))
+	s, err := blob.OpenSpools(t.TempDir(), 1<<30, sealed.CheckHeader, client(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -72,6 +72,52 @@ func TestResultsAreTakenWholeSealedAndUnderTheQuota(t *testing.T) {
 		if err := s.Remove("guest-1"); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// All guests' results together have a bound, which a restart does not forget
+// and what is refused, replaced or removed does not use up.
+func TestAllSpoolsTogetherAreBounded(t *testing.T) {
+	t.Parallel()
+	dir, data := t.TempDir(), seal(t, 10_000)
+	limit := int64(len(data))*2 + 500
+	var s *blob.Spools
+	receive := func(guest, name string, r io.Reader) error {
+		spool, err := s.Open(guest, []string{"a", "b"}, 1<<20)
+		if err == nil {
+			_, err = spool.Receive(t.Context(), name, r)
+		}
+		return err
+	}
+	reopen := func() {
+		var err error
+		if s, err = blob.OpenSpools(dir, limit, sealed.CheckHeader, client(t)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	reopen()
+	for range 5 {
+		broken := receive("guest-1", "b", io.MultiReader(bytes.NewReader(data[:5000]), errorReader{}))
+		if contract.AsRefusal(broken).Code != "internal" {
+			t.Errorf("broken off: %v", broken)
+		}
+		// Again replaces: both are there for a moment.
+		if err := errors.Join(receive("guest-1", "a", bytes.NewReader(data)), s.Remove("guest-2")); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := receive("guest-2", "a", bytes.NewReader(data)); err != nil {
+		t.Error(err)
+	}
+	for range 2 {
+		full := receive("guest-3", "a", bytes.NewReader(data))
+		if r := contract.AsRefusal(full); full == nil || r.Code != "results.spools-full" || r.Remedy == "" {
+			t.Errorf("over the bound: %v", full)
+		}
+		reopen()
+	}
+	if err := errors.Join(s.Remove("guest-1"), receive("guest-3", "a", bytes.NewReader(data))); err != nil {
+		t.Error(err)
 	}
 }
 

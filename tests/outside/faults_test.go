@@ -311,7 +311,7 @@ func TestFaultsOfAnUpload(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			u := newUnreliable(t)
-			spools, err := blob.OpenSpools(filepath.Join(u.dir, "spools"), checkHead, u.http)
+			spools, err := blob.OpenSpools(filepath.Join(u.dir, "spools"), 1<<30, checkHead, u.http)
 			if err != nil {
 				t.Fatal(err)
 			}
