@@ -98,16 +98,20 @@ func TestFaultsOfADownloadAreRefusedByName(t *testing.T) {
 		harm func(u *unreliable, data []byte)
 		code string
 	}{
-		"corrupted":           {func(u *unreliable, _ []byte) { u.faults.Inject(1, outside.From(3), outside.Corrupt) }, "blob.digest-mismatch"},
-		"shorter":             {func(u *unreliable, d []byte) { u.putObject("in", d[:len(d)-1]) }, "blob.size-mismatch"},
-		"zero bytes":          {func(u *unreliable, _ []byte) { u.putObject("in", nil) }, "blob.size-mismatch"},
-		"plaintext":           {func(u *unreliable, d []byte) { u.putObject("in", bytes.Repeat([]byte("x"), len(d))) }, "blob.not-sealed"},
-		"5 TB":                {func(u *unreliable, _ []byte) { u.faults.Inject(0, outside.Any, outside.Claim(5<<40)) }, "blob.size-mismatch"},
-		"expired mid-way":     {func(u *unreliable, _ []byte) { u.faults.Inject(0, outside.From(3), outside.Status(403)) }, "blob.url-expired"},
-		"another host":        {func(u *unreliable, _ []byte) { u.faults.Inject(0, outside.From(2), outside.Status(307, "Location", "https://elsewhere.example/")) }, "blob.redirected"},
-		"replaced for ever":   {func(u *unreliable, _ []byte) { u.faults.Inject(0, outside.From(2), outside.Status(412)) }, "blob.replaced"},
-		"another tag mid-way": {func(u *unreliable, _ []byte) { u.faults.Inject(0, outside.From(2), outside.Header("ETag", `"another"`)) }, ""},
-		"no such object":      {func(u *unreliable, _ []byte) { u.faults.Inject(0, outside.Any, outside.Status(404)) }, "blob.not-found"},
+		"corrupted":       {func(u *unreliable, _ []byte) { u.faults.Inject(1, outside.From(3), outside.Corrupt) }, "blob.digest-mismatch"},
+		"shorter":         {func(u *unreliable, d []byte) { u.putObject("in", d[:len(d)-1]) }, "blob.size-mismatch"},
+		"zero bytes":      {func(u *unreliable, _ []byte) { u.putObject("in", nil) }, "blob.size-mismatch"},
+		"plaintext":       {func(u *unreliable, d []byte) { u.putObject("in", bytes.Repeat([]byte("x"), len(d))) }, "blob.not-sealed"},
+		"5 TB":            {func(u *unreliable, _ []byte) { u.faults.Inject(0, outside.Any, outside.Claim(5<<40)) }, "blob.size-mismatch"},
+		"expired mid-way": {func(u *unreliable, _ []byte) { u.faults.Inject(0, outside.From(3), outside.Status(403)) }, "blob.url-expired"},
+		"another host": {func(u *unreliable, _ []byte) {
+			u.faults.Inject(0, outside.From(2), outside.Status(307, "Location", "https://elsewhere.example/"))
+		}, "blob.redirected"},
+		"replaced for ever": {func(u *unreliable, _ []byte) { u.faults.Inject(0, outside.From(2), outside.Status(412)) }, "blob.replaced"},
+		"another tag mid-way": {func(u *unreliable, _ []byte) {
+			u.faults.Inject(0, outside.From(2), outside.Header("ETag", `"another"`))
+		}, ""},
+		"no such object": {func(u *unreliable, _ []byte) { u.faults.Inject(0, outside.Any, outside.Status(404)) }, "blob.not-found"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -137,10 +141,12 @@ func TestFaultsOfADownloadAreRefusedByName(t *testing.T) {
 func TestFaultsOfADownloadThatPassAreOutlasted(t *testing.T) {
 	t.Parallel()
 	for name, harm := range map[string]func(u *unreliable){
-		"slow down":           func(u *unreliable) { u.faults.Inject(2, outside.Any, outside.Status(503)) },
-		"reset":               func(u *unreliable) { u.faults.Inject(2, outside.Any, outside.Reset) },
-		"truncated":           func(u *unreliable) { u.faults.Inject(2, outside.Any, outside.ResetAfter(1000)) },
-		"wrong Content-Range": func(u *unreliable) { u.faults.Inject(1, outside.Any, outside.Header("Content-Range", "bytes 5-9/786427")) },
+		"slow down": func(u *unreliable) { u.faults.Inject(2, outside.Any, outside.Status(503)) },
+		"reset":     func(u *unreliable) { u.faults.Inject(2, outside.Any, outside.Reset) },
+		"truncated": func(u *unreliable) { u.faults.Inject(2, outside.Any, outside.ResetAfter(1000)) },
+		"wrong Content-Range": func(u *unreliable) {
+			u.faults.Inject(1, outside.Any, outside.Header("Content-Range", "bytes 5-9/786427"))
+		},
 		"reset at every part": func(u *unreliable) {
 			first := map[string]bool{}
 			u.faults.Inject(0, func(e outside.Exchange) bool {

@@ -97,7 +97,7 @@ func TestRefusalsAndRedirectsAreErrors(t *testing.T) {
 func TestTheHostsReasonIsToldAndCut(t *testing.T) {
 	t.Parallel()
 	for body, want := range map[string]string{
-		`{"code":"results.quota","message":"too much","remedy":"r"}`:                      "results.quota: too much",
+		`{"code":"results.quota","message":"too much","remedy":"r"}`: "results.quota: too much",
 		`{"code":"x","message":"` + strings.Repeat("a", 2000) + `"}`: "x: " + strings.Repeat("a", 509),
 		`not JSON`: "",
 	} {
