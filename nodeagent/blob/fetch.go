@@ -381,7 +381,7 @@ func (d *download) keep(body io.Reader, first int64) (err error) {
 			return err
 		}
 	}
-	_, err = io.CopyBuffer(io.NewOffsetWriter(d.file, first), body, make([]byte, 1<<20))
+	_, err = io.CopyBuffer(io.NewOffsetWriter(d.file, first), body, make([]byte, 256<<10))
 	return err
 }
 

@@ -3,6 +3,7 @@ package outside
 import (
 	"bytes"
 	"io"
+	"maps"
 	"net/http"
 	"strconv"
 	"strings"
@@ -170,9 +171,7 @@ func (a *answer) Write(b []byte) (int, error) { return a.body.Write(b) }
 
 // send gives the head, and some of the body.
 func (a *answer) send(w http.ResponseWriter, body []byte) {
-	for name, values := range a.header {
-		w.Header()[name] = values
-	}
+	maps.Copy(w.Header(), a.header)
 	w.Header().Set("Content-Length", strconv.Itoa(a.body.Len()))
 	w.WriteHeader(a.code)
 	a.more(w, body)
