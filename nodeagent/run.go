@@ -166,7 +166,7 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	spools, err := blob.OpenSpools(spoolDir(cfg), sealed.CheckHeader, client)
+	spools, err := blob.OpenSpools(spoolDir(cfg), cfg.Blob.SpoolMaxBytes, sealed.CheckHeader, client)
 	if err != nil {
 		return nil, err
 	}

@@ -26,4 +26,6 @@
 //     (sev_snp), whether kernel, libvirt, QEMU and OVMF are new enough without
 //     and with GPUs (components), what endorsements are at hand, and is sent
 //     again with the names of what changed (changed). Commands are as before.
+//   - 3 (2026-11-25): ResultGivenUp; a further StopGuest ends the wait for an
+//     object store.
 package api

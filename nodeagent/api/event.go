@@ -27,6 +27,7 @@ const (
 	KindCapability     = "capability"
 	KindHeartbeat      = "heartbeat"
 	KindCommandDone    = "command-done"
+	KindResultGivenUp  = "result-given-up"
 )
 
 // EventBody is the body of an event: one of the Event_… wrappers.
@@ -67,6 +68,11 @@ func NewDone(hostID, commandID string, at time.Time) *Event {
 // as the guest gave it.
 func NewEvidence(hostID, commandID string, at time.Time, guestID string, evidence []byte) *Event {
 	return NewEvent(hostID, commandID, at, &Event_Evidence{Evidence: &EvidenceReady{GuestId: guestID, Evidence: evidence}})
+}
+
+// NewResultGivenUp makes the event that one result will not leave the host.
+func NewResultGivenUp(hostID, commandID string, at time.Time, r *ResultGivenUp) *Event {
+	return NewEvent(hostID, commandID, at, &Event_ResultGivenUp{ResultGivenUp: r})
 }
 
 // NewResultUploaded makes the event that one result left the host.

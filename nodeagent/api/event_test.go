@@ -21,6 +21,7 @@ func events() []*Event {
 		NewEvent("node-a", "", at, &Event_Capability{Capability: &Capability{Protocol: 1}}),
 		NewEvent("node-a", "", at, &Event_Heartbeat{Heartbeat: &Heartbeat{}}),
 		NewDone("node-a", "c", at),
+		NewResultGivenUp("node-a", "", at, &ResultGivenUp{GuestId: guestID, Name: "out"}),
 	}
 }
 
@@ -28,6 +29,7 @@ func TestEveryEventHasAKindAndSurvivesTheWire(t *testing.T) {
 	t.Parallel()
 	kinds := []string{
 		KindCommandRefused, KindGuestState, KindEvidence, KindResultUploaded, KindCapability, KindHeartbeat, KindCommandDone,
+		KindResultGivenUp,
 	}
 	ids := map[string]bool{}
 	for i, e := range events() {

@@ -941,7 +941,9 @@ func (x *PublishedPort) GetHostPort() uint32 {
 	return 0
 }
 
-// StopGuest ends a guest; its results so far are uploaded.
+// StopGuest ends a guest; its results so far are uploaded. Where they wait for
+// their object store, a further StopGuest gives up what is not there at the end
+// of its grace.
 type StopGuest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Guest to end, UUID, lower case.
@@ -1223,6 +1225,7 @@ type Event struct {
 	//	*Event_Capability
 	//	*Event_Heartbeat
 	//	*Event_CommandDone
+	//	*Event_ResultGivenUp
 	Body          isEvent_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1363,6 +1366,15 @@ func (x *Event) GetCommandDone() *CommandDone {
 	return nil
 }
 
+func (x *Event) GetResultGivenUp() *ResultGivenUp {
+	if x != nil {
+		if x, ok := x.Body.(*Event_ResultGivenUp); ok {
+			return x.ResultGivenUp
+		}
+	}
+	return nil
+}
+
 type isEvent_Body interface {
 	isEvent_Body()
 }
@@ -1402,6 +1414,11 @@ type Event_CommandDone struct {
 	CommandDone *CommandDone `protobuf:"bytes,22,opt,name=command_done,json=commandDone,proto3,oneof"`
 }
 
+type Event_ResultGivenUp struct {
+	// A file will not be in the object store.
+	ResultGivenUp *ResultGivenUp `protobuf:"bytes,23,opt,name=result_given_up,json=resultGivenUp,proto3,oneof"`
+}
+
 func (*Event_CommandRefused) isEvent_Body() {}
 
 func (*Event_GuestState) isEvent_Body() {}
@@ -1415,6 +1432,8 @@ func (*Event_Capability) isEvent_Body() {}
 func (*Event_Heartbeat) isEvent_Body() {}
 
 func (*Event_CommandDone) isEvent_Body() {}
+
+func (*Event_ResultGivenUp) isEvent_Body() {}
 
 // Refusal mirrors contract.Refusal.
 type Refusal struct {
@@ -1812,6 +1831,80 @@ func (x *ResultUploaded) GetSha256() []byte {
 	return nil
 }
 
+// ResultGivenUp reports that a file a guest delivered is not in the object
+// store and will not be, however the guest itself ended.
+type ResultGivenUp struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Guest whose result it is.
+	GuestId string `protobuf:"bytes,1,opt,name=guest_id,json=guestId,proto3" json:"guest_id,omitempty"`
+	// Name of the result, or "results.dsse.json" for the signed list.
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// Bytes of ciphertext.
+	Size uint64 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	// Why.
+	Refusal       *Refusal `protobuf:"bytes,4,opt,name=refusal,proto3" json:"refusal,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResultGivenUp) Reset() {
+	*x = ResultGivenUp{}
+	mi := &file_node_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResultGivenUp) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResultGivenUp) ProtoMessage() {}
+
+func (x *ResultGivenUp) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResultGivenUp.ProtoReflect.Descriptor instead.
+func (*ResultGivenUp) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *ResultGivenUp) GetGuestId() string {
+	if x != nil {
+		return x.GuestId
+	}
+	return ""
+}
+
+func (x *ResultGivenUp) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ResultGivenUp) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *ResultGivenUp) GetRefusal() *Refusal {
+	if x != nil {
+		return x.Refusal
+	}
+	return nil
+}
+
 // Capability is what the host says it can do. Self-reported: a hint.
 type Capability struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1859,7 +1952,7 @@ type Capability struct {
 
 func (x *Capability) Reset() {
 	*x = Capability{}
-	mi := &file_node_proto_msgTypes[20]
+	mi := &file_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1871,7 +1964,7 @@ func (x *Capability) String() string {
 func (*Capability) ProtoMessage() {}
 
 func (x *Capability) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[20]
+	mi := &file_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1884,7 +1977,7 @@ func (x *Capability) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capability.ProtoReflect.Descriptor instead.
 func (*Capability) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{20}
+	return file_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Capability) GetProtocol() uint32 {
@@ -2059,7 +2152,7 @@ type SEVSNP struct {
 
 func (x *SEVSNP) Reset() {
 	*x = SEVSNP{}
-	mi := &file_node_proto_msgTypes[21]
+	mi := &file_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2071,7 +2164,7 @@ func (x *SEVSNP) String() string {
 func (*SEVSNP) ProtoMessage() {}
 
 func (x *SEVSNP) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[21]
+	mi := &file_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2084,7 +2177,7 @@ func (x *SEVSNP) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SEVSNP.ProtoReflect.Descriptor instead.
 func (*SEVSNP) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{21}
+	return file_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SEVSNP) GetEnabled() bool {
@@ -2227,7 +2320,7 @@ type TCBVersion struct {
 
 func (x *TCBVersion) Reset() {
 	*x = TCBVersion{}
-	mi := &file_node_proto_msgTypes[22]
+	mi := &file_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2239,7 +2332,7 @@ func (x *TCBVersion) String() string {
 func (*TCBVersion) ProtoMessage() {}
 
 func (x *TCBVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[22]
+	mi := &file_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2252,7 +2345,7 @@ func (x *TCBVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TCBVersion.ProtoReflect.Descriptor instead.
 func (*TCBVersion) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{22}
+	return file_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *TCBVersion) GetRaw() uint64 {
@@ -2314,7 +2407,7 @@ type ASIDs struct {
 
 func (x *ASIDs) Reset() {
 	*x = ASIDs{}
-	mi := &file_node_proto_msgTypes[23]
+	mi := &file_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2326,7 +2419,7 @@ func (x *ASIDs) String() string {
 func (*ASIDs) ProtoMessage() {}
 
 func (x *ASIDs) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[23]
+	mi := &file_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2339,7 +2432,7 @@ func (x *ASIDs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ASIDs.ProtoReflect.Descriptor instead.
 func (*ASIDs) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{23}
+	return file_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ASIDs) GetTotal() uint32 {
@@ -2389,7 +2482,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_node_proto_msgTypes[24]
+	mi := &file_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2401,7 +2494,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[24]
+	mi := &file_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2414,7 +2507,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{24}
+	return file_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Finding) GetCode() string {
@@ -2475,7 +2568,7 @@ type Component struct {
 
 func (x *Component) Reset() {
 	*x = Component{}
-	mi := &file_node_proto_msgTypes[25]
+	mi := &file_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2487,7 +2580,7 @@ func (x *Component) String() string {
 func (*Component) ProtoMessage() {}
 
 func (x *Component) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[25]
+	mi := &file_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2500,7 +2593,7 @@ func (x *Component) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Component.ProtoReflect.Descriptor instead.
 func (*Component) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{25}
+	return file_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Component) GetName() string {
@@ -2571,7 +2664,7 @@ type EndorsementState struct {
 
 func (x *EndorsementState) Reset() {
 	*x = EndorsementState{}
-	mi := &file_node_proto_msgTypes[26]
+	mi := &file_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2583,7 +2676,7 @@ func (x *EndorsementState) String() string {
 func (*EndorsementState) ProtoMessage() {}
 
 func (x *EndorsementState) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[26]
+	mi := &file_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2596,7 +2689,7 @@ func (x *EndorsementState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndorsementState.ProtoReflect.Descriptor instead.
 func (*EndorsementState) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{26}
+	return file_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *EndorsementState) GetCertificate() Conclusion {
@@ -2655,7 +2748,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_node_proto_msgTypes[27]
+	mi := &file_node_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2667,7 +2760,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[27]
+	mi := &file_node_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2680,7 +2773,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{27}
+	return file_node_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Heartbeat) GetUptimeSeconds() uint64 {
@@ -2818,7 +2911,7 @@ const file_node_proto_rawDesc = "" +
 	"\n" +
 	"BeginEpoch\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x19\n" +
-	"\bstore_id\x18\x02 \x01(\fR\astoreId\"\xe9\x04\n" +
+	"\bstore_id\x18\x02 \x01(\fR\astoreId\"\xb0\x05\n" +
 	"\x05Event\x12\x19\n" +
 	"\bevent_id\x18\x01 \x01(\tR\aeventId\x12\x17\n" +
 	"\ahost_id\x18\x02 \x01(\tR\x06hostId\x12\x1a\n" +
@@ -2835,7 +2928,8 @@ const file_node_proto_rawDesc = "" +
 	"capability\x18\x14 \x01(\v2\x18.nodeagent.v1.CapabilityH\x00R\n" +
 	"capability\x127\n" +
 	"\theartbeat\x18\x15 \x01(\v2\x17.nodeagent.v1.HeartbeatH\x00R\theartbeat\x12>\n" +
-	"\fcommand_done\x18\x16 \x01(\v2\x19.nodeagent.v1.CommandDoneH\x00R\vcommandDoneB\x06\n" +
+	"\fcommand_done\x18\x16 \x01(\v2\x19.nodeagent.v1.CommandDoneH\x00R\vcommandDone\x12E\n" +
+	"\x0fresult_given_up\x18\x17 \x01(\v2\x1b.nodeagent.v1.ResultGivenUpH\x00R\rresultGivenUpB\x06\n" +
 	"\x04body\"O\n" +
 	"\aRefusal\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
@@ -2868,7 +2962,12 @@ const file_node_proto_rawDesc = "" +
 	"\bguest_id\x18\x01 \x01(\tR\aguestId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
 	"\x04size\x18\x03 \x01(\x04R\x04size\x12\x16\n" +
-	"\x06sha256\x18\x04 \x01(\fR\x06sha256\"\x9b\x05\n" +
+	"\x06sha256\x18\x04 \x01(\fR\x06sha256\"\x83\x01\n" +
+	"\rResultGivenUp\x12\x19\n" +
+	"\bguest_id\x18\x01 \x01(\tR\aguestId\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\x04R\x04size\x12/\n" +
+	"\arefusal\x18\x04 \x01(\v2\x15.nodeagent.v1.RefusalR\arefusal\"\x9b\x05\n" +
 	"\n" +
 	"Capability\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12#\n" +
@@ -2992,7 +3091,7 @@ func file_node_proto_rawDescGZIP() []byte {
 }
 
 var file_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 30)
+var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_node_proto_goTypes = []any{
 	(GuestStatus)(0),              // 0: nodeagent.v1.GuestStatus
 	(Conclusion)(0),               // 1: nodeagent.v1.Conclusion
@@ -3016,22 +3115,23 @@ var file_node_proto_goTypes = []any{
 	(*GuestState)(nil),            // 19: nodeagent.v1.GuestState
 	(*EvidenceReady)(nil),         // 20: nodeagent.v1.EvidenceReady
 	(*ResultUploaded)(nil),        // 21: nodeagent.v1.ResultUploaded
-	(*Capability)(nil),            // 22: nodeagent.v1.Capability
-	(*SEVSNP)(nil),                // 23: nodeagent.v1.SEVSNP
-	(*TCBVersion)(nil),            // 24: nodeagent.v1.TCBVersion
-	(*ASIDs)(nil),                 // 25: nodeagent.v1.ASIDs
-	(*Finding)(nil),               // 26: nodeagent.v1.Finding
-	(*Component)(nil),             // 27: nodeagent.v1.Component
-	(*EndorsementState)(nil),      // 28: nodeagent.v1.EndorsementState
-	(*Heartbeat)(nil),             // 29: nodeagent.v1.Heartbeat
-	nil,                           // 30: nodeagent.v1.LaunchGuest.HostsEntry
-	nil,                           // 31: nodeagent.v1.GuestState.StepMsEntry
-	(*timestamppb.Timestamp)(nil), // 32: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 33: google.protobuf.Duration
+	(*ResultGivenUp)(nil),         // 22: nodeagent.v1.ResultGivenUp
+	(*Capability)(nil),            // 23: nodeagent.v1.Capability
+	(*SEVSNP)(nil),                // 24: nodeagent.v1.SEVSNP
+	(*TCBVersion)(nil),            // 25: nodeagent.v1.TCBVersion
+	(*ASIDs)(nil),                 // 26: nodeagent.v1.ASIDs
+	(*Finding)(nil),               // 27: nodeagent.v1.Finding
+	(*Component)(nil),             // 28: nodeagent.v1.Component
+	(*EndorsementState)(nil),      // 29: nodeagent.v1.EndorsementState
+	(*Heartbeat)(nil),             // 30: nodeagent.v1.Heartbeat
+	nil,                           // 31: nodeagent.v1.LaunchGuest.HostsEntry
+	nil,                           // 32: nodeagent.v1.GuestState.StepMsEntry
+	(*timestamppb.Timestamp)(nil), // 33: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 34: google.protobuf.Duration
 }
 var file_node_proto_depIdxs = []int32{
-	32, // 0: nodeagent.v1.Command.not_before:type_name -> google.protobuf.Timestamp
-	32, // 1: nodeagent.v1.Command.expires_at:type_name -> google.protobuf.Timestamp
+	33, // 0: nodeagent.v1.Command.not_before:type_name -> google.protobuf.Timestamp
+	33, // 1: nodeagent.v1.Command.expires_at:type_name -> google.protobuf.Timestamp
 	3,  // 2: nodeagent.v1.Command.launch_guest:type_name -> nodeagent.v1.LaunchGuest
 	10, // 3: nodeagent.v1.Command.stop_guest:type_name -> nodeagent.v1.StopGuest
 	11, // 4: nodeagent.v1.Command.request_evidence:type_name -> nodeagent.v1.RequestEvidence
@@ -3042,45 +3142,47 @@ var file_node_proto_depIdxs = []int32{
 	5,  // 9: nodeagent.v1.LaunchGuest.machine:type_name -> nodeagent.v1.Machine
 	6,  // 10: nodeagent.v1.LaunchGuest.inputs:type_name -> nodeagent.v1.InputBlob
 	7,  // 11: nodeagent.v1.LaunchGuest.results:type_name -> nodeagent.v1.ResultTarget
-	33, // 12: nodeagent.v1.LaunchGuest.start_timeout:type_name -> google.protobuf.Duration
-	33, // 13: nodeagent.v1.LaunchGuest.run_timeout:type_name -> google.protobuf.Duration
+	34, // 12: nodeagent.v1.LaunchGuest.start_timeout:type_name -> google.protobuf.Duration
+	34, // 13: nodeagent.v1.LaunchGuest.run_timeout:type_name -> google.protobuf.Duration
 	9,  // 14: nodeagent.v1.LaunchGuest.ports:type_name -> nodeagent.v1.PublishedPort
-	30, // 15: nodeagent.v1.LaunchGuest.hosts:type_name -> nodeagent.v1.LaunchGuest.HostsEntry
+	31, // 15: nodeagent.v1.LaunchGuest.hosts:type_name -> nodeagent.v1.LaunchGuest.HostsEntry
 	8,  // 16: nodeagent.v1.ResultTarget.uploads:type_name -> nodeagent.v1.ResultUpload
-	33, // 17: nodeagent.v1.StopGuest.grace:type_name -> google.protobuf.Duration
-	32, // 18: nodeagent.v1.Event.at:type_name -> google.protobuf.Timestamp
+	34, // 17: nodeagent.v1.StopGuest.grace:type_name -> google.protobuf.Duration
+	33, // 18: nodeagent.v1.Event.at:type_name -> google.protobuf.Timestamp
 	17, // 19: nodeagent.v1.Event.command_refused:type_name -> nodeagent.v1.CommandRefused
 	19, // 20: nodeagent.v1.Event.guest_state:type_name -> nodeagent.v1.GuestState
 	20, // 21: nodeagent.v1.Event.evidence:type_name -> nodeagent.v1.EvidenceReady
 	21, // 22: nodeagent.v1.Event.result_uploaded:type_name -> nodeagent.v1.ResultUploaded
-	22, // 23: nodeagent.v1.Event.capability:type_name -> nodeagent.v1.Capability
-	29, // 24: nodeagent.v1.Event.heartbeat:type_name -> nodeagent.v1.Heartbeat
+	23, // 23: nodeagent.v1.Event.capability:type_name -> nodeagent.v1.Capability
+	30, // 24: nodeagent.v1.Event.heartbeat:type_name -> nodeagent.v1.Heartbeat
 	18, // 25: nodeagent.v1.Event.command_done:type_name -> nodeagent.v1.CommandDone
-	16, // 26: nodeagent.v1.CommandRefused.refusal:type_name -> nodeagent.v1.Refusal
-	0,  // 27: nodeagent.v1.GuestState.status:type_name -> nodeagent.v1.GuestStatus
-	16, // 28: nodeagent.v1.GuestState.refusal:type_name -> nodeagent.v1.Refusal
-	31, // 29: nodeagent.v1.GuestState.step_ms:type_name -> nodeagent.v1.GuestState.StepMsEntry
-	9,  // 30: nodeagent.v1.GuestState.ports:type_name -> nodeagent.v1.PublishedPort
-	4,  // 31: nodeagent.v1.Capability.images:type_name -> nodeagent.v1.BootImage
-	23, // 32: nodeagent.v1.Capability.sev_snp:type_name -> nodeagent.v1.SEVSNP
-	27, // 33: nodeagent.v1.Capability.components:type_name -> nodeagent.v1.Component
-	28, // 34: nodeagent.v1.Capability.endorsements:type_name -> nodeagent.v1.EndorsementState
-	24, // 35: nodeagent.v1.SEVSNP.current_tcb:type_name -> nodeagent.v1.TCBVersion
-	24, // 36: nodeagent.v1.SEVSNP.reported_tcb:type_name -> nodeagent.v1.TCBVersion
-	25, // 37: nodeagent.v1.SEVSNP.asids:type_name -> nodeagent.v1.ASIDs
-	26, // 38: nodeagent.v1.SEVSNP.findings:type_name -> nodeagent.v1.Finding
-	1,  // 39: nodeagent.v1.Component.meets:type_name -> nodeagent.v1.Conclusion
-	1,  // 40: nodeagent.v1.Component.meets_gpu:type_name -> nodeagent.v1.Conclusion
-	1,  // 41: nodeagent.v1.EndorsementState.certificate:type_name -> nodeagent.v1.Conclusion
-	32, // 42: nodeagent.v1.EndorsementState.certificate_not_after:type_name -> google.protobuf.Timestamp
-	1,  // 43: nodeagent.v1.EndorsementState.revocation_list:type_name -> nodeagent.v1.Conclusion
-	32, // 44: nodeagent.v1.EndorsementState.revocation_list_next_update:type_name -> google.protobuf.Timestamp
-	26, // 45: nodeagent.v1.EndorsementState.findings:type_name -> nodeagent.v1.Finding
-	46, // [46:46] is the sub-list for method output_type
-	46, // [46:46] is the sub-list for method input_type
-	46, // [46:46] is the sub-list for extension type_name
-	46, // [46:46] is the sub-list for extension extendee
-	0,  // [0:46] is the sub-list for field type_name
+	22, // 26: nodeagent.v1.Event.result_given_up:type_name -> nodeagent.v1.ResultGivenUp
+	16, // 27: nodeagent.v1.CommandRefused.refusal:type_name -> nodeagent.v1.Refusal
+	0,  // 28: nodeagent.v1.GuestState.status:type_name -> nodeagent.v1.GuestStatus
+	16, // 29: nodeagent.v1.GuestState.refusal:type_name -> nodeagent.v1.Refusal
+	32, // 30: nodeagent.v1.GuestState.step_ms:type_name -> nodeagent.v1.GuestState.StepMsEntry
+	9,  // 31: nodeagent.v1.GuestState.ports:type_name -> nodeagent.v1.PublishedPort
+	16, // 32: nodeagent.v1.ResultGivenUp.refusal:type_name -> nodeagent.v1.Refusal
+	4,  // 33: nodeagent.v1.Capability.images:type_name -> nodeagent.v1.BootImage
+	24, // 34: nodeagent.v1.Capability.sev_snp:type_name -> nodeagent.v1.SEVSNP
+	28, // 35: nodeagent.v1.Capability.components:type_name -> nodeagent.v1.Component
+	29, // 36: nodeagent.v1.Capability.endorsements:type_name -> nodeagent.v1.EndorsementState
+	25, // 37: nodeagent.v1.SEVSNP.current_tcb:type_name -> nodeagent.v1.TCBVersion
+	25, // 38: nodeagent.v1.SEVSNP.reported_tcb:type_name -> nodeagent.v1.TCBVersion
+	26, // 39: nodeagent.v1.SEVSNP.asids:type_name -> nodeagent.v1.ASIDs
+	27, // 40: nodeagent.v1.SEVSNP.findings:type_name -> nodeagent.v1.Finding
+	1,  // 41: nodeagent.v1.Component.meets:type_name -> nodeagent.v1.Conclusion
+	1,  // 42: nodeagent.v1.Component.meets_gpu:type_name -> nodeagent.v1.Conclusion
+	1,  // 43: nodeagent.v1.EndorsementState.certificate:type_name -> nodeagent.v1.Conclusion
+	33, // 44: nodeagent.v1.EndorsementState.certificate_not_after:type_name -> google.protobuf.Timestamp
+	1,  // 45: nodeagent.v1.EndorsementState.revocation_list:type_name -> nodeagent.v1.Conclusion
+	33, // 46: nodeagent.v1.EndorsementState.revocation_list_next_update:type_name -> google.protobuf.Timestamp
+	27, // 47: nodeagent.v1.EndorsementState.findings:type_name -> nodeagent.v1.Finding
+	48, // [48:48] is the sub-list for method output_type
+	48, // [48:48] is the sub-list for method input_type
+	48, // [48:48] is the sub-list for extension type_name
+	48, // [48:48] is the sub-list for extension extendee
+	0,  // [0:48] is the sub-list for field type_name
 }
 
 func init() { file_node_proto_init() }
@@ -3104,16 +3206,17 @@ func file_node_proto_init() {
 		(*Event_Capability)(nil),
 		(*Event_Heartbeat)(nil),
 		(*Event_CommandDone)(nil),
+		(*Event_ResultGivenUp)(nil),
 	}
-	file_node_proto_msgTypes[21].OneofWrappers = []any{}
-	file_node_proto_msgTypes[23].OneofWrappers = []any{}
+	file_node_proto_msgTypes[22].OneofWrappers = []any{}
+	file_node_proto_msgTypes[24].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_node_proto_rawDesc), len(file_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   30,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -34,13 +34,17 @@ import (
 
 // Limits of conversations with an object store.
 const (
-	// stallTimeout is how long no byte may come or go.
+	// stallTimeout is how long it may take for stallBytes to come or go: a
+	// store that drips is as bad as one that hangs.
 	stallTimeout = 30 * time.Second
+	stallBytes   = 64 << 10
 	// attempts per part before the launch is refused, about half a minute in
 	// all. Who uploads decides by itself how long to go on.
 	attempts = 8
 	// retryPause doubles from attempt to attempt.
 	retryPause = 200 * time.Millisecond
+	// maxRetryAfter bounds what a store may ask for.
+	maxRetryAfter = time.Minute
 	// maxHeaders bounds the headers of an answer; stores send about 1 KiB.
 	maxHeaders = 64 << 10
 	// headBytes of a file are looked at before any of it is kept. The longest
@@ -89,24 +93,60 @@ func withoutURL(err error) error {
 	return err
 }
 
+const (
+	codeURLExpired = "blob.url-expired"
+	again          = "launch again with fresh URLs"
+)
+
+// busyError is an answer that may be another one later.
+type busyError struct {
+	status string
+	after  time.Duration
+}
+
+func (e *busyError) Error() string { return "object store answers " + e.status }
+
+// busy reads Retry-After in seconds, which is what stores send.
+func busy(resp *http.Response) error {
+	seconds, err := strconv.ParseUint(resp.Header.Get("Retry-After"), 10, 31)
+	if err != nil {
+		seconds = 0
+	}
+	return &busyError{resp.Status, min(time.Duration(seconds)*time.Second, maxRetryAfter)}
+}
+
+// Expiry reads when a presigned URL (AWS Signature Version 4, query string)
+// stops working; zero when it does not say.
+func Expiry(presigned string) time.Time {
+	u, err := url.Parse(presigned)
+	if err != nil {
+		return time.Time{}
+	}
+	from, err := time.Parse("20060102T150405Z", u.Query().Get("X-Amz-Date"))
+	seconds, numberErr := strconv.ParseUint(u.Query().Get("X-Amz-Expires"), 10, 31)
+	if err != nil || numberErr != nil {
+		return time.Time{}
+	}
+	return from.Add(time.Duration(seconds) * time.Second)
+}
+
 // answered turns a status into nil, a final refusal, or an error that may pass.
 func answered(resp *http.Response, want ...int) error {
 	if slices.Contains(want, resp.StatusCode) {
 		return nil
 	}
-	const again = "launch again with fresh URLs"
 	if resp.StatusCode/100 == 3 {
 		return contract.Refuse("blob.redirected", "give a URL of the store itself", "the object store redirects with %s", resp.Status)
 	}
 	switch resp.StatusCode {
 	case http.StatusUnauthorized, http.StatusForbidden:
-		return contract.Refuse("blob.url-expired", again, "the object store does not accept the URL: it has expired or was not made for this")
+		return contract.Refuse(codeURLExpired, again, "the object store does not accept the URL: it has expired or was not made for this")
 	case http.StatusNotFound, http.StatusGone:
 		return contract.Refuse("blob.not-found", "upload the sealed file, then launch again", "the object store has no such object")
 	case http.StatusPreconditionFailed:
 		return errReplaced
 	case http.StatusRequestTimeout, http.StatusTooManyRequests, http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
-		return fmt.Errorf("object store answers %s", resp.Status)
+		return busy(resp)
 	}
 	return contract.Refuse("blob.store-answer", "check the URL and the store", "the object store answers %s", resp.Status)
 }
@@ -125,23 +165,25 @@ func sealedHead(r io.Reader, check func(io.Reader) error, no *contract.Refusal) 
 	return buffered, nil
 }
 
-// watched ends a transfer when no byte moved for too long.
+// watched ends a transfer of which too few bytes moved in a stall's time.
 type watched struct {
 	r     io.Reader
 	stall time.Duration
 	dog   *time.Timer
+	moved int // since the dog was reset
 }
 
 // errStalled is the cause of a context that watch ended.
-var errStalled = errors.New("no byte moved for too long")
+var errStalled = errors.New("too few bytes moved for too long")
 
 func watch(r io.Reader, stall time.Duration, cancel context.CancelCauseFunc) *watched {
-	return &watched{r, stall, time.AfterFunc(stall, func() { cancel(errStalled) })}
+	return &watched{r: r, stall: stall, dog: time.AfterFunc(stall, func() { cancel(errStalled) })}
 }
 
 func (w *watched) Read(b []byte) (int, error) {
 	n, err := w.r.Read(b)
-	if n > 0 {
+	if w.moved += n; w.moved >= stallBytes {
+		w.moved = 0
 		w.dog.Reset(w.stall)
 	}
 	if err != nil {

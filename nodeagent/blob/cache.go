@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
 
 	"github.com/confidential-node/agent/firmware/contract"
 )
@@ -29,8 +31,10 @@ type Config struct {
 	PartSize int64
 	// CheckHeader refuses what is not sealed; it sees the start of the blob.
 	CheckHeader func(io.Reader) error
-	// Stall is how long no byte may come; 0 means 30 seconds.
+	// Stall is how long 64 KiB may take to come; 0 means 30 seconds.
 	Stall time.Duration
+	// Space says what is free under a path; nil asks the file system.
+	Space func(path string) (bytes, inodes uint64, err error)
 }
 
 // Ref is a blob and where to get it.
@@ -75,6 +79,9 @@ func Open(dir string, cfg Config, client *http.Client, logger hclog.Logger) (*Ca
 	}
 	if cfg.Stall == 0 {
 		cfg.Stall = stallTimeout
+	}
+	if cfg.Space == nil {
+		cfg.Space = space
 	}
 	c := &Cache{dir: dir, cfg: cfg, client: client, log: logger.Named("blob"), fetching: map[string]*turn{}, reserved: map[string]int64{}}
 	// QEMU runs as another user and opens blobs by their names, whatever the
@@ -217,19 +224,21 @@ func (c *Cache) reserve(name string, size int64) (giveBack func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, victim := range free {
-		if size <= c.cfg.MaxBytes-used {
+	for {
+		no := c.fits(name, size, used)
+		if no == nil {
 			break
 		}
+		if len(free) == 0 {
+			return nil, no
+		}
+		victim := free[0]
+		free = free[1:]
 		if err := errors.Join(removed(c.final(victim.name)), c.discard(victim.name)); err != nil {
 			return nil, fmt.Errorf("evicting blob: %w", err)
 		}
 		c.log.Info("evicted", "blob", victim.name, "bytes", victim.size)
 		used -= victim.size
-	}
-	if size > c.cfg.MaxBytes-used {
-		return nil, contract.Refuse("blob.cache-full", "wait for a guest to end, or raise blob.max_bytes",
-			"%d bytes do not fit the cache of %d: %d are in use", size, c.cfg.MaxBytes, used)
 	}
 	c.reserved[name] = size
 	return func() {
@@ -237,6 +246,51 @@ func (c *Cache) reserve(name string, size int64) (giveBack func(), err error) {
 		defer c.mu.Unlock()
 		delete(c.reserved, name)
 	}, nil
+}
+
+// What a fetch leaves free for everybody else on the disk. A blob, its journal
+// and its claim are three files.
+const (
+	keepBytes  = 64 << 20
+	keepInodes = 64
+)
+
+// fits says why a blob has no room, next to used bytes of the cache.
+func (c *Cache) fits(name string, size, used int64) error {
+	if size > c.cfg.MaxBytes-used {
+		return contract.Refuse("blob.cache-full", "wait for a guest to end, or raise blob.max_bytes",
+			"%d bytes do not fit the cache of %d: %d are in use", size, c.cfg.MaxBytes, used)
+	}
+	free, inodes, err := c.cfg.Space(c.dir)
+	if err != nil {
+		return fmt.Errorf("asking for free space: %w", err)
+	}
+	var stat unix.Stat_t
+	if unix.Stat(c.partial(name), &stat) == nil {
+		size -= min(size, stat.Blocks*512) // allocated already
+	}
+	if uint64(size)+keepBytes > free {
+		return contract.Refuse(codeDiskFull, "free space on the host, or lower blob.max_bytes",
+			"%d bytes more do not fit the host's disk: %d are free, %d of them are kept", size, free, keepBytes)
+	}
+	if inodes < keepInodes {
+		return contract.Refuse(codeDiskFull, "remove files on the host's disk", "the host's disk has %d inodes left", inodes)
+	}
+	return nil
+}
+
+// space asks the file system what is free for the agent. File systems without
+// a table of inodes report none at all.
+func space(path string) (bytes, inodes uint64, err error) {
+	var stat unix.Statfs_t
+	if err := unix.Statfs(path, &stat); err != nil {
+		return 0, 0, err
+	}
+	inodes = stat.Ffree
+	if stat.Files == 0 {
+		inodes = math.MaxUint64
+	}
+	return stat.Bavail * uint64(stat.Bsize), inodes, nil
 }
 
 type victim struct {

@@ -40,14 +40,18 @@ type journal struct {
 	ETag     string `json:"etag,omitempty"`
 	Size     int64  `json:"size"`
 	PartSize int64  `json:"part_size"`
-	// Parts from the beginning that are complete. What lies beyond is
-	// fetched again.
+	// Parts from the beginning that are complete.
 	Parts int `json:"parts"`
+	// Beyond are complete parts after a gap, in order. What is in neither is
+	// fetched again.
+	Beyond []int `json:"beyond,omitempty"`
 }
 
 const (
 	maxJournal = 8 << 10
 	maxETag    = 1 << 10
+	// maxBeyond parts fit a journal.
+	maxBeyond = 512
 )
 
 // download is one fetch.
@@ -58,17 +62,15 @@ type download struct {
 	progress func(done, total int64)
 	// resumed says that parts of an earlier attempt were taken over.
 	resumed bool
-
-	// more is told, without waiting, when a part has come.
-	more chan struct{}
-	// hash is the hasher's alone.
+	// hash is the hasher's alone: parts go on while it reads what is there.
 	hash hash.Hash
+	// arrived holds a token when a part came that the hasher may wait for.
+	arrived chan struct{}
 
 	mu      sync.Mutex
 	journal journal
-	// there are the parts on disk.
-	there []bool
-	done  int64
+	there   []bool // parts on disk
+	done    int64
 }
 
 // fetch makes the blob appear. What turns out to be of another object is begun
@@ -107,10 +109,10 @@ func (c *Cache) fetchOnce(ctx context.Context, ref Ref, progress func(done, tota
 		return fmt.Errorf("opening partial blob: %w", err)
 	}
 	defer func() { err = errors.Join(err, file.Close()) }()
-	if err := file.Truncate(ref.Size); err != nil {
+	if err := allocate(file, ref.Size); err != nil {
 		return fmt.Errorf("preparing partial blob: %w", err)
 	}
-	d := &download{c: c, ref: ref, file: file, progress: progress, hash: sha256.New(), more: make(chan struct{}, 1)}
+	d := &download{c: c, ref: ref, file: file, progress: progress, hash: sha256.New(), arrived: make(chan struct{}, 1)}
 	d.resume()
 	// The first part alone: it pins the object and shows whether it is sealed.
 	if err := d.part(ctx, 0); err != nil {
@@ -118,10 +120,8 @@ func (c *Cache) fetchOnce(ctx context.Context, ref Ref, progress func(done, tota
 	}
 	work, workCtx := errgroup.WithContext(ctx)
 	work.SetLimit(c.cfg.Parts + 1)
-	// Hashed beside the parts, in their order: a part that comes does not wait
-	// until another is hashed.
-	work.Go(func() error { return d.hashParts(workCtx) })
-	for i := 1; i < len(d.there) && workCtx.Err() == nil; i++ {
+	work.Go(func() error { return d.hashAll(workCtx) })
+	for i := d.journal.Parts; i < len(d.there) && workCtx.Err() == nil; i++ {
 		work.Go(func() error { return d.part(workCtx, i) })
 	}
 	if err := work.Wait(); err != nil {
@@ -161,19 +161,39 @@ func syncDir(path string) error {
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
+// allocate gives a file its size and its room on the disk, so that a disk too
+// small is known before the first byte is fetched.
+func allocate(file *os.File, size int64) error {
+	if err := file.Truncate(size); err != nil {
+		return err
+	}
+	err := unix.Fallocate(int(file.Fd()), 0, 0, size)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return nil
+	}
+	return err
+}
+
 // resume takes up what an earlier attempt left, when it was of the same shape.
 func (d *download) resume() {
 	parts := int((d.ref.Size + d.c.cfg.PartSize - 1) / d.c.cfg.PartSize)
 	d.journal = journal{Size: d.ref.Size, PartSize: d.c.cfg.PartSize}
 	d.there = make([]bool, parts)
 	old, err := readJournal(d.c.journalFile(d.ref.name()))
-	if err != nil || old.Size != d.journal.Size || old.PartSize != d.journal.PartSize || old.Parts > parts {
+	if err != nil || old.Size != d.journal.Size || old.PartSize != d.journal.PartSize {
 		return // nothing to take up
 	}
-	d.journal.ETag, d.journal.Parts, d.resumed = old.ETag, old.Parts, old.Parts > 0
-	for i := range old.Parts {
+	d.journal, d.resumed = old, old.Parts > 0 || len(old.Beyond) > 0
+	for i := range d.there {
+		d.there[i] = i < old.Parts
+	}
+	for _, i := range old.Beyond {
 		d.there[i] = true
-		d.done += d.length(i)
+	}
+	for i, there := range d.there {
+		if there {
+			d.done += d.length(i)
+		}
 	}
 }
 
@@ -195,8 +215,18 @@ func parseJournal(raw []byte) (journal, error) {
 	if err := contract.UnmarshalStrict(raw, maxJournal, &j); err != nil {
 		return journal{}, fmt.Errorf("reading journal: %w", err)
 	}
-	if j.Size <= 0 || j.PartSize <= 0 || j.Parts < 0 || j.ETag != strongTag(j.ETag) {
+	if j.Size <= 0 || j.PartSize <= 0 || j.Parts < 0 || len(j.Beyond) > maxBeyond || j.ETag != strongTag(j.ETag) {
 		return journal{}, errors.New("reading journal: malformed")
+	}
+	parts, after := (j.Size-1)/j.PartSize+1, j.Parts
+	for _, i := range j.Beyond {
+		if i <= after {
+			return journal{}, errors.New("reading journal: parts out of order")
+		}
+		after = i
+	}
+	if int64(j.Parts) > parts || len(j.Beyond) > 0 && int64(after) >= parts {
+		return journal{}, errors.New("reading journal: more parts than the blob has")
 	}
 	return j, nil
 }
@@ -215,39 +245,34 @@ func (d *download) saveLocked() error {
 }
 
 func (d *download) length(i int) int64 {
-	return min(d.journal.PartSize, d.journal.Size-int64(i)*d.journal.PartSize)
+	return min(d.c.cfg.PartSize, d.ref.Size-int64(i)*d.c.cfg.PartSize)
 }
 
-// hashParts hashes the parts in their order as they come, until all have.
-func (d *download) hashParts(ctx context.Context) error {
-	buffer := make([]byte, 256<<10)
-	for i := range d.there {
-		if err := d.await(ctx, i); err != nil {
-			return err
-		}
-		r := io.NewSectionReader(d.file, int64(i)*d.journal.PartSize, d.length(i))
-		if _, err := io.CopyBuffer(struct{ io.Writer }{d.hash}, r, buffer); err != nil {
-			return fmt.Errorf("hashing partial blob: %w", err)
-		}
-	}
-	return nil
-}
-
-// await waits until a part is there.
-func (d *download) await(ctx context.Context, i int) error {
-	for {
+// hashAll hashes the parts in order as they come.
+func (d *download) hashAll(ctx context.Context) error {
+	buf := make([]byte, 1<<20)
+	for i := 0; i < len(d.there); {
 		d.mu.Lock()
 		there := d.there[i]
 		d.mu.Unlock()
-		if there {
-			return nil
+		if !there {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-d.arrived:
+			}
+			continue
 		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-d.more:
+		if err := ctx.Err(); err != nil {
+			return err
 		}
+		r := io.NewSectionReader(d.file, int64(i)*d.c.cfg.PartSize, d.length(i))
+		if _, err := io.CopyBuffer(d.hash, r, buf); err != nil {
+			return fmt.Errorf("hashing partial blob: %w", err)
+		}
+		i++
 	}
+	return nil
 }
 
 // part fetches one part, with retries for what may pass.
@@ -270,11 +295,18 @@ func (d *download) part(ctx context.Context, i int) error {
 			return contract.Refuse("blob.unreachable", "check that the host reaches the object store, then launch again",
 				"the object store did not deliver part %d of blob %s", i, d.ref.name()).Because(err)
 		}
-		d.c.log.Debug("part failed, trying again", "blob", d.ref.name(), "part", i, "attempt", attempt, "err", err)
+		pause := retryPause << attempt
+		if busy, told := errors.AsType[*busyError](err); told {
+			pause = max(pause, busy.after)
+		}
+		if until := Expiry(d.ref.URL); !until.IsZero() && time.Now().Add(pause).After(until) {
+			return contract.Refuse(codeURLExpired, again, "the URL expires before the object store delivers part %d of blob %s", i, d.ref.name()).Because(err)
+		}
+		d.c.log.Debug("part failed, trying again", "blob", d.ref.name(), "part", i, "attempt", attempt, "pause", pause.String(), "err", err)
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-time.After(retryPause << attempt):
+		case <-time.After(pause):
 		}
 	}
 }
@@ -286,18 +318,26 @@ func (d *download) complete(i int) error {
 	d.there[i] = true
 	d.done += d.length(i)
 	d.progress(d.done, d.journal.Size)
+	d.journal.Parts, d.journal.Beyond = onDisk(d.there)
 	select {
-	case d.more <- struct{}{}:
+	case d.arrived <- struct{}{}:
 	default:
 	}
-	before := d.journal.Parts
-	for d.journal.Parts < len(d.there) && d.there[d.journal.Parts] {
-		d.journal.Parts++
-	}
-	if d.journal.Parts == before {
-		return nil
-	}
 	return d.saveLocked()
+}
+
+// onDisk returns how many parts are there from the beginning, and which are
+// there after the first gap.
+func onDisk(there []bool) (parts int, beyond []int) {
+	for parts < len(there) && there[parts] {
+		parts++
+	}
+	for i := parts + 1; i < len(there) && len(beyond) < maxBeyond; i++ {
+		if there[i] {
+			beyond = append(beyond, i)
+		}
+	}
+	return parts, beyond
 }
 
 // try asks for one part once.

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"reflect"
 	"runtime"
 	"testing"
 	"time"
@@ -31,7 +32,7 @@ func FuzzParseContentRange(f *testing.F) {
 }
 
 func FuzzParseJournal(f *testing.F) {
-	f.Add([]byte(`{"etag":"\"1\"","size":100,"part_size":10,"parts":3}`))
+	f.Add([]byte(`{"etag":"\"1\"","size":100,"part_size":10,"parts":3,"beyond":[4,7]}`))
 	f.Add([]byte(`{"size":-1,"part_size":0,"parts":-5}`))
 	f.Add([]byte(`{"size":1,"part_size":1,"done":[true]}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
@@ -46,7 +47,7 @@ func FuzzParseJournal(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if k, err := parseJournal(again); err != nil || k != j {
+		if k, err := parseJournal(again); err != nil || !reflect.DeepEqual(j, k) {
 			t.Errorf("%+v became %+v, %v", j, k, err)
 		}
 	})
@@ -161,4 +162,29 @@ func TestAClaimWaitsForAnEvictionUnderWay(t *testing.T) {
 	if got, err := os.ReadFile(<-fetched); err != nil || !bytes.Equal(got, content) {
 		t.Errorf("%q, %v", got, err)
 	}
+}
+
+func TestAPresignedURLTellsItsEnd(t *testing.T) {
+	t.Parallel()
+	const date = "?X-Amz-Date=20261123T120000Z&X-Amz-Expires="
+	for url, want := range map[string]time.Time{
+		"https://s/o" + date + "60":         time.Date(2026, 11, 23, 12, 1, 0, 0, time.UTC),
+		"https://s/o" + date + "-60":        {},
+		"https://s/o" + date + "9999999999": {},
+		"https://s/o":                       {},
+		"://" + date + "60":                 {},
+	} {
+		if got := Expiry(url); !got.Equal(want) {
+			t.Errorf("%s ends at %v, want %v", url, got, want)
+		}
+	}
+}
+
+func FuzzExpiry(f *testing.F) {
+	f.Add("https://s/o?X-Amz-Date=20261123T120000Z&X-Amz-Expires=60")
+	f.Fuzz(func(t *testing.T, url string) {
+		if at := Expiry(url); !at.IsZero() && (at.Year() < 0 || at.Year() > 9999+70) {
+			t.Errorf("%q ends at %v", url, at)
+		}
+	})
 }

@@ -33,14 +33,28 @@ type Spools struct {
 	client      *http.Client
 	checkHeader func(io.Reader) error
 	stall       time.Duration
+	budget      *budget
 }
 
-// OpenSpools opens or makes the folder, 0700.
-func OpenSpools(dir string, checkHeader func(io.Reader) error, client *http.Client) (*Spools, error) {
+// OpenSpools opens or makes the folder, 0700. All files in it together have at
+// most maxBytes; what was cut off while it was received is removed.
+func OpenSpools(dir string, maxBytes int64, checkHeader func(io.Reader) error, client *http.Client) (*Spools, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("making spools: %w", err)
 	}
-	return &Spools{dir, client, checkHeader, stallTimeout}, nil
+	s := &Spools{dir, client, checkHeader, stallTimeout, &budget{max: maxBytes}}
+	ids, err := s.List()
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range ids {
+		used, err := swept(filepath.Join(dir, id))
+		if err != nil {
+			return nil, fmt.Errorf("reading spool: %w", err)
+		}
+		s.budget.used += used
+	}
+	return s, nil
 }
 
 // Spool takes what one guest delivers.
@@ -71,9 +85,15 @@ func (s *Spools) Remove(guestID string) error {
 	if !contract.ValidFileName(guestID) {
 		return fmt.Errorf("removing spool: guest id %q is malformed", guestID)
 	}
-	if err := os.RemoveAll(filepath.Join(s.dir, guestID)); err != nil {
+	dir := filepath.Join(s.dir, guestID)
+	used, err := swept(dir)
+	if err != nil {
 		return fmt.Errorf("removing spool: %w", err)
 	}
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("removing spool: %w", err)
+	}
+	s.budget.giveBack(used)
 	return nil
 }
 
@@ -121,14 +141,16 @@ func (s *Spool) Receive(_ context.Context, name string, r io.Reader) (entry Entr
 	if err != nil {
 		return Entry{}, diskError(fmt.Errorf("receiving result: %w", err))
 	}
+	taken := &taking{budget: s.s.budget}
 	defer func() {
 		err = errors.Join(err, file.Close())
 		if err != nil {
 			err = errors.Join(err, removed(path))
+			s.s.budget.giveBack(taken.n)
 		}
 	}()
 	sum := sha256.New()
-	size, err := io.CopyBuffer(io.MultiWriter(file, sum), io.LimitReader(r, room+1), make([]byte, 256<<10))
+	size, err := io.CopyBuffer(io.MultiWriter(taken, file, sum), io.LimitReader(r, room+1), make([]byte, 256<<10))
 	if err != nil {
 		return Entry{}, diskError(fmt.Errorf("receiving result: %w", err))
 	}
@@ -138,9 +160,15 @@ func (s *Spool) Receive(_ context.Context, name string, r io.Reader) (entry Entr
 	if err := file.Sync(); err != nil {
 		return Entry{}, diskError(fmt.Errorf("receiving result: %w", err))
 	}
+	replaced, err := sizeOf(filepath.Join(s.dir, name))
+	if err != nil {
+		return Entry{}, fmt.Errorf("receiving result: %w", err)
+	}
 	if err := os.Rename(path, filepath.Join(s.dir, name)); err != nil {
 		return Entry{}, fmt.Errorf("receiving result: %w", err)
 	}
+	taken.n = 0 // now the file's
+	s.s.budget.giveBack(replaced)
 	return Entry{name, [32]byte(sum.Sum(nil)), size}, syncDir(s.dir)
 }
 

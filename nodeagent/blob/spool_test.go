@@ -8,6 +8,8 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -19,7 +21,7 @@ import (
 
 func spools(t *testing.T) *blob.Spools {
 	t.Helper()
-	s, err := blob.OpenSpools(t.TempDir(), sealed.CheckHeader, client(t))
+	s, err := blob.OpenSpools(t.TempDir(), 1<<30, sealed.CheckHeader, client(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -72,6 +74,52 @@ func TestResultsAreTakenWholeSealedAndUnderTheQuota(t *testing.T) {
 		if err := s.Remove("guest-1"); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// All guests' results together have a bound, which a restart does not forget
+// and what is refused, replaced or removed does not use up.
+func TestAllSpoolsTogetherAreBounded(t *testing.T) {
+	t.Parallel()
+	dir, data := t.TempDir(), seal(t, 200_000)
+	limit := int64(len(data))*2 + 500
+	var s *blob.Spools
+	receive := func(guest, name string, r io.Reader) error {
+		spool, err := s.Open(guest, []string{"a", "b"}, 1<<20)
+		if err == nil {
+			_, err = spool.Receive(t.Context(), name, r)
+		}
+		return err
+	}
+	reopen := func() {
+		var err error
+		if s, err = blob.OpenSpools(dir, limit, sealed.CheckHeader, client(t)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	reopen()
+	for range 5 {
+		broken := receive("guest-1", "b", io.MultiReader(bytes.NewReader(data[:190_000]), errorReader{}))
+		if contract.AsRefusal(broken).Code != "internal" {
+			t.Errorf("broken off: %v", broken)
+		}
+		// Again replaces: both are there for a moment.
+		if err := errors.Join(receive("guest-1", "a", bytes.NewReader(data)), s.Remove("guest-2")); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := receive("guest-2", "a", bytes.NewReader(data)); err != nil {
+		t.Error(err)
+	}
+	for range 2 {
+		full := receive("guest-3", "a", bytes.NewReader(data))
+		if r := contract.AsRefusal(full); full == nil || r.Code != "results.spools-full" || r.Remedy == "" {
+			t.Errorf("over the bound: %v", full)
+		}
+		reopen()
+	}
+	if err := errors.Join(s.Remove("guest-1"), receive("guest-3", "a", bytes.NewReader(data))); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -177,4 +225,63 @@ func TestUploadsSendTheFileAndSayWhatIsFinal(t *testing.T) {
 	if err := s.Upload(ctx, "guest-1", e, url); err == nil || strings.Contains(err.Error(), "SECRETSIGNATURE") {
 		t.Errorf("cancelled: %v", err)
 	}
+}
+
+// BenchmarkUpload against BenchmarkPlainPut shows what checking while sending
+// costs.
+func BenchmarkUpload(b *testing.B) {
+	s, err := blob.OpenSpools(b.TempDir(), 1<<30, sealed.CheckHeader, client(b))
+	if err != nil {
+		b.Fatal(err)
+	}
+	spool, err := s.Open("guest-1", []string{"a"}, 1<<30)
+	if err != nil {
+		b.Fatal(err)
+	}
+	entry, err := spool.Receive(b.Context(), "a", bytes.NewReader(seal(b, 64<<20)))
+	if err != nil {
+		b.Fatal(err)
+	}
+	url := sink(b)
+	b.SetBytes(entry.Size)
+	for b.Loop() {
+		if err := s.Upload(b.Context(), "guest-1", entry, url); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkPlainPut(b *testing.B) {
+	plain, data, url := client(b), seal(b, 64<<20), sink(b)
+	path := filepath.Join(b.TempDir(), "a")
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		b.Fatal(err)
+	}
+	b.SetBytes(int64(len(data)))
+	for b.Loop() {
+		file, err := os.Open(path)
+		if err != nil {
+			b.Fatal(err)
+		}
+		req, err := http.NewRequestWithContext(b.Context(), http.MethodPut, url, file)
+		if err != nil {
+			b.Fatal(err)
+		}
+		req.ContentLength = int64(len(data))
+		resp, err := plain.Do(req)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if err := resp.Body.Close(); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// sink takes whatever is put.
+func sink(b *testing.B) (url string) {
+	b.Helper()
+	server := httptest.NewTLSServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }))
+	b.Cleanup(server.Close)
+	return server.URL + "/a"
 }

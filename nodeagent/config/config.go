@@ -142,6 +142,9 @@ type Policy struct {
 type Blob struct {
 	// MaxBytes bounds the cache. Default 1 TiB.
 	MaxBytes int64 `toml:"max_bytes"`
+	// SpoolMaxBytes bounds the results of all guests that wait for their
+	// object stores. Default 100 GiB.
+	SpoolMaxBytes int64 `toml:"spool_max_bytes"`
 	// Parts fetched at a time for one blob, 1 to 64. Default 8.
 	Parts int `toml:"parts"`
 	// CAFile adds a CA for object stores to the system's roots. Default none.
@@ -201,7 +204,7 @@ func Default() Config {
 			StartTimeout: Duration(15 * time.Minute), RunTimeout: Duration(720 * time.Hour),
 			ResultsQuota: maxPutBytes,
 		},
-		Blob: Blob{MaxBytes: 1 << 40, Parts: 8},
+		Blob: Blob{MaxBytes: 1 << 40, SpoolMaxBytes: 100 << 30, Parts: 8},
 	}
 }
 
@@ -336,6 +339,7 @@ func (c *Config) validate(path string, at map[string]string) error {
 	within("policy.run_timeout", c.Policy.RunTimeout, time.Second, 365*24*time.Hour)
 	check(c.Policy.ResultsQuota > 0 && c.Policy.ResultsQuota <= maxPutBytes, "policy.results_quota", "%d is not within 1..%d: a result goes up in one presigned PUT", c.Policy.ResultsQuota, int64(maxPutBytes))
 	check(c.Blob.MaxBytes > 0, "blob.max_bytes", "%d is not positive", c.Blob.MaxBytes)
+	check(c.Blob.SpoolMaxBytes > 0, "blob.spool_max_bytes", "%d is not positive", c.Blob.SpoolMaxBytes)
 	check(c.Blob.Parts >= 1 && c.Blob.Parts <= 64, "blob.parts", "%d is not within 1..64", c.Blob.Parts)
 	return errors.Join(errs...)
 }

@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/admit"
 	"github.com/confidential-node/agent/nodeagent/api"
@@ -37,17 +39,24 @@ func (g *guest) copyBoot(ctx context.Context, image admit.Image) error {
 	if err := os.Chmod(dir, 0o711); err != nil { //nolint:gosec // whatever the umask is
 		return fmt.Errorf("creating boot copies: %w", err)
 	}
+	copies, copiesCtx := errgroup.WithContext(ctx)
 	for name, file := range map[string]contract.ImageFile{
 		fileFirmware: image.Description.Firmware, fileKernel: image.Description.Kernel, fileInitrd: image.Description.Initrd,
 	} {
-		sum, err := copyFile(ctx, filepath.Join(image.Dir, file.File), filepath.Join(dir, name))
-		if err != nil {
-			return err
-		}
-		if hex.EncodeToString(sum[:]) != file.SHA256 {
-			return contract.Refuse("launch.image-changed", "install the guest image again on the host",
-				"the image's %s is not the file its %s describes", name, contract.ImageDescriptionName)
-		}
+		copies.Go(func() error {
+			sum, err := copyFile(copiesCtx, filepath.Join(image.Dir, file.File), filepath.Join(dir, name))
+			if err != nil {
+				return err
+			}
+			if hex.EncodeToString(sum[:]) != file.SHA256 {
+				return contract.Refuse("launch.image-changed", "install the guest image again on the host",
+					"the image's %s is not the file its %s describes", name, contract.ImageDescriptionName)
+			}
+			return nil
+		})
+	}
+	if err := copies.Wait(); err != nil {
+		return err
 	}
 	if err := g.m.hook("inside:" + stepCopies); err != nil {
 		return err

@@ -194,28 +194,3 @@ func TestAGuestsRefusalCannotBeTakenForTheNodes(t *testing.T) {
 		t.Errorf("no reason became %+v", r)
 	}
 }
-
-func TestAPresignedURLTellsItsEnd(t *testing.T) {
-	t.Parallel()
-	const date = "?X-Amz-Date=20261123T120000Z&X-Amz-Expires="
-	for url, want := range map[string]time.Time{
-		"https://s/o" + date + "60":         noon.Add(time.Minute),
-		"https://s/o" + date + "-60":        {},
-		"https://s/o" + date + "9999999999": {},
-		"https://s/o":                       {},
-		"://" + date + "60":                 {},
-	} {
-		if got := expiry(url); !got.Equal(want) {
-			t.Errorf("%s ends at %v, want %v", url, got, want)
-		}
-	}
-}
-
-func FuzzExpiry(f *testing.F) {
-	f.Add("https://s/o?X-Amz-Date=20261123T120000Z&X-Amz-Expires=60")
-	f.Fuzz(func(t *testing.T, url string) {
-		if at := expiry(url); !at.IsZero() && (at.Year() < 0 || at.Year() > 9999+70) {
-			t.Errorf("%q ends at %v", url, at)
-		}
-	})
-}

@@ -5,13 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/url"
 	"slices"
-	"strconv"
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/blob"
 	"github.com/confidential-node/agent/nodeagent/store"
 )
 
@@ -73,7 +72,7 @@ func (g *guest) incomplete(e Entry) *contract.Refusal {
 // upload returns why a file could not be delivered, or an error when the
 // agent ends meanwhile.
 func (g *guest) upload(ctx context.Context, e Entry, putURL string) (*contract.Refusal, error) {
-	deadline := expiry(putURL)
+	deadline := blob.Expiry(putURL)
 	if deadline.IsZero() {
 		deadline = g.m.now().Add(g.m.c.UploadWindow)
 	}
@@ -84,9 +83,7 @@ func (g *guest) upload(ctx context.Context, e Entry, putURL string) (*contract.R
 			return contract.Refuse("results.upload-expired", "launch again with URLs that are valid for longer",
 				"result %s could not be uploaded before its URL expired", e.Name), nil
 		}
-		try, cancel := context.WithTimeout(ctx, left)
-		err := g.m.d.Spools.Upload(try, g.id, e, putURL)
-		cancel()
+		err := g.tryUpload(ctx, e, putURL, left)
 		if err == nil {
 			return nil, nil //nolint:nilnil // delivered: there is neither reason nor error
 		}
@@ -97,12 +94,32 @@ func (g *guest) upload(ctx context.Context, e Entry, putURL string) (*contract.R
 			return r, nil
 		}
 		g.m.log.Warn("upload failed, tried again", keyGuest, g.id, "name", e.Name, "pause", wait.String(), "until", deadline, keyError, err)
-		g.note(fmt.Sprintf("result %s waits for its object store: %v", e.Name, err))
-		if err := g.m.pause(ctx, nil, wait); err != nil {
+		g.note(fmt.Sprintf("result %s waits for its object store; stop the guest again to give it up: %v", e.Name, err))
+		if err := g.m.pause(ctx, g.wake, wait); err != nil {
 			return nil, err
 		}
 		left = deadline.Sub(g.m.now())
 	}
+}
+
+// tryUpload uploads once. A StopGuest that comes meanwhile ends the try, and
+// its grace bounds those that follow.
+func (g *guest) tryUpload(ctx context.Context, e Entry, putURL string, left time.Duration) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	g.mu.Lock()
+	g.cancel = cancel
+	stop := g.rec.GiveUp
+	g.mu.Unlock()
+	if stop != nil {
+		if left = min(left, stop.Deadline.Sub(g.m.now())); left <= 0 {
+			return contract.Refuse("results.given-up", "launch again when the object store is there",
+				"result %s waited for its object store, and the guest was stopped once more", e.Name)
+		}
+	}
+	ctx, done := context.WithTimeout(ctx, left)
+	defer done()
+	return g.m.d.Spools.Upload(ctx, g.id, e, putURL)
 }
 
 // lastTry bounds an upload to a URL that seems to have expired.
@@ -115,6 +132,10 @@ func (g *guest) settle(e Entry, failure *contract.Refusal) error {
 	if failure == nil {
 		events = append(events, api.NewResultUploaded(g.m.c.HostID, g.record().CommandID, g.m.now(), &api.ResultUploaded{
 			GuestId: g.id, Name: e.Name, Size: uint64(e.Size), Sha256: e.SHA256[:],
+		}))
+	} else {
+		events = append(events, api.NewResultGivenUp(g.m.c.HostID, g.record().CommandID, g.m.now(), &api.ResultGivenUp{
+			GuestId: g.id, Name: e.Name, Size: uint64(e.Size), Refusal: api.RefusalToWire(failure),
 		}))
 	}
 	err := g.update(func(r *store.Guest) (announce, bool) {
@@ -134,19 +155,4 @@ func (g *guest) settle(e Entry, failure *contract.Refusal) error {
 	}
 	g.m.mark("settled:" + e.Name)
 	return err
-}
-
-// expiry reads when a presigned URL (AWS Signature Version 4, query string)
-// stops working; zero when it does not say.
-func expiry(putURL string) time.Time {
-	u, err := url.Parse(putURL)
-	if err != nil {
-		return time.Time{}
-	}
-	from, err := time.Parse("20060102T150405Z", u.Query().Get("X-Amz-Date"))
-	seconds, numberErr := strconv.ParseUint(u.Query().Get("X-Amz-Expires"), 10, 31)
-	if err != nil || numberErr != nil {
-		return time.Time{}
-	}
-	return from.Add(time.Duration(seconds) * time.Second)
 }

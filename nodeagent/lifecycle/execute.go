@@ -215,15 +215,22 @@ func (m *Manager) stop(commandID string, s *api.StopGuest) error {
 	if g == nil {
 		return nil // ended already
 	}
-	deadline := m.now().Add(s.GetGrace().AsDuration())
+	stop := &store.Stop{CommandID: commandID, Deadline: m.now().Add(s.GetGrace().AsDuration())}
+	news := false
 	err = g.update(func(r *store.Guest) (announce, bool) {
-		if r.Undoing || !r.EndedAt.IsZero() || (r.Stop != nil && !deadline.Before(r.Stop.Deadline)) {
-			return false, false
+		// A guest that is taken down already may still wait for the object
+		// store: a further command ends that.
+		intent := &r.Stop
+		if r.Undoing {
+			intent = &r.GiveUp
 		}
-		r.Stop = &store.Stop{CommandID: commandID, Deadline: deadline}
-		return false, true
+		again := r.Stop != nil && r.Stop.CommandID == commandID
+		if news = r.EndedAt.IsZero() && !again && (*intent == nil || stop.Deadline.Before((*intent).Deadline)); news {
+			*intent = stop
+		}
+		return false, news
 	})
-	if err != nil {
+	if err != nil || !news {
 		return err
 	}
 	m.log.Info("guest is to stop", keyGuest, rec.ID, keyCommand, commandID, "grace", s.GetGrace().AsDuration().String())

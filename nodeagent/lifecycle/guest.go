@@ -42,7 +42,7 @@ type guest struct {
 	mu     sync.Mutex
 	rec    store.Guest
 	spool  Spool
-	cancel context.CancelFunc // of the launch under way
+	cancel context.CancelFunc // of the launch or the upload under way
 	find   string             // what an operator should know
 }
 

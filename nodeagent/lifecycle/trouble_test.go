@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
@@ -125,6 +127,52 @@ func TestAnUploadOutlivesItsStoresAbsenceAndTheAgent(t *testing.T) {
 	h.ends(t.Context(), finished, "")
 	if h.world.Uploaded(outURL) == nil || h.world.Uploaded(listURL) == nil {
 		t.Error("results were lost")
+	}
+}
+
+// The control plane or the operator need not wait till a URL expires.
+func TestAFurtherStopGivesUpResultsThatWait(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		grace time.Duration
+		want  api.GuestStatus
+		code  string
+	}{
+		"at once":               {0, failed, "results.given-up"},
+		"in an hour, back soon": {time.Hour, finished, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := newHost(t)
+			h.world.Fail("upload", errors.New("away"))
+			m := h.life(t.Context(), nil)
+			go h.guest(t.Context())
+			if err := h.execute(t.Context(), m, h.command(nil)); err != nil {
+				t.Fatal(err)
+			}
+			h.until("the results wait", func() bool {
+				v := m.Snapshot()
+				return len(v) == 1 && v[0].Undoing && strings.Contains(v[0].Finding, "away")
+			})
+			h.stop(t.Context(), m, c.grace)
+			if c.code == "" {
+				h.world.Fail("upload", nil)
+			}
+			h.ends(t.Context(), c.want, c.code)
+			events, err := h.store.NextEvents(1000)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var told []string
+			for _, e := range events {
+				if r := e.GetResultGivenUp(); r != nil {
+					told = append(told, r.GetName()+" "+r.GetRefusal().GetCode())
+				}
+			}
+			if want := []string{"out results.given-up", contract.ResultsManifestName + " results.incomplete"}; c.code != "" && !slices.Equal(told, want) || c.code == "" && told != nil {
+				t.Errorf("events say %q", told)
+			}
+		})
 	}
 }
 

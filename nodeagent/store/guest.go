@@ -57,6 +57,9 @@ type Guest struct {
 	Undoing bool              `json:",omitempty"`
 	Final   api.GuestStatus   `json:",omitempty"`
 	Outcome *contract.Refusal `json:",omitempty"`
+	// GiveUp is the intent of a StopGuest that came while results waited for
+	// their object store.
+	GiveUp *Stop `json:",omitempty"`
 	// EndedAt is when the guest had ended and nothing of it was left; its id
 	// is kept until KeepUntil.
 	EndedAt, KeepUntil time.Time

@@ -145,7 +145,7 @@ func (s *Server) apply(ctx context.Context, subject string, data []byte, meta *j
 		s.keepEpoch(ctx, host, b.Capability.GetIssuerEpoch(), b.Capability.GetStoreId())
 	case *api.Event_CommandRefused:
 		s.epochRefused(host, e.GetCommandId())
-	case *api.Event_CommandDone, *api.Event_GuestState, *api.Event_Evidence, *api.Event_ResultUploaded, nil:
+	case *api.Event_CommandDone, *api.Event_GuestState, *api.Event_Evidence, *api.Event_ResultUploaded, *api.Event_ResultGivenUp, nil:
 	}
 }
 
@@ -157,7 +157,7 @@ func (s *Server) knows(e *api.Event) (command *issuedCommand, guestNode string) 
 		copied := *c
 		command = &copied
 	}
-	for _, id := range []string{e.GetGuestState().GetGuestId(), e.GetEvidence().GetGuestId(), e.GetResultUploaded().GetGuestId()} {
+	for _, id := range []string{e.GetGuestState().GetGuestId(), e.GetEvidence().GetGuestId(), e.GetResultUploaded().GetGuestId(), e.GetResultGivenUp().GetGuestId()} {
 		if g := s.state.Guests[id]; g != nil {
 			guestNode = g.Node
 		}
@@ -205,7 +205,7 @@ func (v *view) apply(e *api.Event, host string, command *issuedCommand, meta *je
 		g.results = append(g.results, b.ResultUploaded)
 	case *api.Event_Evidence:
 		v.guestLocked(b.Evidence.GetGuestId()).answer(command, b.Evidence.GetEvidence())
-	case *api.Event_CommandRefused, *api.Event_CommandDone, nil:
+	case *api.Event_CommandRefused, *api.Event_CommandDone, *api.Event_ResultGivenUp, nil:
 	}
 	v.outcomeLocked(e, command)
 	return true

@@ -13,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strings"
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
@@ -160,5 +161,30 @@ func (c *Client) do(ctx context.Context, method, path string, body io.Reader, li
 	case class == 5 || resp.StatusCode == http.StatusTooManyRequests:
 		return resp.StatusCode, nil, fmt.Errorf("metadata service is not ready: %s %s: %s", method, path, resp.Status)
 	}
-	return resp.StatusCode, nil, fmt.Errorf("%w: %s %s: %s", ErrRefused, method, path, resp.Status)
+	return resp.StatusCode, nil, &refusedError{fmt.Sprintf("%s %s: %s", method, path, resp.Status), reason(data)}
+}
+
+// refusedError is an ErrRefused with the host's own reason, which is shown and
+// never branched on.
+type refusedError struct{ what, why string }
+
+func (e *refusedError) Error() string {
+	return fmt.Sprintf("%v: %s: %s", ErrRefused, e.what, e.why)
+}
+
+func (*refusedError) Is(target error) bool { return target == ErrRefused }
+
+// Reason is what the host says, or empty.
+func (e *refusedError) Reason() string { return e.why }
+
+// maxReason bounds what is told of the host's reason.
+const maxReason = 512
+
+func reason(data []byte) string {
+	var r contract.Refusal
+	if json.Unmarshal(data, &r) != nil || r.Code == "" {
+		return ""
+	}
+	text := r.Code + ": " + r.Message
+	return strings.ToValidUTF8(text[:min(len(text), maxReason)], "")
 }

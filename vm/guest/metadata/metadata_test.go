@@ -94,6 +94,24 @@ func TestRefusalsAndRedirectsAreErrors(t *testing.T) {
 	}
 }
 
+func TestTheHostsReasonIsToldAndCut(t *testing.T) {
+	t.Parallel()
+	for body, want := range map[string]string{
+		`{"code":"results.quota","message":"too much","remedy":"r"}`: "results.quota: too much",
+		`{"code":"x","message":"` + strings.Repeat("a", 2000) + `"}`: "x: " + strings.Repeat("a", 509),
+		`not JSON`: "",
+	} {
+		c := client(t, func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusUnprocessableEntity)
+			_, _ = io.WriteString(w, body)
+		})
+		var told interface{ Reason() string }
+		if err := c.PutResult(t.Context(), "a", strings.NewReader("x")); !errors.As(err, &told) || told.Reason() != want {
+			t.Errorf("%.80s: %v", body, err)
+		}
+	}
+}
+
 func TestABusyHostHasNotRefused(t *testing.T) {
 	t.Parallel()
 	for _, status := range []int{http.StatusTooManyRequests, http.StatusServiceUnavailable} {

@@ -90,6 +90,10 @@ func Deliver(ctx context.Context, sink Sink, dir string, m *contract.Manifest, e
 }
 
 func undelivered(what string, err error) error {
+	var told interface{ Reason() string }
+	if errors.As(err, &told) && told.Reason() != "" {
+		what += ", it says " + told.Reason()
+	}
 	return contract.Refuse("guest.results-undelivered", "raise the result quota, or deploy again", "the node does not take %s", what).Because(err)
 }
 

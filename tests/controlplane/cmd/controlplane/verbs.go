@@ -382,6 +382,8 @@ func summary(e *api.Event) string {
 		return fmt.Sprintf("%s %d bytes", b.Evidence.GetGuestId(), len(b.Evidence.GetEvidence()))
 	case *api.Event_ResultUploaded:
 		return fmt.Sprintf("%s %s %d bytes", b.ResultUploaded.GetGuestId(), b.ResultUploaded.GetName(), b.ResultUploaded.GetSize())
+	case *api.Event_ResultGivenUp:
+		return fmt.Sprintf("%s %s %s", b.ResultGivenUp.GetGuestId(), b.ResultGivenUp.GetName(), b.ResultGivenUp.GetRefusal().GetCode())
 	case *api.Event_Capability:
 		text := fmt.Sprintf("%s, tee %s, %d images", b.Capability.GetAgentVersion(), b.Capability.GetTee(), len(b.Capability.GetImages()))
 		if changed := b.Capability.GetChanged(); len(changed) > 0 {
