@@ -39,7 +39,8 @@ func newRunCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "run", Short: "Run the agent", Args: exactArgs(),
 		Long: `Run the agent in the foreground. It stops gracefully on SIGTERM or SIGINT; running
-guests are never touched by its end, and are found again by the next start.`,
+guests are never touched by its end, and are found again by the next start. SIGHUP has it
+say in its log whether the configuration on disk is sound; a restart applies it.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			logger, err := newLogger(cmd.ErrOrStderr(), level, logFormat)
 			if err != nil {
@@ -52,6 +53,7 @@ guests are never touched by its end, and are found again by the next start.`,
 			if err != nil {
 				return err
 			}
+			go answerHangups(cmd.Context(), configFile, cfg, logger)
 			return runAgent(cmd.Context(), cfg, logger)
 		},
 	}

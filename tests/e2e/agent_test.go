@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -50,6 +51,15 @@ func TestTheAgentIsAGoodService(t *testing.T) {
 	}
 	if got := told(); got != "READY=1" {
 		t.Errorf("systemd was told %q", got)
+	}
+	if err := h.Agent().Signal(syscall.SIGHUP); err != nil {
+		t.Error(err)
+	}
+	if err := trial.Await(w.ctx, "an answer to SIGHUP", func() (bool, error) {
+		text, err := os.ReadFile(h.Agent().Log)
+		return strings.Contains(string(text), "the configuration on disk is the running one"), err
+	}); err != nil || !h.Agent().Running() {
+		t.Errorf("SIGHUP: %v", err)
 	}
 	if err := h.Agent().Stop(); err != nil {
 		t.Error(err)
