@@ -4,6 +4,7 @@ package fault_test
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"os/exec"
 	"strconv"
@@ -47,6 +48,8 @@ func TestTheAgentIsKilledAtEverySync(t *testing.T) {
 // killedAtCall reports whether the agent was killed.
 func (w *world) killedAtCall(t *testing.T, call string, n int) bool {
 	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*fault.Recovery)
+	defer cancel()
 	o, err := w.Order()
 	if err != nil {
 		t.Fatal(err)
@@ -61,15 +64,15 @@ func (w *world) killedAtCall(t *testing.T, call string, n int) bool {
 	ended := make(chan error, 1)
 	go func() { ended <- tracer.Wait() }()
 	w.traced(t)
-	if err := w.Send(t.Context(), o); err != nil {
+	if err := w.Send(ctx, o); err != nil {
 		t.Fatal(err)
 	}
 	stopped := false
-	err = trial.Await(t.Context(), "the agent's death or the guest's start", func() (bool, error) {
+	err = trial.Await(ctx, "the agent's death or the guest's start", func() (bool, error) {
 		if !w.Host.Agent().Running() {
 			return true, nil
 		}
-		g, err := w.API.Guest(t.Context(), o.GetGuestId())
+		g, err := w.API.Guest(ctx, o.GetGuestId())
 		if err != nil {
 			return false, err
 		}
@@ -81,21 +84,35 @@ func (w *world) killedAtCall(t *testing.T, call string, n int) bool {
 	}
 	if w.Host.Agent().Running() {
 		stopped = true
-		if _, err := w.API.Stop(t.Context(), o.GetGuestId(), time.Second); err != nil {
+		if _, err := w.API.Stop(ctx, o.GetGuestId(), time.Second); err != nil {
 			t.Fatal(err)
 		}
 	}
-	fired := w.fired(t, o)
+	fired := w.fired(ctx, t, o)
 	if !fired {
 		_ = tracer.Process.Signal(syscall.SIGTERM) // it detaches, the agent lives on
 	}
-	if err := <-ended; err != nil && strings.Contains(said.String(), "ptrace") {
+	if err := untraced(tracer, ended); err != nil && strings.Contains(said.String(), "ptrace") {
 		t.Fatalf("strace: %v: %s", err, said.String())
 	}
 	if fired {
 		w.recover(t, o, stopped)
 	}
 	return fired
+}
+
+// untraced waits for strace's end. One that does not end when asked, as happens
+// when a thread is between two stops, is killed: the kernel lets its threads go.
+func untraced(tracer *exec.Cmd, ended <-chan error) error {
+	timer := time.NewTimer(15 * time.Second)
+	defer timer.Stop()
+	select {
+	case err := <-ended:
+		return err
+	case <-timer.C:
+		_ = tracer.Process.Kill()
+		return <-ended
+	}
 }
 
 // traced waits until strace holds every thread.
@@ -112,14 +129,14 @@ func (w *world) traced(t *testing.T) {
 }
 
 // fired reports whether the agent dies before the guest has ended and is gone.
-func (w *world) fired(t *testing.T, o *fault.Order) bool {
+func (w *world) fired(ctx context.Context, t *testing.T, o *fault.Order) bool {
 	t.Helper()
-	err := trial.Await(t.Context(), "the agent's death or the guest's end", func() (bool, error) {
-		g, err := w.API.Guest(t.Context(), o.GetGuestId())
+	err := trial.Await(ctx, "the agent's death or the guest's end", func() (bool, error) {
+		g, err := w.API.Guest(ctx, o.GetGuestId())
 		if !w.Host.Agent().Running() || err != nil {
 			return true, err
 		}
-		left, err := w.Left(t.Context())
+		left, err := w.Left(ctx)
 		return g.Ended() && len(left) == 0, err
 	})
 	if err != nil {
