@@ -68,6 +68,22 @@ func TestATargetThatFailsIsAFailureAndTheOtherHasFigures(t *testing.T) {
 	}
 }
 
+func TestTheEndOfTheTimeIsNoFailure(t *testing.T) {
+	const ended = "fuzz: elapsed: 1s, execs: 75665 (74459/sec), new interesting: 0 (total: 1)\n--- FAIL: FuzzGood (1.02s)\n    context deadline exceeded\nFAIL\n"
+	for output, want := range map[string]bool{
+		ended:                                true,
+		ended + "Failing input written to x": false,
+		strings.ReplaceAll(ended, "context deadline exceeded", "broken"): false,
+	} {
+		if got := outOfTime(output, time.Second, time.Second); got != want {
+			t.Errorf("%v for %q", got, output)
+		}
+	}
+	if outOfTime(ended, time.Second, time.Minute) {
+		t.Error("a target that ended early is taken for one whose time was over")
+	}
+}
+
 func TestFiguresAreOfTheLastLine(t *testing.T) {
 	got := figures(`fuzz: elapsed: 0s, gathering baseline coverage: 0/20 completed
 fuzz: elapsed: 3s, execs: 100 (33/sec), new interesting: 1 (total: 21)
