@@ -43,10 +43,7 @@ and with GPUs; and what the agent holds of AMD's certificates. Nothing is change
 Run it as root: anybody else sees less, and is told what. The exit code is 0
 whatever the host can do.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := config.Load(configFile)
-			if errors.Is(err, fs.ErrNotExist) && !cmd.Flags().Changed("config") {
-				cfg, err = config.Default(), nil // not set up yet
-			}
+			cfg, err := configOrDefaults(cmd, configFile)
 			if err != nil {
 				return err
 			}
@@ -62,6 +59,16 @@ whatever the host can do.`,
 	cmd.Flags().VarP(&format, "output", "o", "how to print")
 	cmd.Flags().StringVar(&configFile, "config", "/etc/nodeagent/agent.toml", "the agent's configuration file; defaults hold while there is none")
 	return cmd
+}
+
+// configOrDefaults reads the file of --config; where none was named and there
+// is none, the agent is not set up yet and the defaults hold.
+func configOrDefaults(cmd *cobra.Command, file string) (config.Config, error) {
+	cfg, err := config.Load(file)
+	if errors.Is(err, fs.ErrNotExist) && !cmd.Flags().Changed("config") {
+		return config.Default(), nil
+	}
+	return cfg, err
 }
 
 // localEndorsements are those of the agent's cache; nil where there is none,

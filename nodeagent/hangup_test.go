@@ -12,20 +12,26 @@ import (
 	"github.com/confidential-node/agent/nodeagent/config"
 )
 
-func TestAHangupSaysWhatTheNextStartWouldDo(t *testing.T) {
-	t.Parallel()
-	file := filepath.Join(t.TempDir(), "agent.toml")
+// soundConfig is the packaged sample as an enrolled host has it.
+func soundConfig(t *testing.T) string {
+	t.Helper()
 	sample, err := os.ReadFile("../packaging/agent.toml")
 	if err != nil {
 		t.Fatal(err)
 	}
+	return strings.Replace(string(sample), "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=", "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=", 1)
+}
+
+func TestAHangupSaysWhatTheNextStartWouldDo(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "agent.toml")
 	write := func(text string) {
 		t.Helper()
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	sound := strings.Replace(string(sample), "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=", "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=", 1)
+	sound := soundConfig(t)
 	write(sound)
 	running, err := config.Load(file)
 	if err != nil {

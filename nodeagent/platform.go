@@ -13,7 +13,6 @@ import (
 	"github.com/confidential-node/agent/firmware/snp"
 	"github.com/confidential-node/agent/firmware/snp/host"
 	"github.com/confidential-node/agent/firmware/snp/host/psp"
-	"github.com/confidential-node/agent/nodeagent/config"
 	"github.com/confidential-node/agent/nodeagent/history"
 	"github.com/confidential-node/agent/nodeagent/output"
 )
@@ -39,11 +38,11 @@ type platformState struct {
 
 // platformFlags are common to the verbs.
 type platformFlags struct {
-	root     string
-	stateDir string
-	kernel   host.Syscalls
-	accepted bool
-	format   output.Format
+	root                 string
+	configFile, stateDir string
+	kernel               host.Syscalls
+	accepted             bool
+	format               output.Format
 }
 
 func newPlatformCommand(root string, kernel host.Syscalls) *cobra.Command {
@@ -58,7 +57,8 @@ done when the host died meanwhile, is in the history.`,
 	}
 	cmd.PersistentFlags().BoolVar(&f.accepted, "accept-consequences", false, "do it; without this the consequences are told and nothing is done")
 	cmd.PersistentFlags().VarP(&f.format, "output", "o", "how to print")
-	cmd.PersistentFlags().StringVar(&f.stateDir, "state-dir", config.Default().StateDir, "the agent's state_dir; what is done is noted there")
+	cmd.PersistentFlags().StringVar(&f.configFile, "config", "/etc/nodeagent/agent.toml", "the agent's configuration file; what is done is noted in its state_dir")
+	cmd.PersistentFlags().StringVar(&f.stateDir, "state-dir", "", "folder to note it in on a machine without agent, instead of --config")
 	cmd.AddCommand(newPlatformHistory(&f), newPlatformCommit(&f), newPlatformConfigure(&f), newPlatformLoadVLEK(&f))
 	return cmd
 }
@@ -179,7 +179,11 @@ func (f *platformFlags) change(cmd *cobra.Command, command psp.Command, conseque
 	if err != nil {
 		return err
 	}
-	log, err := history.Open(f.historyFile())
+	file, err := f.historyFile(cmd)
+	if err != nil {
+		return err
+	}
+	log, err := history.Open(file)
 	if err != nil {
 		return err
 	}
@@ -188,9 +192,13 @@ func (f *platformFlags) change(cmd *cobra.Command, command psp.Command, conseque
 	if err := f.note(log, doc, history.Unknown, nil); err != nil {
 		return err
 	}
-	after, err := f.give(before, act)
-	if err != nil {
+	if err := f.give(before, act); err != nil {
 		return errors.Join(err, f.note(log, doc, history.Failed, err))
+	}
+	after, err := f.observe()
+	if err != nil {
+		err = fmt.Errorf("%s was carried out, but reading the platform back: %w", command, err)
+		return errors.Join(err, f.note(log, doc, history.Done, err))
 	}
 	doc.After = stateOf(after)
 	if err := f.note(log, doc, history.Done, nil); err != nil {
@@ -199,20 +207,13 @@ func (f *platformFlags) change(cmd *cobra.Command, command psp.Command, conseque
 	return f.format.Print(cmd.OutOrStdout(), doc, func(w io.Writer) error { return printPlatform(w, doc) })
 }
 
-// give gives the command to the firmware and reads the machine back.
-func (f *platformFlags) give(before host.Report, act func(*psp.Operator, host.Report) error) (host.Report, error) {
+// give gives the command to the firmware.
+func (f *platformFlags) give(before host.Report, act func(*psp.Operator, host.Report) error) error {
 	operator, err := psp.OpenOperator(f.root, f.kernel)
 	if err != nil {
-		return host.Report{}, err
+		return err
 	}
-	if err := errors.Join(act(operator, before), operator.Close()); err != nil {
-		return host.Report{}, err
-	}
-	after, err := f.observe()
-	if err != nil {
-		return after, fmt.Errorf("it was carried out, but reading the platform back: %w", err)
-	}
-	return after, nil
+	return errors.Join(act(operator, before), operator.Close())
 }
 
 // observe reads the machine. One whose SNP is not in use is refused: to ask

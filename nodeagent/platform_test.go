@@ -28,7 +28,7 @@ func platformVerb(t *testing.T, m *hosttest.Machine, args ...string) (code int, 
 	cmd := newPlatformCommand(m.Root, m)
 	cmd.SilenceErrors, cmd.SilenceUsage = true, true
 	var out, errOut bytes.Buffer
-	cmd.SetArgs(args)
+	cmd.SetArgs(append(args, "--state-dir", "/var/lib/nodeagent"))
 	cmd.SetOut(&out)
 	cmd.SetErr(&errOut)
 	if err = cmd.ExecuteContext(t.Context()); err != nil {
@@ -202,7 +202,7 @@ func TestWhatIsDoneToThePlatformIsNotedBeforeItIsDone(t *testing.T) {
 			}
 		}()
 		cmd := newPlatformCommand(m.Root, dying{m})
-		cmd.SetArgs([]string{"commit", "--accept-consequences"})
+		cmd.SetArgs([]string{"commit", "--accept-consequences", "--state-dir", "/var/lib/nodeagent"})
 		cmd.SetErr(io.Discard)
 		_ = cmd.ExecuteContext(t.Context())
 	}()
@@ -224,5 +224,66 @@ func TestWhatIsDoneToThePlatformIsNotedBeforeItIsDone(t *testing.T) {
 	}
 	if _, table, _, _ := platformVerb(t, m, "history"); !strings.Contains(table, "SNP_COMMIT") || !strings.Contains(table, "may have happened") {
 		t.Errorf("table\n%s", table)
+	}
+}
+
+// vanishing is a machine whose /dev/sev is gone once SNP_COMMIT was carried out.
+type vanishing struct{ *hosttest.Machine }
+
+func (v vanishing) Ioctl(file *os.File, request uint, arg uintptr) (int, error) {
+	n, err := v.Machine.Ioctl(file, request, arg)
+	if v.Committed() {
+		v.Remove("dev/sev")
+	}
+	return n, err
+}
+
+func TestAChangeThatCannotBeReadBackIsNotedAsDone(t *testing.T) {
+	t.Parallel()
+	m := hosttest.Boot(t, hosttest.Genoa())
+	if _, _, _, err := platformVerb(t, m, "history"); err != nil {
+		t.Fatal(err)
+	}
+	cmd := newPlatformCommand(m.Root, vanishing{m})
+	cmd.SilenceErrors, cmd.SilenceUsage = true, true
+	cmd.SetArgs([]string{"commit", "--accept-consequences", "--state-dir", "/var/lib/nodeagent"})
+	cmd.SetErr(io.Discard)
+	if err := cmd.ExecuteContext(t.Context()); err == nil || !strings.Contains(err.Error(), "SNP_COMMIT was carried out, but reading the platform back: ") {
+		t.Errorf("the operator hears %v", err)
+	}
+	code, out, _, err := platformVerb(t, m, "history", "-o", "json")
+	if code != exitOK {
+		t.Fatal(err)
+	}
+	matchesSchema(t, out)
+	var doc platformHistory
+	if err := json.Unmarshal([]byte(out), &doc); err != nil {
+		t.Fatal(err)
+	}
+	if len(doc.Changes) != 1 || doc.Changes[0].Outcome != "done" || doc.Changes[0].After != nil || doc.Changes[0].Error == "" {
+		t.Errorf("history %+v", doc.Changes)
+	}
+}
+
+func TestTheHistoryIsInTheConfiguredFolder(t *testing.T) {
+	t.Parallel()
+	m := hosttest.Boot(t, hosttest.Genoa())
+	file := filepath.Join(t.TempDir(), "agent.toml")
+	if err := os.WriteFile(file, []byte("state_dir = \"/srv/agent\"\n"+soundConfig(t)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(m.Root, "srv/agent"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	cmd := newPlatformCommand(m.Root, m)
+	cmd.SilenceErrors, cmd.SilenceUsage = true, true
+	cmd.SetArgs([]string{"commit", "--accept-consequences", "--config", file})
+	cmd.SetOut(io.Discard)
+	cmd.SetErr(io.Discard)
+	if err := cmd.ExecuteContext(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(m.Root, "srv/agent/platform-history.jsonl")); err != nil {
+		t.Error(err)
 	}
 }

@@ -22,8 +22,16 @@ type platformHistory struct {
 	Damaged int             `json:"damaged"`
 }
 
-func (f *platformFlags) historyFile() string {
-	return filepath.Join(f.root, f.stateDir, "platform-history.jsonl")
+func (f *platformFlags) historyFile(cmd *cobra.Command) (string, error) {
+	dir := f.stateDir
+	if dir == "" {
+		cfg, err := configOrDefaults(cmd, f.configFile)
+		if err != nil {
+			return "", err
+		}
+		dir = cfg.StateDir
+	}
+	return filepath.Join(f.root, dir, "platform-history.jsonl"), nil
 }
 
 // note writes down where a change stands.
@@ -33,7 +41,7 @@ func (f *platformFlags) note(log *history.Log, doc platformChange, outcome strin
 	if e.Before, err = json.Marshal(doc.Before); err != nil {
 		return fmt.Errorf("noting a change: %w", err)
 	}
-	if outcome == history.Done {
+	if outcome == history.Done && failure == nil {
 		if e.After, err = json.Marshal(doc.After); err != nil {
 			return fmt.Errorf("noting a change: %w", err)
 		}
@@ -51,7 +59,11 @@ func newPlatformHistory(f *platformFlags) *cobra.Command {
 first. "unknown" means that the command or the host died before the outcome could be noted;
 ` + "`nodeagent capability` shows what the firmware is now.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			entries, damaged, err := history.Read(f.historyFile())
+			file, err := f.historyFile(cmd)
+			if err != nil {
+				return err
+			}
+			entries, damaged, err := history.Read(file)
 			if err != nil {
 				return err
 			}
@@ -67,8 +79,10 @@ func printHistory(out io.Writer, doc platformHistory) error {
 	for _, e := range doc.Changes {
 		outcome := e.Outcome
 		switch e.Outcome {
-		case history.Failed:
-			outcome += ": " + e.Error
+		case history.Failed, history.Done:
+			if e.Error != "" {
+				outcome += ": " + e.Error
+			}
 		case history.Unknown:
 			outcome += ": it may have happened; nodeagent capability shows what is"
 		}

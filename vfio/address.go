@@ -24,4 +24,7 @@ func ParseAddress(text string) (Address, error) {
 }
 
 // Slot is the address without its function number.
-func (a Address) Slot() string { return strings.TrimSuffix(string(a), string(a[max(0, len(a)-2):])) }
+func (a Address) Slot() string {
+	slot, _, _ := strings.Cut(string(a), ".")
+	return slot
+}

@@ -93,7 +93,10 @@ func (h Host) Bind(ctx context.Context, b Binding) error {
 		if err := h.Writer.Write(ctx, h.path(b.Address, "driver_override"), driver+"\n"); err != nil {
 			return err
 		}
-		if err := h.rebind(ctx, f, filepath.Join(h.Sysfs, "bus/pci/drivers_probe")); err != nil {
+		if err := h.release(ctx, f); err != nil {
+			return err
+		}
+		if err := h.Writer.Write(ctx, filepath.Join(h.Sysfs, "bus/pci/drivers_probe"), string(f.Address)+"\n"); err != nil {
 			return err
 		}
 		if f, err = h.Function(b.Address); err != nil {
@@ -114,14 +117,12 @@ func orNone(name string) string {
 	return name
 }
 
-// rebind takes the function from its driver and lets another have it.
-func (h Host) rebind(ctx context.Context, f Function, probe string) error {
-	if f.Driver != "" {
-		if err := h.Writer.Write(ctx, h.path(f.Address, "driver/unbind"), string(f.Address)+"\n"); err != nil {
-			return err
-		}
+// release takes the function from its driver, if it has one.
+func (h Host) release(ctx context.Context, f Function) error {
+	if f.Driver == "" {
+		return nil
 	}
-	return h.Writer.Write(ctx, probe, string(f.Address)+"\n")
+	return h.Writer.Write(ctx, h.path(f.Address, "driver/unbind"), string(f.Address)+"\n")
 }
 
 // keepAwake keeps the function and its port in D0. An idle one goes to D3hot,
@@ -161,13 +162,12 @@ func (h Host) GiveBack(ctx context.Context, b Binding) error {
 	if err := h.Writer.Write(ctx, h.path(b.Address, "driver_override"), b.Override+"\n"); err != nil {
 		return err
 	}
-	if f.Driver != "" && f.Driver != b.Driver {
-		if err := h.Writer.Write(ctx, h.path(b.Address, "driver/unbind"), string(b.Address)+"\n"); err != nil {
+	if f.Driver != b.Driver {
+		if err := h.release(ctx, f); err != nil {
 			return err
 		}
-		f.Driver = ""
 	}
-	if b.Driver != "" && f.Driver == "" {
+	if f.Driver != b.Driver && b.Driver != "" {
 		if err := h.hasDriver(b.Driver, "load it and bind the device by hand, or leave it without a driver"); err != nil {
 			return err
 		}

@@ -23,20 +23,20 @@ type Function interface {
 
 // PCI configuration space, PCI Express Base Specification 5.0 section 7.
 const (
-	configCommand       = 0x04
-	configCapabilities  = 0x34
-	commandMemory       = 1 << 1
-	capabilityPM        = 0x01
-	pmControl           = 4
-	pmStateMask         = 3
-	extendedStart       = 0x100
-	extendedDVSEC       = 0x23
-	vendorNVIDIA        = 0x10de
-	configSpaceEnd      = 0x1000
-	allOnes             = 0xffffffff
-	d0Wait              = 10 * time.Millisecond
-	maxCapabilities     = 48  // of 4 bytes at least in the first 256 bytes
-	maxExtendedCapacity = 960 // of 4 bytes at least in the rest
+	configCommand           = 0x04
+	configCapabilities      = 0x34
+	commandMemory           = 1 << 1
+	capabilityPM            = 0x01
+	pmControl               = 4
+	pmStateMask             = 3
+	extendedStart           = 0x100
+	extendedDVSEC           = 0x23
+	vendorNVIDIA            = 0x10de
+	configSpaceEnd          = 0x1000
+	allOnes                 = 0xffffffff
+	d0Wait                  = 10 * time.Millisecond
+	maxCapabilities         = 48  // of 4 bytes at least in the first 256 bytes
+	maxExtendedCapabilities = 960 // of 4 bytes at least in the rest
 )
 
 // port is a Function whose failures carry its name and their meaning.
@@ -166,7 +166,7 @@ func (p port) capability(id uint32) (uint16, error) {
 // have several such capabilities; all are looked at.
 func (p port) vendorCapability(id uint32) (uint16, error) {
 	offset := uint32(extendedStart)
-	for range maxExtendedCapacity {
+	for range maxExtendedCapabilities {
 		header, err := p.config(uint16(offset), 4)
 		if err != nil {
 			return 0, err

@@ -126,14 +126,20 @@ type Status struct {
 // InBand returns nil when the host may change the knobs that mode m needs,
 // otherwise gpu.in-band-disabled or gpu.firmware-without-ppcie.
 func (s Status) InBand(name string, m Mode) error {
-	needs := map[Knob]bool{CCMAllowInBand: s.Chip != NVSwitch3, CCDAllowInBand: m == Devtools, DecouplerAllowInBand: s.Chip == Hopper}
-	needs[PPCIEAllowInBand] = m == ProtectedPCIe || s.Staged.Knobs[PPCIE] != 0
 	if m == ProtectedPCIe && !s.Staged.Has(PPCIE) {
 		return withoutPPCIe(name)
 	}
-	for _, k := range []Knob{CCMAllowInBand, CCDAllowInBand, DecouplerAllowInBand, PPCIEAllowInBand} {
-		if needs[k] && s.Staged.Has(k) && s.Staged.Knobs[k] == 0 {
-			return inBandDisabled(name, k)
+	for _, permit := range []struct {
+		knob   Knob
+		needed bool
+	}{
+		{CCMAllowInBand, s.Chip != NVSwitch3},
+		{CCDAllowInBand, m == Devtools},
+		{DecouplerAllowInBand, s.Chip == Hopper},
+		{PPCIEAllowInBand, m == ProtectedPCIe || s.Staged.Knobs[PPCIE] != 0},
+	} {
+		if permit.needed && s.Staged.Has(permit.knob) && s.Staged.Knobs[permit.knob] == 0 {
+			return inBandDisabled(name, permit.knob)
 		}
 	}
 	return nil

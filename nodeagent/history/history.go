@@ -28,12 +28,12 @@ type Entry struct {
 	Command string    `json:"command"`
 	UID     int       `json:"uid"`
 	// Before and After are the state around it, as the caller words it. After
-	// is nil unless Outcome is "done".
+	// is nil unless Outcome is "done" and it could be read back.
 	Before json.RawMessage `json:"before"`
 	After  json.RawMessage `json:"after,omitempty"`
 	// Outcome is "done", "failed", or "unknown" while there is none.
 	Outcome string `json:"outcome"`
-	// Error says why it failed.
+	// Error says why it failed, or why After is not known.
 	Error string `json:"error,omitempty"`
 }
 

@@ -40,6 +40,9 @@ type Command struct {
 	Done bool
 }
 
+// IsStop is true of a StopGuest, which overtakes launches.
+func (c Command) IsStop() bool { return c.Verb == verbStop }
+
 // ErrUnreadable means that a stored command is damaged and stays so.
 var ErrUnreadable = errors.New("stored command cannot be read")
 

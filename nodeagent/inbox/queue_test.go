@@ -309,7 +309,7 @@ func (g *guests) execute(cmd *api.Command, again bool) error {
 		return err
 	}
 	for _, c := range pending {
-		if c.Verb == "stop_guest" && !again {
+		if c.IsStop() && !again {
 			g.violate("launch %s began while stop %s waited", id, c.ID)
 		}
 	}

@@ -128,7 +128,7 @@ func (x *Inbox) carryOut(ctx context.Context, c Command) error {
 			"the agent died %d times while it carried out the command", c.Deaths-1))
 		return nil
 	}
-	if c.Verb == verbStop {
+	if c.IsStop() {
 		x.fences.add(c, x.d.Clock())
 	}
 	cmd, err := api.ParseCommand(c.Payload)

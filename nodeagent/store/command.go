@@ -39,7 +39,7 @@ func (s *Store) AddCommand(c inbox.Command) (fresh bool, err error) {
 				"sequence %d is not above %d, up to which commands are over", c.Sequence, e.Floor)
 		}
 		extra := 0
-		if c.Verb == "stop_guest" {
+		if c.IsStop() {
 			extra = s.reserve / 2 // guests can be ended; the rest is for outcomes
 		}
 		if err := s.room(tx, extra, 1, 0); err != nil {
@@ -57,7 +57,7 @@ func (s *Store) PendingCommands() ([]inbox.Command, error) {
 
 // Stops are the remembered StopGuests, without payloads.
 func (s *Store) Stops() ([]inbox.Command, error) {
-	return s.commands(func(c inbox.Command) bool { return c.Verb == "stop_guest" })
+	return s.commands(inbox.Command.IsStop)
 }
 
 func (s *Store) commands(want func(inbox.Command) bool) (out []inbox.Command, err error) {

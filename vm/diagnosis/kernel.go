@@ -2,6 +2,7 @@ package diagnosis
 
 import (
 	"regexp"
+	"strings"
 
 	"github.com/confidential-node/agent/firmware/contract"
 )
@@ -17,8 +18,10 @@ func Kernel(line string) (r *contract.Refusal, isKnown bool) {
 			return nil, true
 		}
 	}
-	if m := regexp.MustCompile(initFailed).FindStringSubmatch(line); m != nil {
-		return initAnswer(m[1])
+	if strings.Contains(line, "failed to INIT error") {
+		if m := regexp.MustCompile(initFailed).FindStringSubmatch(line); m != nil {
+			return initAnswer(m[1])
+		}
 	}
 	return find(kernelTexts(), line)
 }

@@ -104,7 +104,7 @@ func (j *Journal) PendingCommands() ([]inbox.Command, error) {
 
 // Stops implements inbox.Journal.
 func (j *Journal) Stops() ([]inbox.Command, error) {
-	return j.list("Stops", func(c inbox.Command) bool { return c.Verb == "stop_guest" })
+	return j.list("Stops", inbox.Command.IsStop)
 }
 
 func (j *Journal) list(op string, want func(inbox.Command) bool) ([]inbox.Command, error) {
