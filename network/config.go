@@ -22,6 +22,9 @@ type Config struct {
 	// PublishedPorts is the range of host TCP ports that may be published.
 	// The zero range publishes none.
 	PublishedPorts Range
+	// MaxPortConnections bounds the connections to one published port and
+	// MaxSourceConnections those of one address to all of them. 0 is no bound.
+	MaxPortConnections, MaxSourceConnections int
 	// Table is the name of the nft table, family inet. Default "nodeagent".
 	Table string
 	// Root is where /proc is found. Default "/".

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -93,7 +94,13 @@ func (n *nft) read(ctx context.Context) (string, error) {
 		}
 		text.Write(out)
 	}
-	return text.String(), nil
+	return withoutCounted(text.String()), nil
+}
+
+// withoutCounted takes out what the kernel itself adds to the sets that count
+// connections. Braces never nest in them.
+func withoutCounted(listing string) string {
+	return regexp.MustCompile(`(\tset by_(?:source|port) \{[^}]*?)\t\telements = \{[^}]*\}\n`).ReplaceAllString(listing, "$1")
 }
 
 // ruleset returns everything in nftables as JSON.

@@ -22,6 +22,8 @@ const (
 	// neighbourRate and neighbourBurst bound what one guest can make the
 	// host's neighbour discovery do.
 	neighbourRate, neighbourBurst = 50, 50
+	// maxCounted bounds the clients whose connections are counted.
+	maxCounted = 16384
 	// spoofPriority runs before connection tracking (-200) and after
 	// reassembly (-400); linux/netfilter_ipv4.h, enum nf_ip_hook_priorities.
 	spoofPriority = -310
@@ -58,6 +60,8 @@ type set struct {
 	// value is the type of a map's values; "" makes it a set.
 	value    string
 	interval bool
+	// size bounds a set that rules add to; 0 is one that they do not.
+	size     uint64
 	elements [][2][]string // key, value
 }
 
@@ -85,7 +89,7 @@ func plan(cfg Config, guests map[string]member, strays []string) table {
 		t.chains = append(t.chains, ingressChain(m))
 	}
 	t.chains = append(t.chains, spoofChains()...)
-	t.chains = append(t.chains, toHostChain(), transitChain(), toGuestChain(), fromGuestChain(cfg, members),
+	t.chains = append(t.chains, toHostChain(), transitChain(), toGuestChain(cfg), fromGuestChain(cfg, members),
 		chain{
 			name: "publish", typ: "nat", hook: "prerouting", priority: -100,
 			rules: []rule{{"iifname != @taps fib daddr type local dnat ip to tcp dport map @published", "published ports"}},
@@ -128,7 +132,10 @@ func planSets(cfg Config, members []member, strays []string) []set {
 	for _, p := range outermost(cfg.AllowPrivateEgress) {
 		allowed.add(p.String())
 	}
-	return []set{taps, stray, v4, v6, published, denied, allowed}
+	// When a set is full, further clients are not counted; those of one port
+	// still are.
+	counted := []set{{name: "by_source", typ: "ipv4_addr", size: maxCounted}, {name: "by_port", typ: "ipv4_addr . inet_service", size: maxCounted}}
+	return append([]set{taps, stray, v4, v6, published, denied, allowed}, counted...)
 }
 
 func (s *set) add(key ...string) { s.elements = append(s.elements, [2][]string{key, nil}) }
@@ -186,12 +193,17 @@ func transitChain() chain {
 	}}
 }
 
-func toGuestChain() chain {
-	return chain{name: "to_guest", rules: []rule{
-		{"ct state established,related accept", "answers to the guest"},
-		{"ct state new ct status dnat accept", "published ports"},
-		{"drop", "nothing else reaches a guest"},
-	}}
+func toGuestChain(cfg Config) chain {
+	const published = "ct state new ct status dnat"
+	c := chain{name: "to_guest", rules: []rule{{"ct state established,related accept", "answers to the guest"}}}
+	if n := cfg.MaxSourceConnections; n > 0 {
+		c.rules = append(c.rules, rule{fmt.Sprintf("%s update @by_source { ip saddr ct count over %d } reject with tcp reset", published, n), "connections of one client"})
+	}
+	if n := cfg.MaxPortConnections; n > 0 {
+		c.rules = append(c.rules, rule{fmt.Sprintf("%s update @by_port { ip daddr . tcp dport ct count over %d } reject with tcp reset", published, n), "connections to one port"})
+	}
+	c.rules = append(c.rules, rule{published + " accept", "published ports"}, rule{"drop", "nothing else reaches a guest"})
+	return c
 }
 
 func fromGuestChain(cfg Config, members []member) chain {
@@ -250,10 +262,14 @@ func (t table) fill(tx *knftables.Transaction) {
 		if s.interval {
 			flags = []knftables.SetFlag{knftables.IntervalFlag}
 		}
+		var size *uint64
+		if s.size > 0 {
+			flags, size = []knftables.SetFlag{knftables.DynamicFlag}, &s.size
+		}
 		if s.value != "" {
 			tx.Add(&knftables.Map{Family: inet, Table: t.name, Name: s.name, Type: s.typ + " : " + s.value, Flags: flags})
 		} else {
-			tx.Add(&knftables.Set{Family: inet, Table: t.name, Name: s.name, Type: s.typ, Flags: flags})
+			tx.Add(&knftables.Set{Family: inet, Table: t.name, Name: s.name, Type: s.typ, Flags: flags, Size: size})
 		}
 	}
 	for _, c := range t.chains {

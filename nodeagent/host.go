@@ -222,6 +222,9 @@ func (a *agent) status(ctx context.Context) (admin.Status, error) {
 	for _, f := range findings {
 		warn("%s: %s; %s", f.Code, f.Message, f.Remedy)
 	}
+	if err := a.relay.Trouble(); err != nil {
+		warn("%v", err)
+	}
 	for _, f := range a.endorsements.Findings() {
 		warn("%s: %s; %s", f.Code, f.Message, f.Remedy)
 	}

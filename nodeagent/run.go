@@ -15,6 +15,7 @@ import (
 	"github.com/confidential-node/agent/firmware/sealed"
 	"github.com/confidential-node/agent/gpu"
 	"github.com/confidential-node/agent/network"
+	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/admin"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/blob"
@@ -85,6 +86,7 @@ type agent struct {
 	store        *store.Store
 	driver       *libvirt.Driver
 	network      *network.Host
+	relay        *relay.Router
 	endorsements *endorsements.Provider
 	metadata     *metadata.Server
 	guests       *lifecycle.Manager
@@ -104,6 +106,7 @@ func runAgent(ctx context.Context, cfg config.Config, logger hclog.Logger) (err 
 	tasks := supervise.New(ctx, logger)
 	tasks.Go("hypervisor", a.driver.Run)
 	tasks.Go("network", a.network.Run)
+	tasks.Go("relay", a.relay.Run)
 	tasks.Go("endorsements", a.endorsements.Run)
 	tasks.Go("guests", a.guests.Run)
 	tasks.Go("inbox", a.inbox.Run)
@@ -174,11 +177,13 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	}
 	networkConfig := network.Config{
 		GuestCIDR: cfg.Network.GuestCIDR, AllowPrivateEgress: cfg.Network.AllowPrivateEgress,
-		PublishedPorts: network.Range(cfg.Network.PublishedPorts),
+		PublishedPorts: network.Range(cfg.Network.PublishedPorts), MaxPortConnections: cfg.Network.MaxPortConnections,
+		MaxSourceConnections: cfg.Network.MaxSourceConnections,
 	}
 	if a.network, err = network.New(networkConfig, logger); err != nil {
 		return nil, err
 	}
+	a.relay = newRelay(cfg, logger)
 	if a.endorsements, err = openEndorsements(cfg, logger); err != nil {
 		return nil, err
 	}
@@ -188,12 +193,12 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	a.driver = libvirt.New(cfg.Libvirt.URI, logger)
 	a.metadata = metadata.New(logger, time.Now)
 	a.guests, err = lifecycle.New(lifecycle.Deps{
-		Records: a.store, Hypervisor: a.driver, Network: a.network, Metadata: a.metadata,
+		Records: a.store, Hypervisor: a.driver, Network: a.network, Relay: a.relay, Metadata: a.metadata,
 		Blobs: blobs{cache}, Spools: spoolsOf{spools}, Images: a.images, Measure: lifecycle.Predict, TEE: tee, GPURule: gpu.Rule,
 		Endorsements: a.endorsements.Endorsements, Logger: logger, Hook: failpoint.FromEnvironment().Hit,
 	}, lifecycle.Config{
 		HostID: cfg.HostID, BootID: a.host.bootID, GuestsDir: guestsDir(cfg), Policy: cfg.Policy, Capacity: a.host.capacity,
-		Network: networkConfig, TapUser: a.host.qemuUID, TapGroup: a.host.qemuGID, DNS: dnsOf(cfg), Emulated: cfg.TEE == config.TEEEmulated,
+		Network: networkConfig, SharedTLS: cfg.Network.TLS, TapUser: a.host.qemuUID, TapGroup: a.host.qemuGID, DNS: dnsOf(cfg), Emulated: cfg.TEE == config.TEEEmulated,
 	})
 	if err != nil {
 		return nil, errors.Join(err, a.store.Close())
@@ -213,6 +218,12 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	}
 	a.socket = admin.New(socketFile(cfg), a.status)
 	return a, nil
+}
+
+func newRelay(cfg config.Config, logger hclog.Logger) *relay.Router {
+	return relay.New(relay.Config{Listen: cfg.Network.TLS.Listen, Limits: relay.Limits{
+		PerGuest: cfg.Network.MaxPortConnections, PerSource: cfg.Network.MaxSourceConnections,
+	}}, logger)
 }
 
 // prune forgets commands once nobody could replay them.

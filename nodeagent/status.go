@@ -89,7 +89,11 @@ func printStatus(out io.Writer, s admin.Status, now time.Time) error {
 		}
 		var ports []string
 		for _, p := range g.Ports {
-			ports = append(ports, fmt.Sprintf("%d->%d", p.Host, p.Guest))
+			at := fmt.Sprint(p.Host)
+			if p.Name != "" {
+				at = p.Name + ":" + at
+			}
+			ports = append(ports, fmt.Sprintf("%s->%d", at, p.Guest))
 		}
 		fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%s\t%d\t%d MiB\t%s\t%s\n", g.ID, g.Generation, g.Status, g.GuestPhase, step,
 			age, g.VCPUs, g.MemoryMiB, strings.Join(ports, " "), g.Reason)

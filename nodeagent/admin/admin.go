@@ -80,6 +80,8 @@ type Guest struct {
 type Port struct {
 	Guest uint16 `json:"guest"`
 	Host  uint16 `json:"host"`
+	// Name by which TLS clients reach it on Host, the shared port.
+	Name string `json:"name,omitempty"`
 }
 
 // Server answers on the socket.

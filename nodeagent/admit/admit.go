@@ -17,6 +17,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp/idblock"
+	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/config"
 )
@@ -39,6 +40,8 @@ type Host struct {
 	Policy       config.Policy
 	// PublishedPorts is the range host ports are taken from.
 	PublishedPorts config.PortRange
+	// SharedTLS is the port that guests share by name.
+	SharedTLS config.SharedTLS
 	// Emulated says that guests run under the emulated TEE.
 	Emulated bool
 	Capacity Capacity
@@ -64,6 +67,8 @@ type Used struct {
 	MemoryMiB uint64
 	Slots     map[uint32]bool
 	Ports     map[uint16]bool
+	// Names on the shared TLS port.
+	Names map[string]bool
 }
 
 // Image is one entry of the host's catalogue.
@@ -83,8 +88,12 @@ type Plan struct {
 	ResultBytes              int64
 }
 
-// Port is one published TCP port.
-type Port struct{ Guest, Host uint16 }
+// Port is one published TCP port, reached by its own port of the host or, with
+// a Name, on the shared one.
+type Port struct {
+	Guest, Host uint16
+	Name        string
+}
 
 // decision is a plan in the making.
 type decision struct {
@@ -354,6 +363,11 @@ func ports(d *decision) *contract.Refusal {
 		switch {
 		case !slices.Contains(d.manifest.Ports, int(p.GetGuestPort())):
 			return contract.Refuse("admit.port-unknown", "publish ports of the manifest only", "port %d is not in the manifest", p.GetGuestPort())
+		case p.GetServerName() != "":
+			if refused := serverName(d, p.GetServerName()); refused != nil {
+				return refused
+			}
+			continue
 		case host == 0:
 			continue
 		case host < d.host.PublishedPorts.First || host > d.host.PublishedPorts.Last:
@@ -366,6 +380,10 @@ func ports(d *decision) *contract.Refusal {
 	}
 	next := uint32(d.host.PublishedPorts.First)
 	for _, p := range d.cmd.GetPorts() {
+		if p.GetServerName() != "" {
+			d.plan.Ports = append(d.plan.Ports, Port{uint16(p.GetGuestPort()), d.host.SharedTLS.Port(), p.GetServerName()})
+			continue
+		}
 		host := uint16(p.GetHostPort())
 		for ; host == 0 && next <= uint32(d.host.PublishedPorts.Last); next++ {
 			if !d.host.Used.Ports[uint16(next)] && !taken[uint16(next)] {
@@ -376,6 +394,23 @@ func ports(d *decision) *contract.Refusal {
 			return contract.Refuse("admit.capacity-ports", "launch later or on another host", "no host port is free")
 		}
 		d.plan.Ports = append(d.plan.Ports, Port{Guest: uint16(p.GetGuestPort()), Host: host})
+	}
+	return nil
+}
+
+// serverName says whether a guest may have a name on the shared port.
+func serverName(d *decision, name string) *contract.Refusal {
+	domain := d.host.SharedTLS.Domain
+	switch err := relay.CheckName(name); {
+	case domain == "":
+		return contract.Refuse("admit.name-not-offered", "publish the port with a host port, or choose a host that offers names",
+			"this host has no shared TLS port")
+	case err != nil:
+		return contract.AsRefusal(err)
+	case !relay.Under(name, domain):
+		return contract.Refuse("admit.name-domain", "ask for a name such as job-1."+domain, "%s is not one label below %s", name, domain)
+	case d.host.Used.Names[name]:
+		return contract.Refuse("admit.name-in-use", "ask for another name, or stop the guest that has it", "the name %s is in use", name)
 	}
 	return nil
 }

@@ -56,7 +56,7 @@ func TestAPlanSaysWhatTheCommandLeavesOpen(t *testing.T) {
 		t.Fatal(err)
 	}
 	if plan.Slot != 1 || plan.StartTimeout != 15*time.Minute || plan.RunTimeout != 720*time.Hour ||
-		plan.ResultBytes != 5<<30 || !slices.Equal(plan.Ports, []Port{{8000, 20002}, {8001, 20000}}) {
+		plan.ResultBytes != 5<<30 || !slices.Equal(plan.Ports, []Port{{Guest: 8000, Host: 20002}, {Guest: 8001, Host: 20000}}) {
 		t.Errorf("plan is %+v", plan)
 	}
 	cmd.StartTimeout, cmd.RunTimeout, cmd.Results.QuotaBytes = durationpb.New(time.Minute), durationpb.New(time.Hour), 7
@@ -156,6 +156,23 @@ func TestEveryRuleRefusesWithItsCodeAndARemedy(t *testing.T) {
 		{"host port out of range", "admit.port-range", func(w world) { w.cmd.Ports[1].HostPort = 80 }},
 		{"host port in use", "admit.port-in-use", func(w world) { w.cmd.Ports[1].HostPort = 20001 }},
 		{"host port twice", "admit.port-in-use", func(w world) { w.cmd.Ports[0].HostPort = 20000 }},
+		{"a name where there are none", "admit.name-not-offered", func(w world) { w.cmd.Ports[0].ServerName = "a.guests.example" }},
+		{"a name of another domain", "admit.name-domain", func(w world) {
+			w.host.SharedTLS = config.SharedTLS{Listen: ":443", Domain: "guests.example"}
+			w.cmd.Ports[0].ServerName = "a.other.example"
+		}},
+		{"a name below a name", "admit.name-domain", func(w world) {
+			w.host.SharedTLS = config.SharedTLS{Listen: ":443", Domain: "guests.example"}
+			w.cmd.Ports[0].ServerName = "a.b.guests.example"
+		}},
+		{"a name in use", "admit.name-in-use", func(w world) {
+			w.host.SharedTLS, w.host.Used.Names = config.SharedTLS{Listen: ":443", Domain: "guests.example"}, map[string]bool{"a.guests.example": true}
+			w.cmd.Ports[0].ServerName = "a.guests.example"
+		}},
+		{"no name at all", "network.name-malformed", func(w world) {
+			w.host.SharedTLS = config.SharedTLS{Listen: ":443", Domain: "guests.example"}
+			w.cmd.Ports[0].ServerName = "A.guests.example"
+		}},
 		{"no host port", "admit.capacity-ports", func(w world) { w.host.PublishedPorts.Last = 20001 }},
 	}
 	for _, row := range rows {
@@ -172,13 +189,24 @@ func TestEveryRuleRefusesWithItsCodeAndARemedy(t *testing.T) {
 	}
 }
 
+func TestANameTakesNoPortOfTheRange(t *testing.T) {
+	t.Parallel()
+	cmd, manifest, host := job()
+	host.SharedTLS = config.SharedTLS{Listen: ":443", Domain: "guests.example"}
+	cmd.Ports[0].ServerName = "job-1.guests.example"
+	plan, err := Decide(cmd, manifest, host)
+	if err != nil || !slices.Equal(plan.Ports, []Port{{8000, 443, "job-1.guests.example"}, {Guest: 8001, Host: 20000}}) {
+		t.Errorf("%+v %v", plan.Ports, err)
+	}
+}
+
 func TestPortsAtTheEndOfTheRangeAreUsable(t *testing.T) {
 	t.Parallel()
 	cmd, manifest, host := job()
 	host.PublishedPorts = config.PortRange{First: 65534, Last: 65535}
 	cmd.Ports[1].HostPort = 0
 	plan, err := Decide(cmd, manifest, host)
-	if err != nil || !slices.Equal(plan.Ports, []Port{{8000, 65534}, {8001, 65535}}) {
+	if err != nil || !slices.Equal(plan.Ports, []Port{{Guest: 8000, Host: 65534}, {Guest: 8001, Host: 65535}}) {
 		t.Errorf("%+v %v", plan.Ports, err)
 	}
 }

@@ -18,6 +18,9 @@ const (
 	FeatureResultsPresignedPut = "results.presigned-put"
 	// FeaturePortsAttestedTLS: ports served by TLS that ends in the guest.
 	FeaturePortsAttestedTLS = "ports.attested-tls"
+	// FeaturePortsServerName: ports reached by server name on a shared TLS
+	// port. The host's configuration decides which names, if any.
+	FeaturePortsServerName = "ports.server-name"
 	// FeatureEvidenceRelay: RequestEvidence reaches a running guest.
 	FeatureEvidenceRelay = "evidence.relay"
 )
@@ -28,6 +31,6 @@ const (
 func Features() []string {
 	return []string{
 		FeatureEvidenceRelay, FeatureInputsAge, FeatureLaunchDirectBoot, FeatureLaunchIDBlock,
-		FeaturePortsAttestedTLS, FeatureResultsPresignedPut,
+		FeaturePortsAttestedTLS, FeaturePortsServerName, FeatureResultsPresignedPut,
 	}
 }

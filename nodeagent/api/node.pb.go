@@ -892,7 +892,12 @@ type PublishedPort struct {
 	GuestPort uint32 `protobuf:"varint,1,opt,name=guest_port,json=guestPort,proto3" json:"guest_port,omitempty"`
 	// TCP port of the host; 0 lets the node choose from its range. GuestState
 	// tells which.
-	HostPort      uint32 `protobuf:"varint,2,opt,name=host_port,json=hostPort,proto3" json:"host_port,omitempty"`
+	HostPort uint32 `protobuf:"varint,2,opt,name=host_port,json=hostPort,proto3" json:"host_port,omitempty"`
+	// Host name by which TLS clients reach the port on the node's shared TLS
+	// port, one label below the node's domain, lower case; empty for a port of
+	// its own. With a name, host_port is 0 in commands; GuestState tells the
+	// shared port.
+	ServerName    string `protobuf:"bytes,3,opt,name=server_name,json=serverName,proto3" json:"server_name,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -939,6 +944,13 @@ func (x *PublishedPort) GetHostPort() uint32 {
 		return x.HostPort
 	}
 	return 0
+}
+
+func (x *PublishedPort) GetServerName() string {
+	if x != nil {
+		return x.ServerName
+	}
+	return ""
 }
 
 // StopGuest ends a guest; its results so far are uploaded. Where they wait for
@@ -2890,11 +2902,13 @@ const file_node_proto_rawDesc = "" +
 	"quotaBytes\";\n" +
 	"\fResultUpload\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x17\n" +
-	"\aput_url\x18\x02 \x01(\tR\x06putUrl\"K\n" +
+	"\aput_url\x18\x02 \x01(\tR\x06putUrl\"l\n" +
 	"\rPublishedPort\x12\x1d\n" +
 	"\n" +
 	"guest_port\x18\x01 \x01(\rR\tguestPort\x12\x1b\n" +
-	"\thost_port\x18\x02 \x01(\rR\bhostPort\"w\n" +
+	"\thost_port\x18\x02 \x01(\rR\bhostPort\x12\x1f\n" +
+	"\vserver_name\x18\x03 \x01(\tR\n" +
+	"serverName\"w\n" +
 	"\tStopGuest\x12\x19\n" +
 	"\bguest_id\x18\x01 \x01(\tR\aguestId\x12\x1e\n" +
 	"\n" +

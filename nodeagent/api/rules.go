@@ -235,15 +235,18 @@ func (x *LaunchGuest) checkPorts() *contract.Refusal {
 	if len(x.GetPorts()) > contract.MaxPorts {
 		return malformed("%d ports, limit is %d", len(x.GetPorts()), contract.MaxPorts)
 	}
-	guest, host := map[uint32]bool{}, map[uint32]bool{}
+	guest, host, names := map[uint32]bool{}, map[uint32]bool{}, map[string]bool{}
 	for _, p := range x.GetPorts() {
 		if p.GetGuestPort() < 1 || p.GetGuestPort() > maxPort || p.GetHostPort() > maxPort {
 			return malformed("a published port is out of range")
 		}
-		if guest[p.GetGuestPort()] || (p.GetHostPort() != 0 && host[p.GetHostPort()]) {
-			return malformed("a published port is listed twice")
+		if name := p.GetServerName(); name != "" && (p.GetHostPort() != 0 || !validHostname(name)) {
+			return malformed("a published port has a server name that is none, or a host port beside it")
 		}
-		guest[p.GetGuestPort()], host[p.GetHostPort()] = true, true
+		if guest[p.GetGuestPort()] || (p.GetHostPort() != 0 && host[p.GetHostPort()]) || names[p.GetServerName()] {
+			return malformed("a published port or server name is listed twice")
+		}
+		guest[p.GetGuestPort()], host[p.GetHostPort()], names[p.GetServerName()] = true, true, p.GetServerName() != ""
 	}
 	return nil
 }

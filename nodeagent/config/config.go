@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"net/netip"
 	"net/url"
 	"os"
@@ -115,6 +116,37 @@ type Network struct {
 	PublishedPorts PortRange `toml:"published_ports"`
 	// DNS servers handed to guests. Default none.
 	DNS []netip.Addr `toml:"dns"`
+	// MaxPortConnections bounds the connections to one published port, or to
+	// one guest by server name, 1 to 65536. Default 1024.
+	MaxPortConnections int `toml:"max_port_connections"`
+	// MaxSourceConnections bounds those of one client, an IPv4 address or an
+	// IPv6 /64, to all published ports, 1 to 65536. Default 128.
+	MaxSourceConnections int `toml:"max_source_connections"`
+	// TLS is the port that guests share by server name. Default none.
+	TLS SharedTLS `toml:"tls"`
+}
+
+// SharedTLS is one port on which clients name the guest they want (SNI). TLS
+// ends in the guest.
+type SharedTLS struct {
+	// Listen is "address:port" or ":port"; "" for no shared port.
+	Listen string `toml:"listen"`
+	// Domain is what guests' names are one label below of. Its DNS wildcard
+	// leads to this host.
+	Domain string `toml:"domain"`
+}
+
+// Port is the shared port's number, 0 when there is none.
+func (t SharedTLS) Port() uint16 {
+	_, text, err := net.SplitHostPort(t.Listen)
+	if err != nil {
+		return 0
+	}
+	port, err := strconv.ParseUint(text, 10, 16)
+	if err != nil {
+		return 0
+	}
+	return uint16(port)
 }
 
 // Policy bounds what the control plane may ask for. It can never exceed it.
@@ -196,7 +228,7 @@ func Default() Config {
 		Libvirt:         Libvirt{URI: "qemu:///system", QEMUUser: "libvirt-qemu"},
 		Network: Network{
 			GuestCIDR:      netip.MustParsePrefix("10.213.0.0/16"),
-			PublishedPorts: PortRange{20000, 29999},
+			PublishedPorts: PortRange{20000, 29999}, MaxPortConnections: 1024, MaxSourceConnections: 128,
 		},
 		Policy: Policy{
 			MaxGuests: 16, MaxVCPUs: 64, MaxMemoryMiB: 1 << 20, ReserveMemoryMiB: 4096,
@@ -252,7 +284,10 @@ func loadFile(name string, cfg *Config, at map[string]string) error {
 // places notes where each key of a file stands: to a structure that has none,
 // all are unknown.
 func places(name string, data []byte, at map[string]string) {
-	var none struct{ Control, Libvirt, Network, Policy, Blob, Emulated struct{} }
+	var none struct {
+		Control, Libvirt, Policy, Blob, Emulated struct{}
+		Network                                  struct{ TLS struct{} }
+	}
 	err := toml.NewDecoder(bytes.NewReader(data)).DisallowUnknownFields().Decode(&none)
 	if all, ok := errors.AsType[*toml.StrictMissingError](err); ok {
 		for _, e := range all.Errors {
@@ -331,6 +366,13 @@ func (c *Config) validate(path string, at map[string]string) error {
 	check(c.Libvirt.URI != "", "libvirt.uri", "is empty")
 	check(c.Libvirt.QEMUUser != "", "libvirt.qemu_user", "is empty")
 	check(c.Network.GuestCIDR.Addr().Is4() && c.Network.GuestCIDR.Bits() <= 28, "network.guest_cidr", "%s is not IPv4 of /28 or wider", c.Network.GuestCIDR)
+	check(c.Network.MaxPortConnections >= 1 && c.Network.MaxPortConnections <= 1<<16, "network.max_port_connections", "%d is not within 1..65536", c.Network.MaxPortConnections)
+	check(c.Network.MaxSourceConnections >= 1 && c.Network.MaxSourceConnections <= 1<<16, "network.max_source_connections", "%d is not within 1..65536", c.Network.MaxSourceConnections)
+	tls, ports := c.Network.TLS, c.Network.PublishedPorts
+	check((tls.Listen == "") == (tls.Domain == ""), "network.tls", "listen and domain belong together")
+	check(tls.Listen == "" || tls.Port() != 0, "network.tls.listen", "%q is not address:port or :port", tls.Listen)
+	check(tls.Port() == 0 || tls.Port() < ports.First || tls.Port() > ports.Last, "network.tls.listen", "port %d is one of published_ports", tls.Port())
+	check(tls.Domain == "" || regexp.MustCompile(`^[a-z0-9-]+(\.[a-z0-9-]+)*$`).MatchString(tls.Domain), "network.tls.domain", "%q is not a domain in lower case", tls.Domain)
 	check(c.Policy.MaxGuests >= 1 && c.Policy.MaxGuests <= 1000, "policy.max_guests", "%d is not within 1..1000", c.Policy.MaxGuests)
 	check(c.Policy.MaxVCPUs >= 1 && c.Policy.MaxVCPUs <= 512, "policy.max_vcpus", "%d is not within 1..512", c.Policy.MaxVCPUs)
 	check(c.Policy.MaxMemoryMiB >= 256, "policy.max_memory_mib", "%d is below 256", c.Policy.MaxMemoryMiB)

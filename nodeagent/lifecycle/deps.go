@@ -9,6 +9,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/network"
+	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/admit"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/config"
@@ -54,6 +55,14 @@ type Network interface {
 	Forwarding() (bool, error)
 	EnableForwarding() (previous bool, err error)
 	RestoreForwarding(previous bool) error
+}
+
+// Relay takes connections to guests that the kernel cannot; *relay.Router is
+// one.
+type Relay interface {
+	Set(ctx context.Context, guestID string, routes []relay.Route) error
+	Remove(guestID string)
+	Drop(guestID string)
 }
 
 // Metadata serves guests; *metadata.Server is one.
@@ -116,6 +125,7 @@ type Deps struct {
 	Records    Records
 	Hypervisor Hypervisor
 	Network    Network
+	Relay      Relay
 	Metadata   Metadata
 	Blobs      Blobs
 	Spools     Spools
@@ -152,6 +162,8 @@ type Config struct {
 	// TapGroup open taps.
 	Network           network.Config
 	TapUser, TapGroup uint32
+	// SharedTLS is the port that guests share by name.
+	SharedTLS config.SharedTLS
 	// DNS servers and MTU handed to guests as hints.
 	DNS []string
 	MTU int

@@ -139,7 +139,7 @@ func (m *Manager) newRecord(cmd *api.Command, l *api.LaunchGuest, manifest *cont
 		KeepUntil: cmd.GetExpiresAt().AsTime().Add(keepAfterExpiry),
 	}
 	for _, p := range plan.Ports {
-		rec.Ports = append(rec.Ports, store.Port{Guest: p.Guest, Host: p.Host})
+		rec.Ports = append(rec.Ports, store.Port(p))
 	}
 	return rec, nil
 }
@@ -167,12 +167,17 @@ func (m *Manager) host(ctx context.Context, guestID string) (admit.Host, error) 
 	h := admit.Host{
 		Cordoned: on, CordonReason: reason, Policy: m.c.Policy, Emulated: m.c.Emulated, Capacity: m.c.Capacity,
 		PublishedPorts: config.PortRange(m.c.Network.PublishedPorts), Slots: 1 << max(0, slotBits-m.c.Network.GuestCIDR.Bits()), Images: images, GPURule: m.d.GPURule,
-		Used: admit.Used{Slots: map[uint32]bool{}, Ports: map[uint16]bool{}},
+		SharedTLS: m.c.SharedTLS,
+		Used:      admit.Used{Slots: map[uint32]bool{}, Ports: map[uint16]bool{}, Names: map[string]bool{}},
 	}
 	for _, g := range m.live() {
 		r := g.record()
 		h.Used.Slots[r.Slot] = true
 		for _, p := range r.Ports {
+			if p.Name != "" {
+				h.Used.Names[p.Name] = true
+				continue
+			}
 			h.Used.Ports[p.Host] = true
 		}
 		h.Used.Guests++
@@ -286,7 +291,7 @@ func (m *Manager) stateEvent(r store.Guest) *api.Event {
 	}
 	if domain := find(r.Steps, stepDomain); domain != nil {
 		for _, p := range r.Ports {
-			s.Ports = append(s.Ports, &api.PublishedPort{GuestPort: uint32(p.Guest), HostPort: uint32(p.Host)})
+			s.Ports = append(s.Ports, &api.PublishedPort{GuestPort: uint32(p.Guest), HostPort: uint32(p.Host), ServerName: p.Name})
 		}
 	}
 	return api.NewGuestState(m.c.HostID, r.CommandID, m.now(), s)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/network"
+	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/metadata"
 	"github.com/confidential-node/agent/nodeagent/store"
@@ -166,10 +168,46 @@ func (c Config) nic(r store.Guest) network.Guest {
 		// Locally administered, unicast.
 		MAC: append(net.HardwareAddr{0x02}, sum[:5]...),
 	}
+	if r.Stop != nil || r.Undoing {
+		return n // drains: what is open goes on, nothing new comes in
+	}
 	for _, p := range r.Ports {
-		n.Ports = append(n.Ports, network.Publish{Host: p.Host, Guest: p.Guest})
+		if p.Name == "" {
+			n.Ports = append(n.Ports, network.Publish{Host: p.Host, Guest: p.Guest})
+		}
 	}
 	return n
+}
+
+// routes are the ways to a guest that the relay serves.
+func routes(r store.Guest, to netip.Addr) []relay.Route {
+	if r.Stop != nil || r.Undoing {
+		return nil
+	}
+	var out []relay.Route
+	for _, p := range r.Ports {
+		route := relay.Route{Name: p.Name, To: netip.AddrPortFrom(to, p.Guest)}
+		if p.Name == "" {
+			route.Port = p.Host
+		}
+		out = append(out, route)
+	}
+	return out
+}
+
+// connect puts the guest's network in force: its tap and rules, and its routes
+// through the relay.
+func (g *guest) connect(ctx context.Context) error {
+	rec := g.record()
+	nic := g.m.c.nic(rec)
+	if err := g.m.d.Network.Adopt(ctx, []network.Guest{nic}); err != nil {
+		return err
+	}
+	link, err := network.Describe(g.m.c.Network, nic)
+	if err != nil {
+		return err
+	}
+	return g.m.d.Relay.Set(ctx, g.id, routes(rec, link.GuestAddr.Addr()))
 }
 
 // session is what metadata serves the guest.

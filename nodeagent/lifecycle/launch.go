@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
-	"github.com/confidential-node/agent/network"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/store"
 )
@@ -143,7 +142,7 @@ func (g *guest) adopt(ctx context.Context) error {
 	if err := g.m.holdForwarding(); err != nil {
 		return err
 	}
-	if err := g.m.d.Network.Adopt(ctx, []network.Guest{g.m.c.nic(rec)}); err != nil {
+	if err := g.connect(ctx); err != nil {
 		return fmt.Errorf("adopting network of guest %s: %w", g.id, err)
 	}
 	if err := errors.Join(g.m.d.Metadata.Close(g.id), g.serve(ctx)); err != nil {
@@ -189,6 +188,9 @@ func (g *guest) watch(ctx context.Context) error {
 func (g *guest) askToEnd(ctx context.Context, rec store.Guest) {
 	if rec.Stop == nil || g.asked {
 		return
+	}
+	if err := g.connect(ctx); err != nil {
+		g.m.log.Warn("guest still takes new connections while it ends", keyGuest, g.id, keyError, err)
 	}
 	if err := g.m.d.Hypervisor.Shutdown(ctx, g.id); err != nil {
 		g.m.log.Warn("guest could not be asked to end, it is ended when its grace is over", keyGuest, g.id, "deadline", rec.Stop.Deadline, keyError, err)

@@ -90,7 +90,7 @@ func (h *host) lifeUntil(ctx context.Context, hook func(string)) (_ *lifecycle.M
 		h.t.Fatal(err)
 	}
 	m, err := lifecycle.New(lifecycle.Deps{
-		Records: h.records, Hypervisor: lifecycletest.Domains{World: w}, Network: lifecycletest.Net{World: w}, Metadata: lifecycletest.Service{World: w},
+		Records: h.records, Hypervisor: lifecycletest.Domains{World: w}, Network: lifecycletest.Net{World: w}, Relay: lifecycletest.Relay{World: w}, Metadata: lifecycletest.Service{World: w},
 		Blobs: lifecycletest.Cache{World: w}, Spools: lifecycletest.Store{World: w},
 		Images: func() ([]admit.Image, error) { return []admit.Image{h.image}, nil }, Measure: h.measure, TEE: tee,
 		GPURule:      func(string, int) *contract.Refusal { return nil },
@@ -125,6 +125,7 @@ func (h *host) command(change func(*api.LaunchGuest)) *api.Command {
 		Version: 1, LaunchID: strings.Repeat("0a", 16), Image: "registry.example/app@sha256:" + strings.Repeat("b", 64),
 		Inputs:   []contract.Input{{Name: "in", SHA256: hexOf(digest[:]), Size: int64(len(data)), Format: contract.FormatAge, Key: "kbs:///a/b/c"}},
 		Results:  []contract.Result{{Name: "out", Recipients: []string{"age1x"}}},
+		Ports:    []int{8000, 8001},
 		Broker:   contract.Endpoint{URL: "https://broker.example", CAPEM: "pem"},
 		Registry: contract.Endpoint{URL: "https://registry.example", CAPEM: "pem"},
 	}

@@ -189,10 +189,14 @@ func (g *guest) addTap(ctx context.Context) error {
 	if err := g.m.hook("inside:" + stepTap); err != nil {
 		return err
 	}
-	return g.m.d.Network.Adopt(ctx, []network.Guest{g.m.c.nic(g.record())})
+	return g.connect(ctx)
 }
 
-func (g *guest) removeTap(ctx context.Context) error { return g.m.d.Network.Remove(ctx, g.id) }
+func (g *guest) removeTap(ctx context.Context) error {
+	g.m.d.Relay.Remove(g.id)
+	g.m.d.Relay.Drop(g.id)
+	return g.m.d.Network.Remove(ctx, g.id)
+}
 
 func (g *guest) tapLeft(ctx context.Context) (bool, error) {
 	taps, err := g.m.d.Network.Observe(ctx)

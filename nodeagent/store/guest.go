@@ -65,8 +65,11 @@ type Guest struct {
 	EndedAt, KeepUntil time.Time
 }
 
-// Port is one published TCP port.
-type Port struct{ Guest, Host uint16 }
+// Port is one published TCP port, with a Name one on the shared TLS port.
+type Port struct {
+	Guest, Host uint16
+	Name        string `json:",omitempty"`
+}
 
 // Limits of one guest, as admitted.
 type Limits struct {

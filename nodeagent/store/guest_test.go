@@ -86,7 +86,7 @@ func TestAGuestSurvivesWithItsEvents(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "state.db")
 	s := reopen(t, path)
 	want := Guest{
-		ID: "b", Generation: 2, CommandID: "c", Launch: []byte("launch"), Slot: 3, Ports: []Port{{8000, 20000}},
+		ID: "b", Generation: 2, CommandID: "c", Launch: []byte("launch"), Slot: 3, Ports: []Port{{Guest: 8000, Host: 20000}},
 		Status: api.GuestStatus_GUEST_STATUS_STARTED, AcceptedAt: clock(),
 		Steps:   []Step{{Name: "tap", BegunAt: clock(), DoneAt: clock().Add(time.Second)}},
 		Phases:  map[contract.GuestPhase]time.Time{contract.PhaseBooted: clock()},
@@ -118,7 +118,7 @@ func TestAGuestSurvivesWithItsEvents(t *testing.T) {
 
 func TestACloneCanBeChangedAlone(t *testing.T) {
 	t.Parallel()
-	a := Guest{Steps: []Step{{Name: "a"}}, Phases: map[contract.GuestPhase]time.Time{}, Results: []Result{{Name: "a"}}, Ports: []Port{{1, 2}}}
+	a := Guest{Steps: []Step{{Name: "a"}}, Phases: map[contract.GuestPhase]time.Time{}, Results: []Result{{Name: "a"}}, Ports: []Port{{Guest: 1, Host: 2}}}
 	b := a.Clone()
 	b.Steps[0].Name, b.Results[0].Name, b.Ports[0].Guest = "b", "b", 9
 	b.Phases[contract.PhaseDone] = clock()

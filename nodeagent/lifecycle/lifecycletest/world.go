@@ -16,6 +16,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/network"
+	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/lifecycle"
 	"github.com/confidential-node/agent/nodeagent/metadata"
 	"github.com/confidential-node/agent/vm"
@@ -32,6 +33,7 @@ type World struct {
 	domains    map[string]*machine
 	listeners  map[chan vm.Event]bool
 	taps       map[string]network.Guest
+	routes     map[string][]relay.Route
 	forwarding bool
 	sessions   map[string]metadata.Session
 	blobs      map[string][][32]byte // by owner
@@ -55,6 +57,7 @@ type machine struct {
 func New(dir string, cfg network.Config) *World {
 	return &World{
 		Dir: dir, cfg: cfg, domains: map[string]*machine{}, listeners: map[chan vm.Event]bool{}, taps: map[string]network.Guest{},
+		routes:   map[string][]relay.Route{},
 		sessions: map[string]metadata.Session{}, blobs: map[string][][32]byte{}, origin: map[string][]byte{},
 		spools: map[string]*spool{}, objects: map[string][]byte{}, fail: map[string]error{}, block: map[string]bool{}, calls: map[string]int{},
 	}
@@ -120,6 +123,7 @@ func (w *World) ProcessDied() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	clear(w.sessions)
+	clear(w.routes)
 	clear(w.listeners)
 }
 
@@ -343,6 +347,56 @@ func (w Domains) Subscribe() (<-chan vm.Event, func()) {
 	}
 }
 
+// Relay is the relay's side: like the kernel's, routes are to guests with a
+// tap, and a name or port has one guest.
+type Relay struct{ *World }
+
+var _ lifecycle.Relay = Relay{}
+
+// Set implements lifecycle.Relay.
+func (w Relay) Set(ctx context.Context, id string, routes []relay.Route) error {
+	if err := w.enter(ctx, "relay"); err != nil {
+		return err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if _, ok := w.taps[id]; !ok {
+		w.brokenLocked("routes of %s without a tap", id)
+	}
+	for other, theirs := range w.routes {
+		for _, r := range routes {
+			if other != id && slices.ContainsFunc(theirs, func(o relay.Route) bool { return o.Name == r.Name && o.Port == r.Port }) {
+				return fmt.Errorf("%s%d is guest %s's", r.Name, r.Port, other)
+			}
+		}
+	}
+	w.routes[id] = routes
+	return nil
+}
+
+// Remove implements lifecycle.Relay.
+func (w Relay) Remove(id string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.routes, id)
+}
+
+// Drop implements lifecycle.Relay.
+func (w Relay) Drop(id string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.routes[id]) > 0 {
+		w.brokenLocked("connections of %s dropped while new ones come in", id)
+	}
+}
+
+// Published is what leads to a guest: the kernel's ports and the relay's routes.
+func (w *World) Published(id string) (ports []network.Publish, routes []relay.Route) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.Clone(w.taps[id].Ports), slices.Clone(w.routes[id])
+}
+
 // Net is the network.
 type Net struct{ *World }
 
@@ -381,6 +435,9 @@ func (w Net) Remove(ctx context.Context, id string) error {
 	defer w.mu.Unlock()
 	if w.domains[id] != nil {
 		w.brokenLocked("tap of %s removed under its domain", id)
+	}
+	if len(w.routes[id]) > 0 {
+		w.brokenLocked("tap of %s removed while routes lead there", id)
 	}
 	delete(w.taps, id)
 	return nil

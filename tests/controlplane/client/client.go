@@ -146,6 +146,10 @@ type Event struct {
 // Decode returns the event.
 func (e *Event) Decode() (*api.Event, error) {
 	out := &api.Event{}
+	// The decoder passes over what it does not know without reading it all.
+	if !json.Valid(e.Event) {
+		return nil, errors.New("reading event: it is no JSON")
+	}
 	if err := decode(e.Event, out); err != nil {
 		return nil, fmt.Errorf("reading event: %w", err)
 	}

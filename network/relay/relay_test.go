@@ -1,4 +1,4 @@
-package sni
+package relay
 
 import (
 	"bytes"
@@ -15,6 +15,7 @@ import (
 	"math/big"
 	"net"
 	"net/netip"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -81,30 +82,34 @@ func newGuest(tb testing.TB, name string) guest {
 // serve runs a router until the test ends.
 func serve(tb testing.TB, limits Limits) (*Router, string) {
 	tb.Helper()
-	r := New(limits, hclog.NewNullLogger())
-	var listen net.ListenConfig
-	listener, err := listen.Listen(tb.Context(), "tcp", "127.0.0.1:0")
-	if err != nil {
-		tb.Fatal(err)
+	r := New(Config{Listen: "127.0.0.1:0", Limits: limits}, hclog.NewNullLogger())
+	addr := make(chan string, 1)
+	listen := r.listen
+	r.listen = func(ctx context.Context, network, address string) (net.Listener, error) {
+		l, err := listen(ctx, network, address)
+		if network == "tcp" && err == nil {
+			addr <- l.Addr().String()
+		}
+		return l, err
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- r.Serve(ctx, listener) }()
+	go func() { done <- r.Run(ctx) }()
 	tb.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
-			tb.Errorf("serving ended with %v", err)
+			tb.Errorf("running ended with %v", err)
 		}
 		if c := r.Counts(); c.Open != 0 || len(c.PerGuest) != 0 || len(r.sources) != 0 {
 			tb.Errorf("left behind: %+v, %v", c, r.sources)
 		}
 	})
-	return r, listener.Addr().String()
+	return r, <-addr
 }
 
 func route(tb testing.TB, r *Router, id, name string, g guest) {
 	tb.Helper()
-	if err := r.Set(id, []Route{{Name: name, To: g.addr}}); err != nil {
+	if err := r.Set(tb.Context(), id, []Route{{Name: name, To: g.addr}}); err != nil {
 		tb.Fatal(err)
 	}
 }
@@ -414,14 +419,15 @@ func TestAGuestThatGoesTakesItsNamesAndConnectionsAlong(t *testing.T) {
 
 func TestNamesBelongToOneGuest(t *testing.T) {
 	t.Parallel()
-	r := New(Limits{}, hclog.NewNullLogger())
+	r := New(Config{}, hclog.NewNullLogger())
+	defer r.Close()
 	to := netip.MustParseAddrPort("127.0.0.1:1")
 	set := func(guest string, names ...string) string {
 		var routes []Route
 		for _, name := range names {
 			routes = append(routes, Route{Name: name, To: to})
 		}
-		if err := r.Set(guest, routes); err != nil {
+		if err := r.Set(t.Context(), guest, routes); err != nil {
 			return contract.AsRefusal(err).Code
 		}
 		return ""
@@ -446,6 +452,97 @@ func TestNamesBelongToOneGuest(t *testing.T) {
 	got := r.Routes()
 	if len(got) != 2 || got[0].Name != "x.example" || got[0].Guest != "a" || got[1].Name != "y.example" || got[1].Guest != "b" {
 		t.Errorf("routes %v", got)
+	}
+}
+
+// freePort is one that nobody listens on now.
+func freePort(t *testing.T) uint16 {
+	t.Helper()
+	listen := net.ListenConfig{}
+	l, err := listen.Listen(t.Context(), "tcp6", "[::1]:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hangUp(l)
+	return netip.MustParseAddrPort(l.Addr().String()).Port()
+}
+
+func TestAPublishedPortIsReachedByIPv6(t *testing.T) {
+	t.Parallel()
+	g := newGuest(t, "a.guests.example")
+	r, _ := serve(t, Limits{})
+	number := freePort(t)
+	at := net.JoinHostPort("::1", strconv.Itoa(int(number)))
+	set := func(guest string, numbers ...uint16) error {
+		var routes []Route
+		for _, n := range numbers {
+			routes = append(routes, Route{Port: n, To: g.addr})
+		}
+		return r.Set(t.Context(), guest, routes)
+	}
+	if err := set("guest", number); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := call(at, "a.guests.example", g)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hangUp(conn)
+	if err := set("other", number); contract.AsRefusal(err).Code != "network.port-in-use" {
+		t.Errorf("another guest took the port: %v", err)
+	}
+	taken, err := r.listen(t.Context(), "tcp6", "[::]:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hangUp(taken)
+	foreign := netip.MustParseAddrPort(taken.Addr().String()).Port()
+	if err := set("other", freePort(t), foreign); contract.AsRefusal(err).Code != "network.port-in-use" {
+		t.Errorf("the port of a process was taken: %v", err)
+	}
+	if got := r.Routes(); len(got) != 1 || got[0].Guest != "guest" || got[0].Port != number {
+		t.Errorf("routes %v", got)
+	}
+	if err := set("guest", number); err != nil {
+		t.Errorf("the same again: %v", err)
+	}
+	r.Remove("guest")
+	if c, err := dialTCP(at); err == nil {
+		_ = c.Close()
+		t.Error("a new connection while draining")
+	}
+	one := []byte{1}
+	if _, err := conn.Write(one); err != nil {
+		t.Errorf("an open connection while draining: %v", err)
+	}
+	if _, err := io.ReadFull(conn, one); err != nil {
+		t.Errorf("an open connection while draining: %v", err)
+	}
+	r.Drop("guest")
+	if _, err := conn.Read(one); err == nil {
+		t.Error("the connection outlived its guest")
+	}
+}
+
+func TestASharedPortThatIsTakenIsNamed(t *testing.T) {
+	t.Parallel()
+	listen := net.ListenConfig{}
+	taken, err := listen.Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := New(Config{Listen: taken.Addr().String()}, hclog.NewNullLogger())
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- r.Run(ctx) }()
+	until(t, "the trouble is told", func() bool {
+		return r.Trouble() != nil && contract.AsRefusal(r.Trouble()).Code == "network.shared-port"
+	})
+	hangUp(taken)
+	until(t, "the trouble passes", func() bool { return r.Trouble() == nil })
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }
 

@@ -1,4 +1,4 @@
-package sni
+package relay
 
 import (
 	"bytes"

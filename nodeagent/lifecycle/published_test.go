@@ -1,0 +1,71 @@
+package lifecycle_test
+
+import (
+	"context"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/confidential-node/agent/network"
+	"github.com/confidential-node/agent/network/relay"
+	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/config"
+)
+
+// published waits until exactly these ways lead to the guest.
+func (h *host) published(what string, ports []network.Publish, routes []relay.Route) {
+	h.t.Helper()
+	h.until(what, func() bool {
+		gotPorts, gotRoutes := h.world.Published(guestID)
+		for i := range gotRoutes {
+			gotRoutes[i].To = relay.Route{}.To
+		}
+		return slices.Equal(gotPorts, ports) && slices.Equal(gotRoutes, routes)
+	})
+}
+
+func TestAGuestIsReachedByPortAndNameUntilItIsToStop(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	h.cfg.SharedTLS = config.SharedTLS{Listen: ":443", Domain: "guests.example"}
+	h.cfg.Network.PublishedPorts = network.Range{First: 20000, Last: 20010}
+	ports := []network.Publish{{Host: 20000, Guest: 8000}}
+	routes := []relay.Route{{Port: 20000}, {Name: "job.guests.example"}}
+	launch := h.command(func(l *api.LaunchGuest) {
+		l.Ports = []*api.PublishedPort{{GuestPort: 8000}, {GuestPort: 8001, ServerName: "job.guests.example"}}
+	})
+	ctx, die := context.WithCancel(t.Context())
+	m, over := h.lifeUntil(ctx, nil)
+	if err := h.execute(ctx, m, launch); err != nil {
+		t.Fatal(err)
+	}
+	h.until("it runs", func() bool {
+		g, err := h.store.Guest(guestID)
+		return err == nil && g.Status >= api.GuestStatus_GUEST_STATUS_STARTED
+	})
+	h.published("launched", ports, routes)
+	die()
+	<-over
+	h.world.ProcessDied()
+	m = h.life(t.Context(), nil)
+	<-m.Ready()
+	h.published("found again", ports, routes)
+	h.stop(t.Context(), m, time.Hour)
+	h.published("draining", nil, nil)
+	if !h.world.Running(guestID) {
+		t.Error("it ended before its grace was over")
+	}
+	events, err := h.store.NextEvents(1000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	told := slices.ContainsFunc(events, func(e *api.Event) bool {
+		p := e.GetGuestState().GetPorts()
+		return len(p) == 2 && p[0].GetHostPort() == 20000 && p[1].GetHostPort() == 443 && p[1].GetServerName() == "job.guests.example"
+	})
+	if !told {
+		t.Error("the control plane was not told the ports")
+	}
+	h.world.PowerOff(guestID)
+	h.ends(t.Context(), stopped, "")
+}
