@@ -104,7 +104,7 @@ func (s *soak) quarters(of func(sample) int) (first, last int) {
 }
 
 func (s *soak) table() {
-	fmt.Fprintf(os.Stdout, "\n%d rounds, %d launches, %d stops in %s\n", s.rounds, s.launches, s.stops, time.Since(s.begun).Round(time.Second))
+	fmt.Fprintf(os.Stdout, "\n%d rounds, %d launches, %d stops in %s; libvirtd was stuck and restarted %d times\n", s.rounds, s.launches, s.stops, time.Since(s.begun).Round(time.Second), s.remedied)
 	for _, name := range slices.Sorted(maps.Keys(s.kinds)) {
 		fmt.Fprintf(os.Stdout, "  %-26s %d\n", name, s.kinds[name])
 	}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -34,6 +35,9 @@ type soak struct {
 	steps []string
 
 	rounds, launches, stops int
+	// remedied is how often the operator's part was needed: libvirtd held on
+	// to a guest and the agent said to restart it.
+	remedied int
 	kinds                   map[string]int
 	samples                 []sample
 	fresh                   int // goroutines of an agent that had no guest
@@ -175,14 +179,20 @@ func (s *soak) settle(ctx context.Context, k kind, orders []*fault.Order) error 
 	return errors.Join(err, <-revived)
 }
 
-// keepAlive starts the agent whenever it died, without its fault.
+// keepAlive starts the agent whenever it died, without its fault, and does
+// what the agent asks of the operator.
 func (s *soak) keepAlive(ctx context.Context) error {
-	tick := time.NewTicker(100 * time.Millisecond)
+	tick, look := time.NewTicker(100*time.Millisecond), time.NewTicker(5*time.Second)
 	defer tick.Stop()
+	defer look.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-look.C:
+			if err := s.remedy(ctx); err != nil {
+				return err
+			}
 		case <-tick.C:
 		}
 		if !s.Host.Agent().Running() {
@@ -191,6 +201,17 @@ func (s *soak) keepAlive(ctx context.Context) error {
 			}
 		}
 	}
+}
+
+// remedy restarts libvirtd when the agent says that it is stuck.
+func (s *soak) remedy(ctx context.Context) error {
+	status, err := s.Host.Status(ctx)
+	if err != nil || !slices.ContainsFunc(status.Warnings, func(w string) bool { return strings.Contains(w, "vm.hypervisor-stuck") }) {
+		return nil //nolint:nilerr // an agent that is down is started again by keepAlive
+	}
+	s.note("libvirtd is stuck and is restarted, as the agent says")
+	s.remedied++
+	return errors.Join(s.Host.KillLibvirtd(), s.Host.StartLibvirtd(context.WithoutCancel(ctx)))
 }
 
 func (s *soak) ends(ctx context.Context, k kind, orders []*fault.Order) error {

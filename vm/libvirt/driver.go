@@ -248,7 +248,11 @@ func (d *Driver) Shutdown(ctx context.Context, guestID string) error {
 // of it from here as well: a libvirtd that was restarted a moment ago was seen
 // to answer and never send the event. They may hear of one end twice.
 func (d *Driver) Destroy(ctx context.Context, guestID string) error {
-	if err := d.end(ctx, guestID, (*libvirt.Domain).Destroy); err != nil {
+	err := d.end(ctx, guestID, (*libvirt.Domain).Destroy)
+	if isCode(err, libvirt.ERR_OPERATION_TIMEOUT) {
+		return stuck(ctx, pidDir, guestID, err)
+	}
+	if err != nil {
 		return err
 	}
 	d.publish(vm.Event{GuestID: guestID, State: vm.StateGone, Reason: "destroyed by the agent", At: time.Now()})
