@@ -38,9 +38,9 @@ type soak struct {
 	// remedied is how often the operator's part was needed: libvirtd held on
 	// to a guest and the agent said to restart it.
 	remedied int
-	kinds                   map[string]int
-	samples                 []sample
-	fresh                   int // goroutines of an agent that had no guest
+	kinds    map[string]int
+	samples  []sample
+	fresh    int // goroutines of an agent that had no guest
 }
 
 func (s *soak) note(format string, args ...any) {
