@@ -13,6 +13,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/admit"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/config"
+	"github.com/confidential-node/agent/nodeagent/headroom"
 	"github.com/confidential-node/agent/nodeagent/inbox"
 	"github.com/confidential-node/agent/nodeagent/store"
 	"github.com/confidential-node/agent/vm"
@@ -61,6 +62,7 @@ func (m *Manager) cordon(reason string, on bool) error {
 
 // launch judges and records a guest; the record is the reservation.
 func (m *Manager) launch(ctx context.Context, cmd *api.Command, l *api.LaunchGuest) error {
+	left := m.d.Headroom(ctx) // before the lock: a disk that hangs is waited for here
 	m.admission.Lock()
 	defer m.admission.Unlock()
 	manifest, err := contract.ParseManifest(l.GetManifest())
@@ -76,6 +78,7 @@ func (m *Manager) launch(ctx context.Context, cmd *api.Command, l *api.LaunchGue
 	if err != nil {
 		return err
 	}
+	host.Left = left
 	plan, err := admit.Decide(l, manifest, host)
 	if err != nil {
 		return err
@@ -88,6 +91,9 @@ func (m *Manager) launch(ctx context.Context, cmd *api.Command, l *api.LaunchGue
 		if errors.Is(err, store.ErrOutboxFull) {
 			return contract.Refuse("admit.outbox-full", "let the node reach its control plane, then launch again",
 				"too many events of this node wait to be confirmed").Because(err)
+		}
+		if r := headroom.Explain(err); r != nil {
+			return r
 		}
 		return contract.Refuse("admit.store-failed", "see that the disk of state_dir on the host has space and can be written, then launch again",
 			"the node could not record the guest").Because(err)

@@ -39,6 +39,10 @@ type guest struct {
 	paths    []string
 	measured Measured
 
+	// changing is held while the record is changed, mu only while it is read:
+	// a disk that hangs must not hide the guest from status and heartbeats.
+	changing sync.Mutex
+
 	mu     sync.Mutex
 	rec    store.Guest
 	spool  Spool
@@ -73,9 +77,9 @@ type announce bool
 // update changes the record: on disk first, together with the events that say
 // so, then in memory. change returns false when there is nothing to change.
 func (g *guest) update(change func(*store.Guest) (announce, bool), events ...*api.Event) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	next := g.rec.Clone()
+	g.changing.Lock()
+	defer g.changing.Unlock()
+	next := g.record()
 	tell, changed := change(&next)
 	if !changed {
 		return nil
@@ -86,6 +90,8 @@ func (g *guest) update(change func(*store.Guest) (announce, bool), events ...*ap
 	if err := g.m.d.Records.PutGuest(next, events...); err != nil {
 		return fmt.Errorf("recording guest %s: %w", g.id, err)
 	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	g.rec = next
 	return nil
 }

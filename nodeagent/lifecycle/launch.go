@@ -6,12 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"syscall"
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/network"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/headroom"
 	"github.com/confidential-node/agent/nodeagent/store"
 )
 
@@ -103,9 +103,11 @@ func (g *guest) explain(ctx context.Context, s step, err error) *ending {
 		end.why = end.why.Because(fmt.Errorf("in step %s: %w", s.name, err))
 		return end
 	}
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return &ending{api.GuestStatus_GUEST_STATUS_FAILED, contract.Refuse("host.disk-full",
-			"free space on the host (run_dir, state_dir, cache_dir), then launch again", "a disk of the host is full (step %s)", s.name).Because(err)}
+	if _, refused := errors.AsType[*contract.Refusal](err); !refused {
+		if r := headroom.Explain(err); r != nil {
+			r.Message += " (step " + s.name + ")"
+			return &ending{api.GuestStatus_GUEST_STATUS_FAILED, r}
+		}
 	}
 	return &ending{api.GuestStatus_GUEST_STATUS_FAILED, contract.AsRefusal(err)}
 }

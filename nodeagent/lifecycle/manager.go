@@ -60,7 +60,7 @@ type Manager struct {
 // New makes a manager. Nothing happens before Run.
 func New(d Deps, c Config) (*Manager, error) {
 	if d.Records == nil || d.Hypervisor == nil || d.Network == nil || d.Metadata == nil || d.Blobs == nil || d.Spools == nil ||
-		d.Images == nil || d.Measure == nil || d.TEE == nil || d.GPURule == nil || d.Endorsements == nil || d.Logger == nil {
+		d.Images == nil || d.Measure == nil || d.Headroom == nil || d.TEE == nil || d.GPURule == nil || d.Endorsements == nil || d.Logger == nil {
 		return nil, errors.New("making life cycle: a dependency is missing")
 	}
 	if !api.ValidHostID(c.HostID) || c.GuestsDir == "" || !c.Network.GuestCIDR.IsValid() {

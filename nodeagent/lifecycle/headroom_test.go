@@ -1,0 +1,99 @@
+package lifecycle_test
+
+import (
+	"context"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/headroom"
+	"github.com/confidential-node/agent/nodeagent/store"
+)
+
+func TestAHostWithoutHeadroomTakesNoGuestAndKeepsThoseItHas(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	m := h.life(t.Context(), nil)
+	if err := h.execute(t.Context(), m, h.command(nil)); err != nil {
+		t.Fatal(err)
+	}
+	h.until("the guest runs", func() bool { return h.world.Running(guestID) })
+	plenty := h.left
+	for _, errno := range []syscall.Errno{syscall.ENOSPC, syscall.EROFS, syscall.EIO, syscall.EDQUOT, syscall.EMFILE, syscall.ENFILE} {
+		h.left.Shortages = []*contract.Refusal{headroom.Explain(errno)}
+		h.refused(t.Context(), m, h.other(1), h.left.Shortages[0].Code)
+	}
+	h.left = headroom.Left{MemoryMiB: 1}
+	h.refused(t.Context(), m, h.other(1), headroom.CodeMemory)
+	if err := h.execute(t.Context(), m, h.command(nil)); err != nil {
+		t.Errorf("a launch that was carried out is refused when it is repeated: %v", err)
+	}
+	if starts := h.world.Calls("start"); starts != 1 {
+		t.Errorf("%d domains were started", starts)
+	}
+	h.left = plenty
+	if err := h.execute(t.Context(), m, h.other(1)); err != nil {
+		t.Errorf("admission does not open by itself: %v", err)
+	}
+}
+
+// hungDisk takes no change of guests until it is let go.
+type hungDisk struct {
+	*store.Store
+	mu   sync.Mutex
+	hang chan struct{}
+}
+
+func (d *hungDisk) PutGuest(g store.Guest, events ...*api.Event) error {
+	d.mu.Lock()
+	hang := d.hang
+	d.mu.Unlock()
+	if hang != nil {
+		<-hang
+	}
+	return d.Store.PutGuest(g, events...)
+}
+
+func (d *hungDisk) set(hang chan struct{}) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.hang = hang
+}
+
+// A record that waits for a disk hides neither its guest nor others from
+// status and heartbeats, and is written in the end.
+func TestADiskThatHangsHidesNoGuest(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	disk := &hungDisk{Store: h.store}
+	h.records = disk
+	hang := make(chan struct{})
+	m := h.life(t.Context(), nil)
+	go h.guest(t.Context())
+	disk.set(nil)
+	if err := h.execute(t.Context(), m, h.command(nil)); err != nil {
+		t.Fatal(err)
+	}
+	disk.set(hang)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	for range 100 {
+		seen := make(chan int, 1)
+		go func() { seen <- len(m.Snapshot()) }()
+		select {
+		case n := <-seen:
+			if n != 1 {
+				t.Fatalf("%d guests are seen", n)
+			}
+		case <-ctx.Done():
+			t.Fatal("status waits for the disk")
+		}
+		pause(ctx)
+	}
+	disk.set(nil)
+	close(hang)
+	h.ends(t.Context(), finished, "")
+}
