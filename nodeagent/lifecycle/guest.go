@@ -21,6 +21,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/metadata"
 	"github.com/confidential-node/agent/nodeagent/store"
+	"github.com/confidential-node/agent/vm"
 )
 
 // guest is one guest that has not ended.
@@ -48,6 +49,7 @@ type guest struct {
 	spool  Spool
 	cancel context.CancelFunc // of the launch or the upload under way
 	find   string             // what an operator should know
+	cause  vm.Cause           // of its domain's end
 }
 
 func newGuest(m *Manager, rec store.Guest, fresh bool) *guest {
@@ -94,6 +96,19 @@ func (g *guest) update(change func(*store.Guest) (announce, bool), events ...*ap
 	defer g.mu.Unlock()
 	g.rec = next
 	return nil
+}
+
+// ended notes why the domain ended, if the hypervisor says so.
+func (g *guest) ended(why vm.Cause) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.cause = cmp.Or(why, g.cause)
+}
+
+func (g *guest) causeOfEnd() vm.Cause {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.cause
 }
 
 // finding notes what an operator should know, and logs it when it is news; ""

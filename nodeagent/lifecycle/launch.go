@@ -192,6 +192,9 @@ func (g *guest) askToEnd(ctx context.Context, rec store.Guest) {
 	if rec.Stop == nil || g.asked {
 		return
 	}
+	// A machine that hangs takes the button's message never; its grace ends all the same.
+	ctx, cancel := context.WithTimeout(ctx, max(rec.Stop.Deadline.Sub(g.m.now()), 0))
+	defer cancel()
 	if err := g.m.d.Hypervisor.Shutdown(ctx, g.id); err != nil {
 		g.m.log.Warn("guest could not be asked to end, it is ended when its grace is over", keyGuest, g.id, "deadline", rec.Stop.Deadline, keyError, err)
 		return

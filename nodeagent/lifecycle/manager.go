@@ -123,6 +123,7 @@ func (m *Manager) dispatch(ctx context.Context, events <-chan vm.Event) error {
 			known := false
 			for _, g := range m.live() {
 				if e.GuestID == "" || e.GuestID == g.id {
+					g.ended(e.Cause)
 					g.poke()
 					known = e.GuestID != ""
 				}
@@ -272,7 +273,7 @@ func (g *guest) work(ctx context.Context) (err error) {
 		case actAdopt:
 			err = g.follow(ctx)
 		case actFinish:
-			if err := g.decideEnd(verdict(g.record(), g.m.c.BootID)); err != nil {
+			if err := g.decideEnd(verdict(g.record(), g.m.c.BootID, g.causeOfEnd())); err != nil {
 				return err
 			}
 			return g.end(ctx)
