@@ -55,7 +55,7 @@ say in its log whether the configuration on disk is sound; a restart applies it.
 				return err
 			}
 			go answerHangups(cmd.Context(), configFile, cfg, logger)
-			return runAgent(cmd.Context(), cfg, logger)
+			return headroom.Typed(runAgent(cmd.Context(), cfg, logger))
 		},
 	}
 	cmd.Flags().StringVar(&configFile, "config", "/etc/nodeagent/agent.toml", "configuration file; drop-ins in conf.d beside it")

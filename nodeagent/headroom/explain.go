@@ -48,3 +48,15 @@ func Explain(err error) *contract.Refusal {
 	}
 	return nil
 }
+
+// Typed returns err as a refusal where Explain knows it. A refusal stays what
+// it is.
+func Typed(err error) error {
+	if _, refused := errors.AsType[*contract.Refusal](err); refused {
+		return err
+	}
+	if r := Explain(err); r != nil {
+		return r
+	}
+	return err
+}

@@ -68,6 +68,17 @@ func TestErrorsThatSayNothingOfTheHostAreNotExplained(t *testing.T) {
 		if r := Explain(err); r != nil {
 			t.Errorf("%v is explained as %v", err, r)
 		}
+		if got := Typed(err); !errors.Is(got, err) {
+			t.Errorf("%v becomes %v", err, got)
+		}
+	}
+	full := fmt.Errorf("opening: %w", syscall.ENOSPC)
+	if r, refused := errors.AsType[*contract.Refusal](Typed(full)); !refused || r.Code != CodeDiskFull || !errors.Is(r, full) {
+		t.Errorf("a full disk becomes %v", r)
+	}
+	own := contract.Refuse("a.b", "c", "d").Because(full)
+	if r, _ := errors.AsType[*contract.Refusal](Typed(own)); r != own {
+		t.Errorf("a refusal becomes %v", r)
 	}
 }
 
@@ -123,6 +134,20 @@ func TestThisMachineCanBeLookedAt(t *testing.T) {
 	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
 		t.Errorf("left behind: %v %v", left, err)
+	}
+}
+
+// MemAvailable is what counts: other programs' memory is not the agent's to
+// give, whatever guests were promised.
+func TestMemoryThatOthersTookIsNotThere(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	if err := errors.Join(os.Mkdir(filepath.Join(root, "proc"), 0o700),
+		os.WriteFile(filepath.Join(root, "proc/meminfo"), []byte("MemTotal: 99999999 kB\nMemFree: 1 kB\nMemAvailable: 1048576 kB\n"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if l := New(root, nil, hclog.NewNullLogger()).Left(t.Context()); l.MemoryMiB != 1024-keepMemoryMiB {
+		t.Errorf("%d MiB are left", l.MemoryMiB)
 	}
 }
 

@@ -194,8 +194,10 @@ func TestTheEndOfAGuestsMachineIsToldFromItsCrash(t *testing.T) {
 		code string
 		end  func(*lifecycletest.World, string)
 	}{
-		{"guest.crashed", (*lifecycletest.World).Crash}, {"guest.crashed", by(vm.CauseDied)},
-		{"guest.destroyed", by(vm.CauseDestroyed)}, {"guest.ended-early", (*lifecycletest.World).PowerOff},
+		{"guest.crashed", (*lifecycletest.World).Crash},
+		{"guest.crashed", by(vm.CauseDied)},
+		{"guest.destroyed", by(vm.CauseDestroyed)},
+		{"guest.ended-early", (*lifecycletest.World).PowerOff},
 	} {
 		t.Run(c.code, func(t *testing.T) {
 			t.Parallel()

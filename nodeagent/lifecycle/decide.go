@@ -114,6 +114,9 @@ func cutShort(r store.Guest, bootID string, fresh bool) ending {
 	return *failed("agent.restarted", "launch again", "the node's agent was started anew before the guest was")
 }
 
+// codeEndedEarly: nobody said why the guest's machine is gone.
+const codeEndedEarly = "guest.ended-early"
+
 // verdict says how a guest ended whose domain is gone.
 func verdict(r store.Guest, bootID string, cause vm.Cause) ending {
 	switch _, done := r.Phases[contract.PhaseDone]; {
@@ -132,7 +135,7 @@ func verdict(r store.Guest, bootID string, cause vm.Cause) ending {
 		return *failed("guest.destroyed", "launch again, or ask the host's operator why",
 			"somebody on the host ended the guest's machine%s", lastWord(r))
 	}
-	return *failed("guest.ended-early", "launch again; a debug image in a trial without secrets shows its console",
+	return *failed(codeEndedEarly, "launch again; a debug image in a trial without secrets shows its console",
 		"the guest's machine ended without a word%s", lastWord(r))
 }
 

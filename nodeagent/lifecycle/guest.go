@@ -49,7 +49,8 @@ type guest struct {
 	spool  Spool
 	cancel context.CancelFunc // of the launch or the upload under way
 	find   string             // what an operator should know
-	cause  vm.Cause           // of its domain's end
+	over   bool               // the hypervisor told of its domain's end
+	cause  vm.Cause           // of that end
 }
 
 func newGuest(m *Manager, rec store.Guest, fresh bool) *guest {
@@ -98,17 +99,39 @@ func (g *guest) update(change func(*store.Guest) (announce, bool), events ...*ap
 	return nil
 }
 
-// ended notes why the domain ended, if the hypervisor says so.
-func (g *guest) ended(why vm.Cause) {
+// ended notes that the domain ended, and why, if the hypervisor says so.
+func (g *guest) ended(e vm.Event) {
+	if e.GuestID == "" || e.State != vm.StateGone {
+		return
+	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.cause = cmp.Or(why, g.cause)
+	g.over, g.cause = true, cmp.Or(e.Cause, g.cause)
 }
 
-func (g *guest) causeOfEnd() vm.Cause {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.cause
+// causePatience is how long the hypervisor's word about an end is waited for: a
+// domain is gone from its list a moment before it says why.
+const causePatience = time.Second
+
+// causeOfEnd waits for the hypervisor's word. Events may be lost.
+func (g *guest) causeOfEnd(ctx context.Context) vm.Cause {
+	timer := time.NewTimer(causePatience)
+	defer timer.Stop()
+	for {
+		g.mu.Lock()
+		over, cause := g.over, g.cause
+		g.mu.Unlock()
+		if over {
+			return cause
+		}
+		select {
+		case <-g.wake:
+		case <-timer.C:
+			return cause
+		case <-ctx.Done():
+			return cause
+		}
+	}
 }
 
 // finding notes what an operator should know, and logs it when it is news; ""

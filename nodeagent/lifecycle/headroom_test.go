@@ -2,9 +2,11 @@ package lifecycle_test
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
@@ -38,6 +40,15 @@ func TestAHostWithoutHeadroomTakesNoGuestAndKeepsThoseItHas(t *testing.T) {
 	if err := h.execute(t.Context(), m, h.other(1)); err != nil {
 		t.Errorf("admission does not open by itself: %v", err)
 	}
+}
+
+// What fails for want of something of the host's says so, whatever it was.
+func TestErrorsOfTheHostAreTypedWhereverTheyAppear(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	m := h.life(t.Context(), nil)
+	h.world.Fail("observe", fmt.Errorf("listing: %w", syscall.EMFILE))
+	h.refused(t.Context(), m, h.command(nil), headroom.CodeDescriptors)
 }
 
 // hungDisk takes no change of guests until it is let go.
@@ -96,4 +107,48 @@ func TestADiskThatHangsHidesNoGuest(t *testing.T) {
 	disk.set(nil)
 	close(hang)
 	h.ends(t.Context(), finished, "")
+}
+
+// lastSync stores a new guest and fails all the same, as bbolt does when the
+// disk fails at the last sync of a change.
+type lastSync struct {
+	*store.Store
+	failures int
+}
+
+func (d *lastSync) PutGuest(g store.Guest, events ...*api.Event) error {
+	err := d.Store.PutGuest(g, events...)
+	if d.failures--; d.failures >= 0 && err == nil {
+		err = syscall.EIO
+	}
+	return err
+}
+
+func TestALaunchRefusedForItsRecordLeavesNone(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	h.records = &lastSync{h.store, 1}
+	m := h.life(t.Context(), nil)
+	h.refused(t.Context(), m, h.command(nil), headroom.CodeDiskFailing)
+	if guests, err := h.store.Guests(); err != nil || len(guests) != 0 {
+		t.Errorf("recorded are %d guests, %v", len(guests), err)
+	}
+	if err := h.execute(t.Context(), m, h.command(nil)); err != nil {
+		t.Errorf("the same guest is refused afterwards: %v", err)
+	}
+}
+
+// A disk that holds up a sweep holds up no stop.
+func TestASweepThatHangsRefusesLaunchesInTheEnd(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		h.world.Block("sweep", true)
+		ctx, cancel := context.WithCancel(t.Context())
+		m, ended := h.lifeUntil(ctx, nil)
+		synctest.Wait()
+		h.refused(t.Context(), m, h.command(nil), "admit.busy")
+		cancel()
+		<-ended
+	})
 }
