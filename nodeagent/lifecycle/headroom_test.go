@@ -3,6 +3,7 @@ package lifecycle_test
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -12,6 +13,7 @@ import (
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/headroom"
+	"github.com/confidential-node/agent/nodeagent/lifecycle"
 	"github.com/confidential-node/agent/nodeagent/store"
 )
 
@@ -148,6 +150,40 @@ func TestASweepThatHangsRefusesLaunchesInTheEnd(t *testing.T) {
 		m, ended := h.lifeUntil(ctx, nil)
 		synctest.Wait()
 		h.refused(t.Context(), m, h.command(nil), "admit.busy")
+		cancel()
+		<-ended
+	})
+}
+
+// hungCache does not notice that its caller gave up, as a write that waits for
+// a disk does not.
+type hungCache struct {
+	lifecycle.Blobs
+	hang chan struct{}
+}
+
+func (c *hungCache) Fetch(ctx context.Context, b lifecycle.Blob, owner string) (string, error) {
+	<-c.hang
+	return c.Blobs.Fetch(ctx, b, owner)
+}
+
+func TestAStepThatHangsIsSaidToAndEndsWithItsDisk(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		h := newHost(t)
+		cache := &hungCache{h.blobs, make(chan struct{})}
+		h.blobs = cache
+		ctx, cancel := context.WithCancel(t.Context())
+		m, ended := h.lifeUntil(ctx, nil)
+		if err := h.execute(ctx, m, h.command(nil)); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Hour) // longer than any start may take
+		if seen := m.Snapshot(); len(seen) != 1 || !strings.Contains(seen[0].Finding, "step blobs") {
+			t.Errorf("status shows %+v", seen)
+		}
+		close(cache.hang)
+		h.ends(ctx, failed, "guest.start-timeout")
 		cancel()
 		<-ended
 	})

@@ -53,7 +53,7 @@ func (g *guest) take(ctx, within context.Context, s step) (*ending, error) {
 	}
 	err := g.m.hook("begun:" + s.name)
 	if err == nil {
-		err = s.do(g, within)
+		err = g.overseen(within, s)
 	}
 	if err = cmp.Or(err, g.m.hook("did:"+s.name)); err != nil {
 		if ctx.Err() != nil {
@@ -70,6 +70,26 @@ func (g *guest) take(ctx, within context.Context, s step) (*ending, error) {
 	})
 	g.m.mark("done:" + s.name)
 	return nil, err
+}
+
+// hangGrace is how long a step may go on after its time is up before it is said
+// to hang: nothing can end a call that waits for a disk.
+const hangGrace = 30 * time.Second
+
+// overseen takes a step and says so when it does not end with its time.
+func (g *guest) overseen(within context.Context, s step) error {
+	done := make(chan struct{})
+	defer close(done)
+	defer context.AfterFunc(within, func() {
+		timer := time.NewTimer(hangGrace)
+		defer timer.Stop()
+		select {
+		case <-done:
+		case <-timer.C:
+			g.finding("step " + s.name + " goes on although its time is up: look whether a disk of the host hangs; the guest ends when the step does")
+		}
+	})()
+	return s.do(g, within)
 }
 
 // started records that the domain runs.

@@ -51,6 +51,8 @@ type host struct {
 	cfg     lifecycle.Config
 	measure func(lifecycle.Boot) (lifecycle.Measured, error)
 	left    headroom.Left
+	// blobs is the world's cache unless a test stands in between.
+	blobs lifecycle.Blobs
 }
 
 func newHost(t *testing.T) *host {
@@ -67,6 +69,7 @@ func newHost(t *testing.T) *host {
 	if h.image, err = h.world.Image(); err != nil {
 		t.Fatal(err)
 	}
+	h.blobs = lifecycletest.Cache{World: h.world}
 	h.world.Serve(inputURL, sealedBytes())
 	policy := config.Default().Policy
 	h.cfg = lifecycle.Config{
@@ -93,7 +96,7 @@ func (h *host) lifeUntil(ctx context.Context, hook func(string)) (_ *lifecycle.M
 	}
 	m, err := lifecycle.New(lifecycle.Deps{
 		Records: h.records, Hypervisor: lifecycletest.Domains{World: w}, Network: lifecycletest.Net{World: w}, Metadata: lifecycletest.Service{World: w},
-		Blobs: lifecycletest.Cache{World: w}, Spools: lifecycletest.Store{World: w},
+		Blobs: h.blobs, Spools: lifecycletest.Store{World: w},
 		Images: func() ([]admit.Image, error) { return []admit.Image{h.image}, nil }, Measure: h.measure, TEE: tee,
 		Headroom:     func(context.Context) headroom.Left { return h.left },
 		GPURule:      func(string, int) *contract.Refusal { return nil },
