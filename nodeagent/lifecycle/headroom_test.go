@@ -178,7 +178,7 @@ func TestAStepThatHangsIsSaidToAndEndsWithItsDisk(t *testing.T) {
 		if err := h.execute(ctx, m, h.command(nil)); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(time.Hour) // longer than any start may take
+		<-time.After(time.Hour) // longer than any start may take
 		if seen := m.Snapshot(); len(seen) != 1 || !strings.Contains(seen[0].Finding, "step blobs") {
 			t.Errorf("status shows %+v", seen)
 		}
