@@ -25,6 +25,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/blob"
 	"github.com/confidential-node/agent/nodeagent/config"
+	"github.com/confidential-node/agent/nodeagent/headroom"
 	"github.com/confidential-node/agent/nodeagent/lifecycle"
 	"github.com/confidential-node/agent/nodeagent/output"
 )
@@ -33,6 +34,18 @@ func socketFile(cfg config.Config) string { return filepath.Join(cfg.RunDir, adm
 func guestsDir(cfg config.Config) string  { return filepath.Join(cfg.RunDir, "guests") }
 func storeFile(cfg config.Config) string  { return filepath.Join(cfg.StateDir, "state.db") }
 func spoolDir(cfg config.Config) string   { return filepath.Join(cfg.StateDir, "spool") }
+
+// writtenFolders are those that launches write to, with what is kept free for
+// guests that run: their records and results in state_dir, what they fetch in
+// cache_dir, and boot copies in run_dir, which hold an image each.
+func writtenFolders(cfg config.Config) []headroom.Folder {
+	const mib = 1 << 20
+	return []headroom.Folder{
+		{Name: "state_dir", Path: cfg.StateDir, KeepBytes: 64 * mib},
+		{Name: "cache_dir", Path: cfg.CacheDir, KeepBytes: 64 * mib},
+		{Name: "run_dir", Path: guestsDir(cfg), KeepBytes: 128 * mib},
+	}
+}
 
 // makeDirs makes the agent's folders, with these modes whatever the umask is
 // and whatever they were before. QEMU runs as another user and must pass
@@ -227,6 +240,9 @@ func (a *agent) status(ctx context.Context) (admin.Status, error) {
 	}
 	for _, f := range a.endorsements.Findings() {
 		warn("%s: %s; %s", f.Code, f.Message, f.Remedy)
+	}
+	for _, r := range a.headroom.Left(ctx).Shortages {
+		s.Shortages = append(s.Shortages, fmt.Sprintf("%s: %s; %s", r.Code, r.Message, r.Remedy))
 	}
 	for _, g := range a.guests.Snapshot() {
 		guest := admin.Guest{

@@ -149,14 +149,14 @@ func TestStatusTableTellsLinkEpochAndGuests(t *testing.T) {
 	s := admin.Status{
 		Header: output.NewHeader("Status"), HostID: "host-1", Version: "v1", TEE: "sev-snp", StartedAt: now.Add(-time.Hour),
 		Control:    admin.Control{Connected: true, State: "connected", Server: "tls://c:1", LastRoundTrip: now.Add(-3 * time.Second)},
-		Hypervisor: "QEMU 10.1", Warnings: []string{"low on disk"}, IssuerEpoch: 0,
+		Hypervisor: "QEMU 10.1", Warnings: []string{"low on disk"}, Shortages: []string{"host.disk-full: full"}, IssuerEpoch: 0,
 		Guests: []admin.Guest{{ID: "g-1", Status: "running", Step: "domain", Since: now.Add(-time.Minute), VCPUs: 2, MemoryMiB: 1024, Ports: []admin.Port{{Guest: 8000, Host: 20000}}}},
 	}
 	var out bytes.Buffer
 	if err := printStatus(&out, s, now); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"last confirmed round trip 3s ago", "none yet", "low on disk", "g-1", "1m0s", "domain", "20000->8000", "connected to tls://c:1 (connected)"} {
+	for _, want := range []string{"last confirmed round trip 3s ago", "none yet", "low on disk", "closed: the host", "host.disk-full: full", "g-1", "1m0s", "domain", "20000->8000", "connected to tls://c:1 (connected)"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in\n%s", want, out.String())
 		}

@@ -23,6 +23,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/control"
 	"github.com/confidential-node/agent/nodeagent/endorsements"
 	"github.com/confidential-node/agent/nodeagent/failpoint"
+	"github.com/confidential-node/agent/nodeagent/headroom"
 	"github.com/confidential-node/agent/nodeagent/inbox"
 	"github.com/confidential-node/agent/nodeagent/lifecycle"
 	"github.com/confidential-node/agent/nodeagent/metadata"
@@ -55,7 +56,7 @@ say in its log whether the configuration on disk is sound; a restart applies it.
 				return err
 			}
 			go answerHangups(cmd.Context(), configFile, cfg, logger)
-			return runAgent(cmd.Context(), cfg, logger)
+			return headroom.Typed(runAgent(cmd.Context(), cfg, logger))
 		},
 	}
 	cmd.Flags().StringVar(&configFile, "config", "/etc/nodeagent/agent.toml", "configuration file; drop-ins in conf.d beside it")
@@ -88,6 +89,7 @@ type agent struct {
 	network      *network.Host
 	relay        *relay.Router
 	endorsements *endorsements.Provider
+	headroom     *headroom.Gauge
 	metadata     *metadata.Server
 	guests       *lifecycle.Manager
 	inbox        *inbox.Inbox
@@ -114,6 +116,7 @@ func runAgent(ctx context.Context, cfg config.Config, logger hclog.Logger) (err 
 	tasks.Go("admin", a.socket.Run)
 	tasks.Go("prune", a.prune)
 	tasks.Go("capability", a.watchCapability)
+	tasks.Go("headroom", a.headroom.Run)
 	tasks.Go("memory", returnMemory)
 	logger.Info("started", "host_id", cfg.HostID, "tee", cfg.TEE, "emulated_build", platform.EmulatedBuild)
 	err = serve(ctx, tasks, func(state string) {
@@ -190,11 +193,12 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	if a.store, err = store.Open(storeFile(cfg), time.Now, logger); err != nil {
 		return nil, err
 	}
+	a.headroom = headroom.New("/", writtenFolders(cfg), logger)
 	a.driver = libvirt.New(cfg.Libvirt.URI, logger)
 	a.metadata = metadata.New(logger, time.Now)
 	a.guests, err = lifecycle.New(lifecycle.Deps{
 		Records: a.store, Hypervisor: a.driver, Network: a.network, Relay: a.relay, Metadata: a.metadata,
-		Blobs: blobs{cache}, Spools: spoolsOf{spools}, Images: a.images, Measure: lifecycle.Predict, TEE: tee, GPURule: gpu.Rule,
+		Blobs: blobs{cache}, Spools: spoolsOf{spools}, Images: a.images, Measure: lifecycle.Predict, Headroom: a.headroom.Left, TEE: tee, GPURule: gpu.Rule,
 		Endorsements: a.endorsements.Endorsements, Logger: logger, Hook: failpoint.FromEnvironment().Hit,
 	}, lifecycle.Config{
 		HostID: cfg.HostID, BootID: a.host.bootID, GuestsDir: guestsDir(cfg), Policy: cfg.Policy, Capacity: a.host.capacity,
@@ -231,9 +235,12 @@ func (a *agent) prune(ctx context.Context) error {
 	tick := time.NewTicker(pruneEvery)
 	defer tick.Stop()
 	for {
-		if n, err := a.store.PruneCommands(time.Now().Add(-2 * inbox.DefaultSkew)); err != nil {
+		switch n, err := a.store.PruneCommands(time.Now().Add(-2 * inbox.DefaultSkew)); {
+		case errors.Is(err, store.ErrDamaged):
 			return fmt.Errorf("forgetting expired commands: %w", err)
-		} else if n > 0 {
+		case err != nil:
+			a.log.Warn("expired commands could not be forgotten, tried again; see that the disk of state_dir has space and can be written", "err", err)
+		case n > 0:
 			a.log.Debug("expired commands forgotten", "count", n)
 		}
 		select {

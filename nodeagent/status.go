@@ -70,7 +70,13 @@ func printStatus(out io.Writer, s admin.Status, now time.Time) error {
 	if s.Cordoned {
 		admission = "closed: " + s.CordonReason
 	}
+	if !s.Cordoned && len(s.Shortages) > 0 {
+		admission = "closed: the host is short of something"
+	}
 	fmt.Fprintf(w, "admission\t%s\n", admission)
+	for _, shortage := range s.Shortages {
+		fmt.Fprintf(w, "\t%s\n", shortage)
+	}
 	fmt.Fprintf(w, "outbox\t%d events waiting\n", s.Outbox)
 	fmt.Fprintf(w, "guests\t%d\n", len(s.Guests))
 	for _, warning := range s.Warnings {

@@ -122,6 +122,17 @@ const (
 	StateOther   State = "other"
 )
 
+// Cause of a domain's end.
+type Cause string
+
+// Causes.
+const (
+	// CauseDied: its QEMU ended without having been told to.
+	CauseDied Cause = "died"
+	// CauseDestroyed: somebody had libvirt end it.
+	CauseDestroyed Cause = "destroyed"
+)
+
 // Observed is one domain of ours as libvirt lists it.
 type Observed struct {
 	GuestID string
@@ -141,6 +152,9 @@ type Event struct {
 	GuestID string
 	// State after the change.
 	State State
+	// Cause of an end that was not the guest's own; empty when it was, or
+	// nobody knows.
+	Cause Cause
 	// Reason is libvirt's word for it, for people.
 	Reason string
 	At     time.Time

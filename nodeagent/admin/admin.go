@@ -44,6 +44,9 @@ type Status struct {
 	Control      Control   `json:"control"`
 	Hypervisor   string    `json:"hypervisor"`
 	Guests       []Guest   `json:"guests"`
+	// Shortages are what the host has too little of for another guest, each
+	// with its remedy; while there is one, admission is closed.
+	Shortages []string `json:"shortages,omitempty"`
 	// Warnings are findings that need an operator, each with its remedy.
 	Warnings []string `json:"warnings"`
 }

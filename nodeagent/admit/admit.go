@@ -20,6 +20,7 @@ import (
 	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/config"
+	"github.com/confidential-node/agent/nodeagent/headroom"
 )
 
 // featuresSNP is the only SEV_FEATURES value offered: SNP active. Others
@@ -46,6 +47,8 @@ type Host struct {
 	Emulated bool
 	Capacity Capacity
 	Used     Used
+	// Left is what the host itself has left at the moment, whatever guests hold.
+	Left headroom.Left
 	// Slots is how many guests have addresses: slots are 0 to Slots-1.
 	Slots  uint32
 	Images []Image
@@ -109,7 +112,7 @@ type decision struct {
 func rules() []func(*decision) *contract.Refusal {
 	return []func(*decision) *contract.Refusal{
 		cordon, compliance, gpu, policyBits, features, idBlock, image, inputs, uploads, limits,
-		shape, capacity, slot, ports,
+		shape, resources, capacity, slot, ports,
 	}
 }
 
@@ -321,6 +324,19 @@ func shape(d *decision) *contract.Refusal {
 	case !slices.Contains(p.CPUModels, m.GetCpuModel()):
 		return contract.Refuse("admit.shape-cpu-model", "use a CPU model the host offers, and predict the digest with it",
 			"CPU model %q is not offered, only %q", m.GetCpuModel(), p.CPUModels)
+	}
+	return nil
+}
+
+// resources refuses what the host could not carry although it was promised: a
+// launch that is begun on a full disk ends in the middle.
+func resources(d *decision) *contract.Refusal {
+	if len(d.host.Left.Shortages) > 0 {
+		return d.host.Left.Shortages[0]
+	}
+	if asked := d.cmd.GetMachine().GetMemoryMib(); asked > d.host.Left.MemoryMiB {
+		return contract.Refuse(headroom.CodeMemory, "launch a smaller guest, later, or on another host; see on the host which program takes the memory",
+			"%d MiB are asked for, the host has %d MiB available now", asked, d.host.Left.MemoryMiB)
 	}
 	return nil
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/confidential-node/agent/firmware/snp/idblock"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/config"
+	"github.com/confidential-node/agent/nodeagent/headroom"
 )
 
 func sum(b byte) []byte { return bytes.Repeat([]byte{b}, 32) }
@@ -40,7 +41,7 @@ func job() (*api.LaunchGuest, *contract.Manifest, Host) {
 	}
 	host := Host{
 		Policy: config.Default().Policy, PublishedPorts: config.PortRange{First: 20000, Last: 20003},
-		Capacity: Capacity{VCPUs: 8, MemoryMiB: 4096}, Slots: 3,
+		Capacity: Capacity{VCPUs: 8, MemoryMiB: 4096}, Left: headroom.Left{MemoryMiB: 2048}, Slots: 3,
 		Used:    Used{Guests: 1, VCPUs: 4, MemoryMiB: 2048, Slots: map[uint32]bool{0: true}, Ports: map[uint16]bool{20001: true}},
 		Images:  []Image{{Dir: "/other"}, {Dir: "/images/a", Description: description}},
 		GPURule: func(string, int) *contract.Refusal { return nil },
@@ -146,8 +147,13 @@ func TestEveryRuleRefusesWithItsCodeAndARemedy(t *testing.T) {
 		{"vCPUs of one guest", "admit.shape-vcpus", func(w world) { w.cmd.Machine.Vcpus = 65 }},
 		{"memory of one guest", "admit.shape-memory", func(w world) { w.cmd.Machine.MemoryMib = 1<<20 + 1 }},
 		{"CPU model", "admit.shape-cpu-model", func(w world) { w.cmd.Machine.CpuModel = "host" }},
+		{"a full disk", "host.disk-full", func(w world) {
+			w.host.Left.Shortages = []*contract.Refusal{contract.Refuse("host.disk-full", "free space", "full")}
+		}},
+		{"memory others took", "host.memory-low", func(w world) { w.host.Left.MemoryMiB = 1023 }},
+		{"nothing said about what is left", "host.memory-low", func(w world) { w.host.Left = headroom.Left{} }},
 		{"guests", "admit.capacity-guests", func(w world) { w.host.Used.Guests = 16 }},
-		{"memory", "admit.capacity-memory", func(w world) { w.cmd.Machine.MemoryMib = 2049 }},
+		{"memory", "admit.capacity-memory", func(w world) { w.cmd.Machine.MemoryMib, w.host.Left.MemoryMiB = 2049, 4096 }},
 		{"memory overcommitted", "admit.capacity-memory", func(w world) { w.host.Used.MemoryMiB = 5000 }},
 		{"vCPUs", "admit.capacity-vcpus", func(w world) { w.cmd.Machine.Vcpus = 5 }},
 		{"nothing said about capacity", "admit.capacity-memory", func(w world) { w.host.Capacity = Capacity{} }},

@@ -30,6 +30,7 @@ import (
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/headroom"
 )
 
 // Limits of conversations with an object store.
@@ -194,12 +195,15 @@ func (w *watched) Read(b []byte) (int, error) {
 
 const codeDiskFull = "blob.disk-full"
 
-// diskError makes a full disk a refusal.
+// diskError makes a refusal of what is the host's fault and not the store's.
 func diskError(err error) error {
+	if _, refused := errors.AsType[*contract.Refusal](err); refused {
+		return err
+	}
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		return contract.Refuse(codeDiskFull, "free space on the host, or lower blob.max_bytes", "the host's disk is full").Because(err)
 	}
-	return err
+	return headroom.Typed(err)
 }
 
 // parseUnsatisfied reads TOTAL from "bytes */TOTAL"; -1 when it does not say.

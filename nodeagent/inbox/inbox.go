@@ -98,6 +98,9 @@ type Inbox struct {
 	mu      sync.Mutex // serialises Receive's check-then-store; guards below
 	refused map[[sha256.Size]byte]bool
 	order   [][sha256.Size]byte // of refused, oldest first
+	// doubted are commands that the journal could not store, and has all the
+	// same: a disk may fail at the very last sync of a change.
+	doubted map[string]bool
 }
 
 // New makes an inbox. Nothing happens before Receive or Run.
@@ -114,7 +117,7 @@ func New(d Deps) (*Inbox, error) {
 	d.Logger = d.Logger.Named("inbox")
 	return &Inbox{
 		d: d, wake: make(chan struct{}, 1),
-		refused: map[[sha256.Size]byte]bool{},
+		refused: map[[sha256.Size]byte]bool{}, doubted: map[string]bool{},
 	}, nil
 }
 
@@ -145,6 +148,9 @@ func (x *Inbox) Receive(ctx context.Context, raw []byte) error {
 	known, err := x.d.Journal.KnownCommand(cmd.GetCommandId())
 	if err != nil {
 		return fmt.Errorf("looking up command: %w", err)
+	}
+	if known && x.doubted[cmd.GetCommandId()] {
+		return x.store(cmd, x.d.Clock())
 	}
 	if known {
 		x.d.Logger.Debug("command known, acknowledged again", keyCommand, cmd.GetCommandId())
@@ -250,6 +256,11 @@ func (x *Inbox) accept(cmd *api.Command, epoch Epoch, now time.Time) error {
 		}
 		x.d.Logger.Info("issuer epoch begun", "epoch", begin.GetEpoch())
 	}
+	return x.store(cmd, now)
+}
+
+// store puts a command into the journal and the queue.
+func (x *Inbox) store(cmd *api.Command, now time.Time) error {
 	fresh, err := x.add(cmd, now, false)
 	if err != nil {
 		return err
@@ -280,8 +291,13 @@ func (x *Inbox) add(cmd *api.Command, now time.Time, done bool) (bool, error) {
 	}
 	fresh, err := x.d.Journal.AddCommand(c)
 	if err != nil {
+		if known, lookErr := x.d.Journal.KnownCommand(c.ID); !done && lookErr == nil && known {
+			x.doubted[c.ID] = true
+		}
 		return false, fmt.Errorf("storing command: %w", err)
 	}
+	fresh = fresh || x.doubted[c.ID]
+	delete(x.doubted, c.ID)
 	if fresh && !done {
 		x.queue.add(c)
 	}

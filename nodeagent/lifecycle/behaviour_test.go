@@ -19,6 +19,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/lifecycle"
 	"github.com/confidential-node/agent/nodeagent/lifecycle/lifecycletest"
 	"github.com/confidential-node/agent/nodeagent/store"
+	"github.com/confidential-node/agent/vm"
 )
 
 const (
@@ -186,17 +187,41 @@ func TestAGuestThatNeverSpeaksEndsTyped(t *testing.T) {
 
 func TestTheEndOfAGuestsMachineIsToldFromItsCrash(t *testing.T) {
 	t.Parallel()
-	for code, end := range map[string]func(*lifecycletest.World, string){
-		"guest.crashed": (*lifecycletest.World).Crash, "guest.ended-early": (*lifecycletest.World).PowerOff,
+	by := func(cause vm.Cause) func(*lifecycletest.World, string) {
+		return func(w *lifecycletest.World, id string) { w.End(id, cause) }
+	}
+	for _, c := range []struct {
+		code string
+		end  func(*lifecycletest.World, string)
+	}{
+		{"guest.crashed", (*lifecycletest.World).Crash},
+		{"guest.crashed", by(vm.CauseDied)},
+		{"guest.destroyed", by(vm.CauseDestroyed)},
+		{"guest.ended-early", (*lifecycletest.World).PowerOff},
 	} {
-		t.Run(code, func(t *testing.T) {
+		t.Run(c.code, func(t *testing.T) {
 			t.Parallel()
 			h := newHost(t)
 			m := h.life(t.Context(), nil)
 			h.started(t.Context(), m)
-			end(h.world, guestID)
-			h.ends(t.Context(), failed, code)
+			c.end(h.world, guestID)
+			h.ends(t.Context(), failed, c.code)
 		})
+	}
+}
+
+// A machine that hangs never takes the message of its power button: the grace
+// ends all the same, and with it the guest.
+func TestAMachineThatHangsIsEndedWhenItsGraceIsOver(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	m := h.life(t.Context(), nil)
+	h.started(t.Context(), m)
+	h.world.Block("shutdown", true)
+	h.stop(t.Context(), m, 100*time.Millisecond)
+	h.ends(t.Context(), stopped, "")
+	if asked := h.world.Calls("shutdown"); asked == 0 {
+		t.Error("it was not asked first")
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/store"
+	"github.com/confidential-node/agent/vm"
 )
 
 // stage is how far a record has come.
@@ -113,8 +114,11 @@ func cutShort(r store.Guest, bootID string, fresh bool) ending {
 	return *failed("agent.restarted", "launch again", "the node's agent was started anew before the guest was")
 }
 
+// codeEndedEarly: nobody said why the guest's machine is gone.
+const codeEndedEarly = "guest.ended-early"
+
 // verdict says how a guest ended whose domain is gone.
-func verdict(r store.Guest, bootID string) ending {
+func verdict(r store.Guest, bootID string, cause vm.Cause) ending {
 	switch _, done := r.Phases[contract.PhaseDone]; {
 	case done:
 		return ending{final: api.GuestStatus_GUEST_STATUS_FINISHED}
@@ -124,8 +128,14 @@ func verdict(r store.Guest, bootID string) ending {
 		return ending{api.GuestStatus_GUEST_STATUS_FAILED, r.GuestRefusal}
 	case r.BootID != bootID:
 		return *failed("host.rebooted", "launch again", "the host was started anew while the guest ran")
+	case cause == vm.CauseDied:
+		return *failed("guest.crashed", "launch again; if it repeats, look on the host whether its memory was exhausted (journalctl -k: Out of memory, killed process) and into the domain's log",
+			"the guest's machine was killed or crashed%s", lastWord(r))
+	case cause == vm.CauseDestroyed:
+		return *failed("guest.destroyed", "launch again, or ask the host's operator why",
+			"somebody on the host ended the guest's machine%s", lastWord(r))
 	}
-	return *failed("guest.ended-early", "launch again; a debug image in a trial without secrets shows its console",
+	return *failed(codeEndedEarly, "launch again; a debug image in a trial without secrets shows its console",
 		"the guest's machine ended without a word%s", lastWord(r))
 }
 

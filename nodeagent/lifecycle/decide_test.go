@@ -9,6 +9,7 @@ import (
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/store"
+	"github.com/confidential-node/agent/vm"
 )
 
 var noon = time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC) //nolint:gochecknoglobals // a constant
@@ -62,18 +63,23 @@ func TestHowAGuestEndsWhoseDomainIsGone(t *testing.T) {
 	done := map[contract.GuestPhase]time.Time{contract.PhaseDone: noon}
 	refusal, stop := contract.Refuse("broker.no", "r", "m"), &store.Stop{}
 	for name, c := range map[string]struct {
-		rec  store.Guest
-		want api.GuestStatus
-		code string
+		rec   store.Guest
+		want  api.GuestStatus
+		code  string
+		cause vm.Cause
 	}{
-		"done":             {store.Guest{BootID: "b", Phases: done}, api.GuestStatus_GUEST_STATUS_FINISHED, ""},
-		"done and stopped": {store.Guest{BootID: "b", Phases: done, Stop: stop}, api.GuestStatus_GUEST_STATUS_FINISHED, ""},
-		"stopped":          {store.Guest{BootID: "b", Stop: stop}, api.GuestStatus_GUEST_STATUS_STOPPED, ""},
-		"its own refusal":  {store.Guest{BootID: "b", GuestRefusal: refusal}, api.GuestStatus_GUEST_STATUS_FAILED, "broker.no"},
-		"another boot":     {store.Guest{BootID: "a"}, api.GuestStatus_GUEST_STATUS_FAILED, "host.rebooted"},
-		"without a word":   {store.Guest{BootID: "b"}, api.GuestStatus_GUEST_STATUS_FAILED, "guest.ended-early"},
+		"done":             {store.Guest{BootID: "b", Phases: done}, api.GuestStatus_GUEST_STATUS_FINISHED, "", ""},
+		"done and stopped": {store.Guest{BootID: "b", Phases: done, Stop: stop}, api.GuestStatus_GUEST_STATUS_FINISHED, "", ""},
+		"stopped":          {store.Guest{BootID: "b", Stop: stop}, api.GuestStatus_GUEST_STATUS_STOPPED, "", ""},
+		"its own refusal":  {store.Guest{BootID: "b", GuestRefusal: refusal}, api.GuestStatus_GUEST_STATUS_FAILED, "broker.no", ""},
+		"another boot":     {store.Guest{BootID: "a"}, api.GuestStatus_GUEST_STATUS_FAILED, "host.rebooted", ""},
+		"without a word":   {store.Guest{BootID: "b"}, api.GuestStatus_GUEST_STATUS_FAILED, "guest.ended-early", ""},
+		"done and killed":  {store.Guest{BootID: "b", Phases: done}, api.GuestStatus_GUEST_STATUS_FINISHED, "", vm.CauseDied},
+		"killed":           {store.Guest{BootID: "b"}, api.GuestStatus_GUEST_STATUS_FAILED, "guest.crashed", vm.CauseDied},
+		"destroyed":        {store.Guest{BootID: "b"}, api.GuestStatus_GUEST_STATUS_FAILED, "guest.destroyed", vm.CauseDestroyed},
+		"stopped, killed":  {store.Guest{BootID: "b", Stop: stop}, api.GuestStatus_GUEST_STATUS_STOPPED, "", vm.CauseDied},
 	} {
-		checkEnding(t, name, verdict(c.rec, "b"), c.want, c.code)
+		checkEnding(t, name, verdict(c.rec, "b", c.cause), c.want, c.code)
 	}
 	for name, c := range map[string]struct {
 		rec   store.Guest

@@ -13,6 +13,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/admit"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/config"
+	"github.com/confidential-node/agent/nodeagent/headroom"
 	"github.com/confidential-node/agent/nodeagent/metadata"
 	"github.com/confidential-node/agent/nodeagent/platform"
 	"github.com/confidential-node/agent/nodeagent/store"
@@ -133,6 +134,8 @@ type Deps struct {
 	Images func() ([]admit.Image, error)
 	// Measure predicts launch digests: Predict.
 	Measure func(Boot) (Measured, error)
+	// Headroom is what the host has left at the moment: (*headroom.Gauge).Left.
+	Headroom func(context.Context) headroom.Left
 	// TEE is how guests are started.
 	TEE platform.TEE
 	// GPURule says which GPUs one guest may have at all: gpu.Rule.

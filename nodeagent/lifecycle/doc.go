@@ -22,5 +22,6 @@
 //
 // A Manager is safe for concurrent use. Each guest has one goroutine that
 // decides and acts; everybody else changes its record under its lock and wakes
-// it. Lock order: Manager.admission, guest.mu, Manager.mu.
+// it. Lock order: Manager.admission, guest.changing, guest.mu,
+// Manager.mu.
 package lifecycle

@@ -13,6 +13,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/admit"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/config"
+	"github.com/confidential-node/agent/nodeagent/headroom"
 	"github.com/confidential-node/agent/nodeagent/inbox"
 	"github.com/confidential-node/agent/nodeagent/store"
 	"github.com/confidential-node/agent/vm"
@@ -22,6 +23,10 @@ import (
 // at least; clocks may differ.
 const keepAfterExpiry = 24 * time.Hour
 
+// admissionPatience is how long a launch waits for a sweep that a disk holds up:
+// the commands behind it are stops.
+const admissionPatience = 30 * time.Second
+
 var _ inbox.Executor = (*Manager)(nil)
 
 // Execute carries out a command; BeginEpoch is the inbox's. The events it
@@ -30,6 +35,11 @@ var _ inbox.Executor = (*Manager)(nil)
 // recorded and goes on by itself; executing it again changes nothing. Every
 // refusal is a *contract.Refusal.
 func (m *Manager) Execute(ctx context.Context, cmd *api.Command) ([]*api.Event, error) {
+	events, err := m.execute(ctx, cmd)
+	return events, headroom.Typed(err)
+}
+
+func (m *Manager) execute(ctx context.Context, cmd *api.Command) ([]*api.Event, error) {
 	select {
 	case <-m.ready:
 	case <-ctx.Done():
@@ -61,8 +71,14 @@ func (m *Manager) cordon(reason string, on bool) error {
 
 // launch judges and records a guest; the record is the reservation.
 func (m *Manager) launch(ctx context.Context, cmd *api.Command, l *api.LaunchGuest) error {
-	m.admission.Lock()
-	defer m.admission.Unlock()
+	left := m.d.Headroom(ctx) // before the lock: a disk that hangs is waited for here
+	select {
+	case m.admission <- struct{}{}:
+		defer func() { <-m.admission }()
+	case <-time.After(admissionPatience):
+		return contract.Refuse("admit.busy", "launch later or on another host; see on the host whether a disk hangs (nodeagent status)",
+			"the node is still removing what other guests left")
+	}
 	manifest, err := contract.ParseManifest(l.GetManifest())
 	if err != nil {
 		return contract.Refuse("admit.manifest-malformed", "write the manifest with the tenant's tool, and send its bytes unchanged",
@@ -76,6 +92,7 @@ func (m *Manager) launch(ctx context.Context, cmd *api.Command, l *api.LaunchGue
 	if err != nil {
 		return err
 	}
+	host.Left = left
 	plan, err := admit.Decide(l, manifest, host)
 	if err != nil {
 		return err
@@ -88,6 +105,11 @@ func (m *Manager) launch(ctx context.Context, cmd *api.Command, l *api.LaunchGue
 		if errors.Is(err, store.ErrOutboxFull) {
 			return contract.Refuse("admit.outbox-full", "let the node reach its control plane, then launch again",
 				"too many events of this node wait to be confirmed").Because(err)
+		}
+		// A write that fails at its last sync may be there all the same.
+		err = errors.Join(err, m.d.Records.DeleteGuest(rec.ID))
+		if r := headroom.Explain(err); r != nil {
+			return r
 		}
 		return contract.Refuse("admit.store-failed", "see that the disk of state_dir on the host has space and can be written, then launch again",
 			"the node could not record the guest").Because(err)

@@ -23,6 +23,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/metadata"
 	"github.com/confidential-node/agent/nodeagent/store"
+	"github.com/confidential-node/agent/vm"
 )
 
 // guest is one guest that has not ended.
@@ -41,11 +42,17 @@ type guest struct {
 	paths    []string
 	measured Measured
 
+	// changing is held while the record is changed, mu only while it is read:
+	// a disk that hangs must not hide the guest from status and heartbeats.
+	changing sync.Mutex
+
 	mu     sync.Mutex
 	rec    store.Guest
 	spool  Spool
 	cancel context.CancelFunc // of the launch or the upload under way
 	find   string             // what an operator should know
+	over   bool               // the hypervisor told of its domain's end
+	cause  vm.Cause           // of that end
 }
 
 func newGuest(m *Manager, rec store.Guest, fresh bool) *guest {
@@ -75,9 +82,9 @@ type announce bool
 // update changes the record: on disk first, together with the events that say
 // so, then in memory. change returns false when there is nothing to change.
 func (g *guest) update(change func(*store.Guest) (announce, bool), events ...*api.Event) error {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	next := g.rec.Clone()
+	g.changing.Lock()
+	defer g.changing.Unlock()
+	next := g.record()
 	tell, changed := change(&next)
 	if !changed {
 		return nil
@@ -88,8 +95,45 @@ func (g *guest) update(change func(*store.Guest) (announce, bool), events ...*ap
 	if err := g.m.d.Records.PutGuest(next, events...); err != nil {
 		return fmt.Errorf("recording guest %s: %w", g.id, err)
 	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	g.rec = next
 	return nil
+}
+
+// ended notes that the domain ended, and why, if the hypervisor says so.
+func (g *guest) ended(e vm.Event) {
+	if e.GuestID == "" || e.State != vm.StateGone {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.over, g.cause = true, cmp.Or(e.Cause, g.cause)
+}
+
+// causePatience is how long the hypervisor's word about an end is waited for: a
+// domain is gone from its list a moment before it says why.
+const causePatience = time.Second
+
+// causeOfEnd waits for the hypervisor's word. Events may be lost.
+func (g *guest) causeOfEnd(ctx context.Context) vm.Cause {
+	timer := time.NewTimer(causePatience)
+	defer timer.Stop()
+	for {
+		g.mu.Lock()
+		over, cause := g.over, g.cause
+		g.mu.Unlock()
+		if over {
+			return cause
+		}
+		select {
+		case <-g.wake:
+		case <-timer.C:
+			return cause
+		case <-ctx.Done():
+			return cause
+		}
+	}
 }
 
 // finding notes what an operator should know, and logs it when it is news; ""

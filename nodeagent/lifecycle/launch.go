@@ -6,11 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"syscall"
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/headroom"
 	"github.com/confidential-node/agent/nodeagent/store"
 )
 
@@ -52,7 +52,7 @@ func (g *guest) take(ctx, within context.Context, s step) (*ending, error) {
 	}
 	err := g.m.hook("begun:" + s.name)
 	if err == nil {
-		err = s.do(g, within)
+		err = g.overseen(within, s)
 	}
 	if err = cmp.Or(err, g.m.hook("did:"+s.name)); err != nil {
 		if ctx.Err() != nil {
@@ -69,6 +69,26 @@ func (g *guest) take(ctx, within context.Context, s step) (*ending, error) {
 	})
 	g.m.mark("done:" + s.name)
 	return nil, err
+}
+
+// hangGrace is how long a step may go on after its time is up before it is said
+// to hang: nothing can end a call that waits for a disk.
+const hangGrace = 30 * time.Second
+
+// overseen takes a step and says so when it does not end with its time.
+func (g *guest) overseen(within context.Context, s step) error {
+	done := make(chan struct{})
+	defer close(done)
+	defer context.AfterFunc(within, func() {
+		timer := time.NewTimer(hangGrace)
+		defer timer.Stop()
+		select {
+		case <-done:
+		case <-timer.C:
+			g.finding("step " + s.name + " goes on although its time is up: look whether a disk of the host hangs; the guest ends when the step does")
+		}
+	})()
+	return s.do(g, within)
 }
 
 // started records that the domain runs.
@@ -102,9 +122,11 @@ func (g *guest) explain(ctx context.Context, s step, err error) *ending {
 		end.why = end.why.Because(fmt.Errorf("in step %s: %w", s.name, err))
 		return end
 	}
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return &ending{api.GuestStatus_GUEST_STATUS_FAILED, contract.Refuse("host.disk-full",
-			"free space on the host (run_dir, state_dir, cache_dir), then launch again", "a disk of the host is full (step %s)", s.name).Because(err)}
+	if _, refused := errors.AsType[*contract.Refusal](err); !refused {
+		if r := headroom.Explain(err); r != nil {
+			r.Message += " (step " + s.name + ")"
+			return &ending{api.GuestStatus_GUEST_STATUS_FAILED, r}
+		}
 	}
 	return &ending{api.GuestStatus_GUEST_STATUS_FAILED, contract.AsRefusal(err)}
 }
@@ -189,6 +211,9 @@ func (g *guest) askToEnd(ctx context.Context, rec store.Guest) {
 	if rec.Stop == nil || g.asked {
 		return
 	}
+	// A machine that hangs takes the button's message never; its grace ends all the same.
+	ctx, cancel := context.WithTimeout(ctx, max(rec.Stop.Deadline.Sub(g.m.now()), 0))
+	defer cancel()
 	if err := g.connect(ctx); err != nil {
 		g.m.log.Warn("guest still takes new connections while it ends", keyGuest, g.id, keyError, err)
 	}

@@ -21,6 +21,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/admit"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/config"
+	"github.com/confidential-node/agent/nodeagent/headroom"
 	"github.com/confidential-node/agent/nodeagent/lifecycle"
 	"github.com/confidential-node/agent/nodeagent/lifecycle/lifecycletest"
 	"github.com/confidential-node/agent/nodeagent/platform"
@@ -49,6 +50,9 @@ type host struct {
 	image   admit.Image
 	cfg     lifecycle.Config
 	measure func(lifecycle.Boot) (lifecycle.Measured, error)
+	left    headroom.Left
+	// blobs is the world's cache unless a test stands in between.
+	blobs lifecycle.Blobs
 }
 
 func newHost(t *testing.T) *host {
@@ -60,11 +64,12 @@ func newHost(t *testing.T) *host {
 	if h.store, err = store.Open(filepath.Join(dir, "state", "state.db"), time.Now, hclog.NewNullLogger()); err != nil {
 		t.Fatal(err)
 	}
-	h.records, h.measure = h.store, lifecycletest.Measure
+	h.records, h.measure, h.left = h.store, lifecycletest.Measure, headroom.Left{MemoryMiB: 1 << 20}
 	t.Cleanup(func() { _ = h.store.Close() })
 	if h.image, err = h.world.Image(); err != nil {
 		t.Fatal(err)
 	}
+	h.blobs = lifecycletest.Cache{World: h.world}
 	h.world.Serve(inputURL, sealedBytes())
 	policy := config.Default().Policy
 	h.cfg = lifecycle.Config{
@@ -91,8 +96,9 @@ func (h *host) lifeUntil(ctx context.Context, hook func(string)) (_ *lifecycle.M
 	}
 	m, err := lifecycle.New(lifecycle.Deps{
 		Records: h.records, Hypervisor: lifecycletest.Domains{World: w}, Network: lifecycletest.Net{World: w}, Relay: lifecycletest.Relay{World: w}, Metadata: lifecycletest.Service{World: w},
-		Blobs: lifecycletest.Cache{World: w}, Spools: lifecycletest.Store{World: w},
+		Blobs: h.blobs, Spools: lifecycletest.Store{World: w},
 		Images: func() ([]admit.Image, error) { return []admit.Image{h.image}, nil }, Measure: h.measure, TEE: tee,
+		Headroom:     func(context.Context) headroom.Left { return h.left },
 		GPURule:      func(string, int) *contract.Refusal { return nil },
 		Endorsements: func() contract.Endorsements { return contract.Endorsements{} }, Logger: hclog.NewNullLogger(),
 		Hook: func(point string) error {

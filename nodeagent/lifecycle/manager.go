@@ -45,8 +45,9 @@ type Manager struct {
 	// changed has a value when a domain changed that is no guest's.
 	changed chan struct{}
 
-	// admission is held while a launch is judged and recorded.
-	admission sync.Mutex
+	// admission has a value while a launch is judged and recorded, or what
+	// guests left is swept.
+	admission chan struct{}
 
 	// forwarding is held while the host's IPv4 forwarding is changed.
 	forwarding sync.Mutex
@@ -60,7 +61,7 @@ type Manager struct {
 // New makes a manager. Nothing happens before Run.
 func New(d Deps, c Config) (*Manager, error) {
 	if d.Records == nil || d.Hypervisor == nil || d.Network == nil || d.Metadata == nil || d.Blobs == nil || d.Spools == nil ||
-		d.Images == nil || d.Measure == nil || d.TEE == nil || d.GPURule == nil || d.Endorsements == nil || d.Logger == nil {
+		d.Images == nil || d.Measure == nil || d.Headroom == nil || d.TEE == nil || d.GPURule == nil || d.Endorsements == nil || d.Logger == nil {
 		return nil, errors.New("making life cycle: a dependency is missing")
 	}
 	if !api.ValidHostID(c.HostID) || c.GuestsDir == "" || !c.Network.GuestCIDR.IsValid() {
@@ -71,7 +72,7 @@ func New(d Deps, c Config) (*Manager, error) {
 	}
 	return &Manager{
 		d: d, c: c.withDefaults(), log: d.Logger.Named("lifecycle"), domains: domains{ask: d.Hypervisor.List},
-		ready: make(chan struct{}), changed: make(chan struct{}, 1), guests: map[string]*guest{},
+		ready: make(chan struct{}), changed: make(chan struct{}, 1), admission: make(chan struct{}, 1), guests: map[string]*guest{},
 	}, nil
 }
 
@@ -123,6 +124,7 @@ func (m *Manager) dispatch(ctx context.Context, events <-chan vm.Event) error {
 			known := false
 			for _, g := range m.live() {
 				if e.GuestID == "" || e.GuestID == g.id {
+					g.ended(e)
 					g.poke()
 					known = e.GuestID != ""
 				}
@@ -272,7 +274,12 @@ func (g *guest) work(ctx context.Context) (err error) {
 		case actAdopt:
 			err = g.follow(ctx)
 		case actFinish:
-			if err := g.decideEnd(verdict(g.record(), g.m.c.BootID)); err != nil {
+			rec := g.record()
+			end := verdict(rec, g.m.c.BootID, "")
+			if end.why != nil && end.why.Code == codeEndedEarly && !rec.Undoing {
+				end = verdict(rec, g.m.c.BootID, g.causeOfEnd(ctx))
+			}
+			if err := g.decideEnd(end); err != nil {
 				return err
 			}
 			return g.end(ctx)

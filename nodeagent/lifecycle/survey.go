@@ -71,8 +71,12 @@ func (m *Manager) survey(ctx context.Context) error {
 // sweep removes what neither a guest nor a domain that was observed accounts
 // for.
 func (m *Manager) sweep(ctx context.Context, observed []vm.Observed) error {
-	m.admission.Lock()
-	defer m.admission.Unlock()
+	select {
+	case m.admission <- struct{}{}:
+		defer func() { <-m.admission }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 	keep := map[string]bool{}
 	for _, o := range observed {
 		keep[o.GuestID] = true

@@ -57,7 +57,7 @@ func TestAFullDiskClosesAdmissionAndLosesNothing(t *testing.T) {
 				t.Fatal(err)
 			}
 			<-there
-			h.refused(t.Context(), m, h.other(1), "admit.store-failed")
+			h.refused(t.Context(), m, h.other(1), "host.disk-full")
 			h.until("status says so", func() bool {
 				for _, v := range m.Snapshot() {
 					if strings.Contains(v.Finding, "no space left") {

@@ -120,7 +120,7 @@ func Open(path string, now func() time.Time, logger hclog.Logger) (*Store, error
 	s, err := open(path)
 	if errors.Is(err, errLocked) || errors.Is(err, berrors.ErrTimeout) {
 		return nil, contract.Refuse(CodeInUse, "stop the other agent, or give this one another state_dir",
-			"another agent holds the store in %s", filepath.Dir(path)).Because(err)
+			"%s holds the store in %s", holder(path), filepath.Dir(path)).Because(err)
 	}
 	if err == nil || !damaged(err) {
 		return s, err

@@ -2,6 +2,7 @@ package store
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -122,8 +123,9 @@ func TestASecondAgentIsRefused(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "state.db")
 	s := reopen(t, path)
-	if _, err := Open(path, clock, hclog.NewNullLogger()); err == nil || contract.AsRefusal(err).Code != "store.in-use" {
-		t.Errorf("not refused: %v", err)
+	if _, err := Open(path, clock, hclog.NewNullLogger()); err == nil || contract.AsRefusal(err).Code != "store.in-use" ||
+		!strings.Contains(contract.AsRefusal(err).Message, fmt.Sprintf("(process %d)", os.Getpid())) {
+		t.Errorf("not refused, or without the holder's name: %v", err)
 	}
 	done(t, s.Close())
 	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {

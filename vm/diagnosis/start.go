@@ -153,6 +153,11 @@ func startTexts() []known {
 			"guest.bad-conversion", "the guest's firmware or kernel asked to share memory that is none",
 			"launch another image: this one does not run under SEV-SNP on this QEMU", oneOf("Convert non guest_memfd backed memory region"),
 		},
+		{
+			"host.memory-low", "the host does not give QEMU the guest's memory",
+			"launch a smaller guest, or free memory on the host; see whether a limit of libvirtd's unit (LimitAS, LimitMEMLOCK, MemoryMax) is in the way",
+			oneOf("cannot set up guest memory", "locking memory failed"),
+		},
 		{"vm.policy-refused", policyMessage, policyRemedy, oneOf("failed to create encryption context")},
 	}
 }

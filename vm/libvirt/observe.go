@@ -60,6 +60,18 @@ func stateOf(s libvirt.DomainState) vm.State {
 	}
 }
 
+// causeOf an end. libvirt says "failed" when QEMU's monitor closed without the
+// word that the guest shut down.
+func causeOf(d libvirt.DomainEventStoppedDetailType) vm.Cause {
+	switch d { //nolint:exhaustive // the guest's own, or a migration's
+	case libvirt.DOMAIN_EVENT_STOPPED_FAILED, libvirt.DOMAIN_EVENT_STOPPED_CRASHED:
+		return vm.CauseDied
+	case libvirt.DOMAIN_EVENT_STOPPED_DESTROYED:
+		return vm.CauseDestroyed
+	}
+	return ""
+}
+
 // subscriber is one reader of events.
 type subscriber struct{ events chan vm.Event }
 
@@ -115,7 +127,7 @@ func (d *Driver) onLifecycle(_ *libvirt.Connect, dom *libvirt.Domain, e *libvirt
 	case libvirt.DOMAIN_EVENT_SUSPENDED:
 		event.State = vm.StatePaused
 	case libvirt.DOMAIN_EVENT_STOPPED:
-		event.State = vm.StateGone
+		event.State, event.Cause = vm.StateGone, causeOf(libvirt.DomainEventStoppedDetailType(e.Detail))
 	case libvirt.DOMAIN_EVENT_CRASHED:
 		event.State = vm.StateCrashed
 	}

@@ -169,3 +169,29 @@ func TestADomainIsReadBackWithTheDevicesAskedFor(t *testing.T) {
 	}
 	d.DestroyForeign(t, id)
 }
+
+func TestTheCauseOfAnEndIsTold(t *testing.T) {
+	d := connected(t)
+	const id = "11111111-2222-4333-8444-555555555561"
+	events, cancel := d.Subscribe()
+	defer cancel()
+	if err := d.StartXML(t.Context(), id, 1, testDomain(vm.NamePrefix+id, id, mark(id, 1))); err != nil {
+		t.Fatal(err)
+	}
+	d.DestroyForeign(t, id)
+	limit := time.After(10 * time.Second)
+	for {
+		select {
+		case e := <-events:
+			if e.GuestID != id || e.State != vm.StateGone {
+				continue
+			}
+			if e.Cause != vm.CauseDestroyed {
+				t.Errorf("%+v", e)
+			}
+			return
+		case <-limit:
+			t.Fatal("its end was not told")
+		}
+	}
+}

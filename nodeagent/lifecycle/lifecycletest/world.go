@@ -213,11 +213,14 @@ func (w *World) OnShutdown(f func(id string)) {
 }
 
 // PowerOff is the guest's own end.
-func (w *World) PowerOff(id string) {
+func (w *World) PowerOff(id string) { w.End(id, "") }
+
+// End ends the guest's domain, for a cause that is not the guest's own.
+func (w *World) End(id string, cause vm.Cause) {
 	w.mu.Lock()
 	delete(w.domains, id)
 	w.mu.Unlock()
-	w.tell(vm.Event{GuestID: id, State: vm.StateGone, Reason: "shutdown"})
+	w.tell(vm.Event{GuestID: id, State: vm.StateGone, Cause: cause})
 }
 
 func (w *World) tell(e vm.Event) {
