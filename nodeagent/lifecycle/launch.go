@@ -21,7 +21,7 @@ import (
 func (g *guest) launch(ctx context.Context) error {
 	g.begun = true
 	rec := g.record()
-	within, cancel := context.WithTimeout(ctx, rec.AcceptedAt.Add(rec.Limits.Start).Sub(g.m.now()))
+	within, cancel := context.WithTimeout(ctx, rec.AcceptedAt.Add(rec.Limits.Start).Sub(g.m.instant()))
 	defer cancel()
 	g.mu.Lock()
 	g.cancel = cancel
@@ -113,7 +113,7 @@ func (g *guest) explain(ctx context.Context, s step, err error) *ending {
 // follow looks after a guest that runs. Time runs, and a StopGuest counts, even
 // while its network or metadata cannot be served.
 func (g *guest) follow(ctx context.Context) error {
-	rec, now := g.record(), g.m.now()
+	rec, now := g.record(), g.m.instant()
 	end, at := due(rec, g.m.c, now)
 	if end != nil {
 		return g.decideEnd(*end)
@@ -167,7 +167,7 @@ func (g *guest) watch(ctx context.Context) error {
 		if rec.Undoing {
 			return nil
 		}
-		now := g.m.now()
+		now := g.m.instant()
 		end, at := due(rec, g.m.c, now)
 		if end != nil {
 			return g.decideEnd(*end)
@@ -191,7 +191,7 @@ func (g *guest) askToEnd(ctx context.Context, rec store.Guest) {
 		return
 	}
 	if err := g.m.d.Hypervisor.Shutdown(ctx, g.id); err != nil {
-		g.m.log.Warn("guest could not be asked to end, it is ended when its grace is over", keyGuest, g.id, "deadline", rec.Stop.Deadline, keyError, err)
+		g.m.log.Warn("guest could not be asked to end, it is ended when its grace is over", keyGuest, g.id, "deadline", rec.Stop.Deadline.Wall, keyError, err)
 		return
 	}
 	g.asked = true
