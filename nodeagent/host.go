@@ -27,6 +27,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/config"
 	"github.com/confidential-node/agent/nodeagent/lifecycle"
 	"github.com/confidential-node/agent/nodeagent/output"
+	"github.com/confidential-node/agent/nodeagent/store"
 )
 
 func socketFile(cfg config.Config) string { return filepath.Join(cfg.RunDir, admin.SocketName) }
@@ -203,6 +204,9 @@ func (a *agent) status(ctx context.Context) (admin.Status, error) {
 	}
 	warn := func(format string, args ...any) {
 		s.Warnings = append(s.Warnings, strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "; "))
+	}
+	for _, aside := range store.SetAside(storeFile(a.cfg)) {
+		warn("a damaged state file was set aside as %s: see whether the disk is sound (dmesg), end domains that no record accounts for, then remove the file", aside)
 	}
 	if doubt := a.clock.Doubt(); doubt != nil {
 		s.Clock.Trusted, s.Clock.Reason = false, doubt.Error()

@@ -146,12 +146,25 @@ func Open(path string, now func() time.Time, logger hclog.Logger) (*Store, error
 	if err == nil || !damaged(err) {
 		return s, err
 	}
-	aside := path + ".corrupt-" + now().UTC().Format("20060102T150405Z")
+	aside := path + asideSuffix + now().UTC().Format("20060102T150405Z")
 	logger.Error("store is damaged; set aside, and a new one begun", "path", path, "aside", aside, "err", err)
 	if err := os.Rename(path, aside); err != nil {
 		return nil, fmt.Errorf("setting a damaged store aside: %w", err)
 	}
 	return open(path)
+}
+
+// asideSuffix and the time follow the name of a store that was set aside.
+const asideSuffix = ".corrupt-"
+
+// SetAside are the files that were set aside for path and that nobody has
+// removed.
+func SetAside(path string) []string {
+	found, err := filepath.Glob(path + asideSuffix + "*")
+	if err != nil {
+		return nil // a state directory whose name is a pattern
+	}
+	return found
 }
 
 // damaged tells a broken file from a broken disk or missing rights.

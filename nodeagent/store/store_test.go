@@ -175,9 +175,9 @@ func TestADamagedStoreIsSetAside(t *testing.T) {
 			t.Errorf("%s: served as %+v, %v", name, e, err)
 		}
 		done(t, s.Close())
-		aside, err := filepath.Glob(path + ".corrupt-*")
-		if err != nil || len(aside) != 1 {
-			t.Errorf("%s: set aside as %v, %v", name, aside, err)
+		aside := SetAside(path)
+		if len(aside) != 1 {
+			t.Errorf("%s: set aside as %v", name, aside)
 		}
 		for _, a := range aside {
 			done(t, os.Remove(a))

@@ -101,7 +101,9 @@ func TestADamagedStateFileHarmsNoGuestAndRepeatsNothing(t *testing.T) {
 	}
 	err = trial.Await(within, "status to show the guest as nobody's", func() (bool, error) {
 		status, err := w.Host.Status(within)
-		return err == nil && len(status.Guests) == 1 && status.Guests[0].ID == o.GetGuestId() && strings.Contains(strings.Join(status.Warnings, " "), o.GetGuestId()), err
+		said := strings.Join(status.Warnings, " ")
+		return err == nil && len(status.Guests) == 1 && status.Guests[0].ID == o.GetGuestId() &&
+			strings.Contains(said, o.GetGuestId()) && strings.Contains(said, "state.db.corrupt-"), err
 	})
 	if err != nil {
 		t.Fatal(err)
