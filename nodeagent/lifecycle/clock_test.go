@@ -79,6 +79,33 @@ func TestAGuestsTimeOutlivesJumpsOfTheClock(t *testing.T) {
 	}
 }
 
+func TestALaunchsTimeOutlivesJumpsOfTheClock(t *testing.T) {
+	t.Parallel()
+	h, clocks := newHost(t), clocktest.New(time.Now())
+	var reads atomic.Int64
+	h.clock = func() clock.Instant {
+		reads.Add(1)
+		return clocks.Read()
+	}
+	h.world.Block("fetch", true)
+	m := h.life(t.Context(), nil)
+	if err := h.execute(t.Context(), m, h.command(nil)); err != nil {
+		t.Fatal(err)
+	}
+	h.until("it waits for its input", func() bool { return h.world.Calls("fetch") > 0 })
+	for _, jump := range []time.Duration{years, -2 * years} {
+		clocks.Step(jump)
+		before := reads.Load()
+		h.until("the clock was looked at", func() bool { return reads.Load() >= before+3 })
+	}
+	g, err := h.store.Guest(guestID)
+	if err != nil || g.Undoing {
+		t.Fatalf("ended before its time: %+v %v", g.Outcome, err)
+	}
+	clocks.Pass(g.Limits.Start) // suspended
+	h.ends(t.Context(), failed, "guest.start-timeout")
+}
+
 func TestAGraceOutlivesJumpsOfTheClock(t *testing.T) {
 	t.Parallel()
 	h, clocks := newHost(t), clocktest.New(time.Now())

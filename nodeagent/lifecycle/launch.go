@@ -21,7 +21,7 @@ import (
 func (g *guest) launch(ctx context.Context) error {
 	g.begun = true
 	rec := g.record()
-	within, cancel := context.WithTimeout(ctx, rec.AcceptedAt.Add(rec.Limits.Start).Sub(g.m.instant()))
+	within, cancel := g.m.by(ctx, rec.AcceptedAt.Add(rec.Limits.Start))
 	defer cancel()
 	g.mu.Lock()
 	g.cancel = cancel
@@ -98,7 +98,7 @@ func (g *guest) explain(ctx context.Context, s step, err error) *ending {
 	if end := g.stopped(); end != nil {
 		return end
 	}
-	if _, refused := errors.AsType[*contract.Refusal](err); !refused && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+	if _, refused := errors.AsType[*contract.Refusal](err); !refused && errors.Is(context.Cause(ctx), context.DeadlineExceeded) {
 		end := startTimeout(g.record())
 		end.why = end.why.Because(fmt.Errorf("in step %s: %w", s.name, err))
 		return end

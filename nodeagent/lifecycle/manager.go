@@ -226,6 +226,26 @@ func (m *Manager) pause(ctx context.Context, wake <-chan struct{}, d time.Durati
 	return nil
 }
 
+// by returns a context whose cause is context.DeadlineExceeded once it is at.
+// It looks at the clock meanwhile: timers stand still while the host is
+// suspended.
+func (m *Manager) by(ctx context.Context, at clock.Instant) (context.Context, context.CancelFunc) {
+	ctx, end := context.WithCancelCause(ctx)
+	m.mu.Lock()
+	group := m.group
+	m.mu.Unlock()
+	group.Go("deadline", func(context.Context) error {
+		for left := at.Sub(m.instant()); left > 0; left = at.Sub(m.instant()) {
+			if m.pause(ctx, nil, min(left, m.c.Poll)) != nil {
+				return nil //nolint:nilerr // nobody waits for it any more
+			}
+		}
+		end(context.DeadlineExceeded)
+		return nil
+	})
+	return ctx, func() { end(nil) }
+}
+
 func (m *Manager) restart(name string, task supervise.Task) {
 	m.mu.Lock()
 	group := m.group
