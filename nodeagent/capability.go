@@ -77,7 +77,7 @@ func localEndorsements(ctx context.Context, cfg config.Config, log hclog.Logger)
 	if _, err := os.ReadDir(endorsementCache(cfg)); err != nil {
 		return nil // not set up yet, or not root
 	}
-	p, err := openEndorsements(cfg, log)
+	p, err := openEndorsements(cfg, time.Now, log)
 	if err == nil {
 		_, err = p.Status(ctx) // asks the platform
 	}

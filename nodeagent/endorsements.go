@@ -27,14 +27,14 @@ func endorsementCache(cfg config.Config) string {
 }
 
 // openEndorsements is the provider of a configured host.
-func openEndorsements(cfg config.Config, logger hclog.Logger) (*endorsements.Provider, error) {
+func openEndorsements(cfg config.Config, now func() time.Time, logger hclog.Logger) (*endorsements.Provider, error) {
 	roots, err := snp.PinnedRoots()
 	if err != nil {
 		return nil, err
 	}
 	return endorsements.New(endorsements.Config{
 		Dir: endorsementCache(cfg), OperatorDir: cfg.EndorsementsDir, KeyService: cfg.KeyService,
-		Roots: roots, Platform: localPlatform(cfg), Now: time.Now, Logger: logger,
+		Roots: roots, Platform: localPlatform(cfg), Now: now, Logger: logger,
 	})
 }
 
@@ -85,7 +85,7 @@ func (f *endorsementFlags) open(cmd *cobra.Command) (*endorsements.Provider, con
 			return nil, cfg, err
 		}
 	}
-	p, err := openEndorsements(cfg, hclog.New(&hclog.LoggerOptions{Name: "nodeagent", Level: hclog.Warn, Output: cmd.ErrOrStderr()}))
+	p, err := openEndorsements(cfg, time.Now, hclog.New(&hclog.LoggerOptions{Name: "nodeagent", Level: hclog.Warn, Output: cmd.ErrOrStderr()}))
 	return p, cfg, err
 }
 

@@ -28,6 +28,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/headroom"
 	"github.com/confidential-node/agent/nodeagent/lifecycle"
 	"github.com/confidential-node/agent/nodeagent/output"
+	"github.com/confidential-node/agent/nodeagent/store"
 )
 
 func socketFile(cfg config.Config) string { return filepath.Join(cfg.RunDir, admin.SocketName) }
@@ -61,9 +62,9 @@ func makeDirs(cfg config.Config) error {
 
 // hostFacts are what the agent needs to know of its host once.
 type hostFacts struct {
-	bootID, cpuBrand, kernel string
-	capacity                 admit.Capacity
-	qemuUID, qemuGID         uint32
+	cpuBrand, kernel string
+	capacity         admit.Capacity
+	qemuUID, qemuGID uint32
 }
 
 // readHost reads the facts below root.
@@ -73,12 +74,11 @@ func readHost(root string, cfg config.Config) (hostFacts, error) {
 		return strings.TrimSpace(string(text)), err
 	}
 	var h hostFacts
-	var errs [4]error
+	var errs [3]error
 	var meminfo, cpuinfo string
-	h.bootID, errs[0] = read("proc/sys/kernel/random/boot_id")
-	h.kernel, errs[1] = read("proc/sys/kernel/osrelease")
-	meminfo, errs[2] = read("proc/meminfo")
-	cpuinfo, errs[3] = read("proc/cpuinfo")
+	h.kernel, errs[0] = read("proc/sys/kernel/osrelease")
+	meminfo, errs[1] = read("proc/meminfo")
+	cpuinfo, errs[2] = read("proc/cpuinfo")
 	if err := errors.Join(errs[:]...); err != nil {
 		return h, fmt.Errorf("reading host facts: %w", err)
 	}
@@ -191,7 +191,10 @@ func (s spoolOf) Receive(ctx context.Context, name string, r io.Reader) (lifecyc
 
 // heartbeat is what the control plane is told again and again.
 func (a *agent) heartbeat() *api.Heartbeat {
-	h := &api.Heartbeat{UptimeSeconds: uint64(time.Since(a.started).Seconds()), Guests: uint32(len(a.guests.Snapshot()))}
+	h := &api.Heartbeat{UptimeSeconds: uint64(a.clock.Now().Sub(a.started).Seconds()), Guests: uint32(len(a.guests.Snapshot()))}
+	if doubt := a.clock.Doubt(); doubt != nil {
+		h.ClockDoubt = doubt.Code
+	}
 	epoch, epochErr := a.store.Epoch()
 	_, cordoned, cordonErr := a.store.Cordon()
 	waiting, outboxErr := a.store.OutboxLen()
@@ -209,11 +212,18 @@ func (a *agent) status(ctx context.Context) (admin.Status, error) {
 	version, link := buildVersion(), a.link.Status()
 	s := admin.Status{
 		Header: output.NewHeader("Status"), HostID: a.cfg.HostID, Version: version.Version, Emulated: version.Emulated, TEE: a.cfg.TEE,
-		StartedAt: a.started, Guests: []admin.Guest{}, Warnings: []string{},
+		StartedAt: a.started.Wall, Clock: admin.Clock{Trusted: true, Now: a.clock.Wall()}, Guests: []admin.Guest{}, Warnings: []string{},
 		Control: admin.Control{Connected: link.Connected, State: string(link.State), Server: link.Server, LastRoundTrip: link.LastRoundTrip, LastError: link.LastError},
 	}
 	warn := func(format string, args ...any) {
 		s.Warnings = append(s.Warnings, strings.ReplaceAll(fmt.Sprintf(format, args...), "\n", "; "))
+	}
+	for _, aside := range store.SetAside(storeFile(a.cfg)) {
+		warn("a damaged state file was set aside as %s: see whether the disk is sound (dmesg), end domains that no record accounts for, then remove the file", aside)
+	}
+	if doubt := a.clock.Doubt(); doubt != nil {
+		s.Clock.Trusted, s.Clock.Reason = false, doubt.Error()
+		warn("%s: %s; %s", doubt.Code, doubt.Message, doubt.Remedy)
 	}
 	epoch, epochErr := a.store.Epoch()
 	reason, cordoned, cordonErr := a.store.Cordon()

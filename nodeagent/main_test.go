@@ -76,6 +76,7 @@ func TestMistakesEndInOneClearLineAndTheRightExitCode(t *testing.T) {
 		"unknown flag":        {[]string{"status", "--colour"}, exitUsage, "--colour"},
 		"bad format":          {[]string{"version", "-o", "xml"}, exitUsage, "xml"},
 		"surplus argument":    {[]string{"version", "x"}, exitUsage, "takes 0 argument"},
+		"no agent's clock":    {[]string{"clock", "accept", "--socket", filepath.Join(dir, "none.sock")}, exitUnreachable, "is nodeagent running"},
 		"no agent":            {[]string{"status", "--socket", filepath.Join(dir, "none.sock")}, exitUnreachable, "is nodeagent running"},
 		"unknown config key":  {[]string{"run", "--config", config}, exitFailed, `agent.toml:2: unknown key "colour"`},
 		"no config":           {[]string{"run", "--config", filepath.Join(dir, "none.toml")}, exitNotFound, "none.toml"},
@@ -149,6 +150,7 @@ func TestStatusTableTellsLinkEpochAndGuests(t *testing.T) {
 	s := admin.Status{
 		Header: output.NewHeader("Status"), HostID: "host-1", Version: "v1", TEE: "sev-snp", StartedAt: now.Add(-time.Hour),
 		Control:    admin.Control{Connected: true, State: "connected", Server: "tls://c:1", LastRoundTrip: now.Add(-3 * time.Second)},
+		Clock:      admin.Clock{Now: now, Reason: "it jumped (clock.jumped)"},
 		Hypervisor: "QEMU 10.1", Warnings: []string{"low on disk"}, Shortages: []string{"host.disk-full: full"}, IssuerEpoch: 0,
 		Guests: []admin.Guest{{ID: "g-1", Status: "running", Step: "domain", Since: now.Add(-time.Minute), VCPUs: 2, MemoryMiB: 1024, Ports: []admin.Port{{Guest: 8000, Host: 20000}}}},
 	}
@@ -156,7 +158,7 @@ func TestStatusTableTellsLinkEpochAndGuests(t *testing.T) {
 	if err := printStatus(&out, s, now); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"last confirmed round trip 3s ago", "none yet", "low on disk", "closed: the host", "host.disk-full: full", "g-1", "1m0s", "domain", "20000->8000", "connected to tls://c:1 (connected)"} {
+	for _, want := range []string{"last confirmed round trip 3s ago", "none yet", "low on disk", "closed: the host", "host.disk-full: full", "g-1", "1m0s", "domain", "20000->8000", "connected to tls://c:1 (connected)", "NOT TRUSTED, nothing is launched: it jumped"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in\n%s", want, out.String())
 		}

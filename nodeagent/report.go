@@ -87,7 +87,7 @@ func (a *agent) lookAtHost(ctx context.Context) *api.Capability {
 		})
 	}
 	facts := softwareFacts(ctx, a.host.kernel, firmwareDirs("/", a.cfg), a.driver.Versions, a.log)
-	facts.Endorsements = endorsementFacts(a.endorsements)
+	facts.Now, facts.Endorsements = a.clock.Wall(), endorsementFacts(a.endorsements)
 	c.LibvirtVersion, c.QemuVersion = facts.Libvirt, facts.QEMU
 	capability.Fill(c, lookAtMachine(), capability.Judge(facts))
 	return c
@@ -104,7 +104,7 @@ func (a *agent) watchCapability(ctx context.Context) error {
 	tick := time.NewTicker(reportEvery)
 	defer tick.Stop()
 	for {
-		changed, err := capability.Tell(a.store, a.cfg.HostID, time.Now(), a.lookAtHost(ctx))
+		changed, err := capability.Tell(a.store, a.cfg.HostID, a.clock.Wall(), a.lookAtHost(ctx))
 		switch {
 		case err != nil:
 			a.log.Error("telling what changed about the host; it is tried again", "err", err)

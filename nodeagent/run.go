@@ -19,6 +19,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/admin"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/blob"
+	"github.com/confidential-node/agent/nodeagent/clock"
 	"github.com/confidential-node/agent/nodeagent/config"
 	"github.com/confidential-node/agent/nodeagent/control"
 	"github.com/confidential-node/agent/nodeagent/endorsements"
@@ -30,6 +31,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/platform"
 	"github.com/confidential-node/agent/nodeagent/store"
 	"github.com/confidential-node/agent/nodeagent/supervise"
+	"github.com/confidential-node/agent/nodeagent/watchdog"
 	"github.com/confidential-node/agent/vm/libvirt"
 )
 
@@ -82,9 +84,11 @@ type agent struct {
 	cfg     config.Config
 	log     hclog.Logger
 	host    hostFacts
-	started time.Time
+	started clock.Instant
 
+	watchdog     *watchdog.Watchdog
 	store        *store.Store
+	clock        *clock.Clock
 	driver       *libvirt.Driver
 	network      *network.Host
 	relay        *relay.Router
@@ -106,6 +110,8 @@ func runAgent(ctx context.Context, cfg config.Config, logger hclog.Logger) (err 
 	}
 	defer func() { err = errors.Join(err, a.metadata.Shutdown(), a.store.Close()) }()
 	tasks := supervise.New(ctx, logger)
+	tasks.Go("clock", a.clock.Run)
+	tasks.Go("watchdog", a.watchdog.Run)
 	tasks.Go("hypervisor", a.driver.Run)
 	tasks.Go("network", a.network.Run)
 	tasks.Go("relay", a.relay.Run)
@@ -119,11 +125,7 @@ func runAgent(ctx context.Context, cfg config.Config, logger hclog.Logger) (err 
 	tasks.Go("headroom", a.headroom.Run)
 	tasks.Go("memory", returnMemory)
 	logger.Info("started", "host_id", cfg.HostID, "tee", cfg.TEE, "emulated_build", platform.EmulatedBuild)
-	err = serve(ctx, tasks, func(state string) {
-		if _, err := daemon.SdNotify(false, state); err != nil {
-			logger.Warn("systemd could not be told", "state", state, "err", err)
-		}
-	})
+	err = serve(ctx, tasks, tellSystemd(logger))
 	logger.Info("stopped, guests go on running")
 	return err
 }
@@ -142,7 +144,7 @@ func serve(ctx context.Context, tasks *supervise.Group, notify func(state string
 
 // build is the one wiring list.
 func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
-	a = &agent{cfg: cfg, log: logger, started: time.Now()}
+	a = &agent{cfg: cfg, log: logger}
 	tee, err := platform.Select(cfg)
 	if err != nil {
 		return nil, err
@@ -187,21 +189,22 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 		return nil, err
 	}
 	a.relay = newRelay(cfg, logger)
-	if a.endorsements, err = openEndorsements(cfg, logger); err != nil {
+	if err := a.openStore(); err != nil {
 		return nil, err
 	}
-	if a.store, err = store.Open(storeFile(cfg), time.Now, logger); err != nil {
-		return nil, err
+	if a.endorsements, err = openEndorsements(cfg, a.clock.Wall, logger); err != nil {
+		return nil, errors.Join(err, a.store.Close())
 	}
 	a.headroom = headroom.New("/", writtenFolders(cfg), logger)
 	a.driver = libvirt.New(cfg.Libvirt.URI, logger)
-	a.metadata = metadata.New(logger, time.Now)
+	a.metadata = metadata.New(logger, a.clock.Wall)
 	a.guests, err = lifecycle.New(lifecycle.Deps{
 		Records: a.store, Hypervisor: a.driver, Network: a.network, Relay: a.relay, Metadata: a.metadata,
 		Blobs: blobs{cache}, Spools: spoolsOf{spools}, Images: a.images, Measure: lifecycle.Predict, Headroom: a.headroom.Left, TEE: tee, GPURule: gpu.Rule,
 		Endorsements: a.endorsements.Endorsements, Logger: logger, Hook: failpoint.FromEnvironment().Hit,
+		Clock: a.clock.Now, Doubt: a.clock.Doubt, Turned: a.watchdog.Loop("guests", guestsPatience),
 	}, lifecycle.Config{
-		HostID: cfg.HostID, BootID: a.host.bootID, GuestsDir: guestsDir(cfg), Policy: cfg.Policy, Capacity: a.host.capacity,
+		HostID: cfg.HostID, BootID: a.started.BootID, GuestsDir: guestsDir(cfg), Policy: cfg.Policy, Capacity: a.host.capacity,
 		Network: networkConfig, SharedTLS: cfg.Network.TLS, TapUser: a.host.qemuUID, TapGroup: a.host.qemuGID, DNS: dnsOf(cfg), Emulated: cfg.TEE == config.TEEEmulated,
 	})
 	if err != nil {
@@ -209,18 +212,19 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	}
 	a.inbox, err = inbox.New(inbox.Deps{
 		Journal: a.store, Executor: a.guests, Ready: a.guests.Ready(), Keys: issuers, HostID: cfg.HostID, Features: api.Features(), Logger: logger,
+		Clock: a.clock.Now, Doubt: a.clock.Doubt,
 	})
 	if err != nil {
 		return nil, errors.Join(err, a.store.Close())
 	}
 	a.link, err = control.New(control.Deps{
-		Transport: transport, Inbox: a.inbox, Outbox: a.store, HostID: cfg.HostID, Heartbeat: a.heartbeat, Capability: a.capability,
+		Transport: watched{transport, a.watchdog.Loop("link", linkPatience(cfg))}, Clock: a.clock.Wall, Inbox: a.inbox, Outbox: a.store, HostID: cfg.HostID, Heartbeat: a.heartbeat, Capability: a.capability,
 		Interval: time.Duration(cfg.Control.Heartbeat), DeadMan: time.Duration(cfg.Control.DeadMan), Logger: logger,
 	})
 	if err != nil {
 		return nil, errors.Join(err, a.store.Close())
 	}
-	a.socket = admin.New(socketFile(cfg), a.status)
+	a.socket = admin.New(socketFile(cfg), a.status, a.clock.Accept)
 	return a, nil
 }
 
@@ -235,7 +239,7 @@ func (a *agent) prune(ctx context.Context) error {
 	tick := time.NewTicker(pruneEvery)
 	defer tick.Stop()
 	for {
-		switch n, err := a.store.PruneCommands(time.Now().Add(-2 * inbox.DefaultSkew)); {
+		switch n, err := a.store.PruneCommands(a.clock.Wall().Add(-2 * inbox.DefaultSkew)); {
 		case errors.Is(err, store.ErrDamaged):
 			return fmt.Errorf("forgetting expired commands: %w", err)
 		case err != nil:

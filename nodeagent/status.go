@@ -77,6 +77,11 @@ func printStatus(out io.Writer, s admin.Status, now time.Time) error {
 	for _, shortage := range s.Shortages {
 		fmt.Fprintf(w, "\t%s\n", shortage)
 	}
+	trusted := "trusted"
+	if !s.Clock.Trusted {
+		trusted = "NOT TRUSTED, nothing is launched: " + s.Clock.Reason
+	}
+	fmt.Fprintf(w, "clock\t%s, %s\n", s.Clock.Now.UTC().Format(time.RFC3339), trusted)
 	fmt.Fprintf(w, "outbox\t%d events waiting\n", s.Outbox)
 	fmt.Fprintf(w, "guests\t%d\n", len(s.Guests))
 	for _, warning := range s.Warnings {

@@ -101,7 +101,7 @@ func collectKeys(typ reflect.Type, visit func(string)) {
 func TestUnitKeepsGuestsAliveAndStateClosed(t *testing.T) {
 	t.Parallel()
 	unit := read(t, "nodeagent.service")
-	for _, line := range []string{"KillMode=process", "Type=notify", "StateDirectoryMode=0700", "RuntimeDirectoryMode=0711", "LimitCORE=0"} {
+	for _, line := range []string{"KillMode=process", "Type=notify", "WatchdogSec=60", "Restart=on-failure", "StateDirectoryMode=0700", "RuntimeDirectoryMode=0711", "LimitCORE=0"} {
 		if !bytes.Contains(unit, []byte("\n"+line+"\n")) {
 			t.Errorf("unit lacks %s", line)
 		}

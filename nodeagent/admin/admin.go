@@ -1,6 +1,7 @@
 // Package admin is the agent's local door: HTTP over a unix socket that only
-// root can open (0600), used by the agent's own verbs. It owns the socket,
-// answers from snapshots, and changes nothing. A Server may be used from many
+// root can open (0600), used by the agent's own verbs. It owns the socket and
+// answers from snapshots; the one change it passes on is the operator's word
+// about the clock. A Server may be used from many
 // goroutines; Run ends when its context does.
 package admin
 
@@ -17,6 +18,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/output"
 )
 
@@ -47,8 +49,17 @@ type Status struct {
 	// Shortages are what the host has too little of for another guest, each
 	// with its remedy; while there is one, admission is closed.
 	Shortages []string `json:"shortages,omitempty"`
+	Clock     Clock    `json:"clock"`
 	// Warnings are findings that need an operator, each with its remedy.
 	Warnings []string `json:"warnings"`
+}
+
+// Clock is the agent's time, and whether the host's clock can be believed.
+type Clock struct {
+	Trusted bool      `json:"trusted"`
+	Now     time.Time `json:"now"`
+	// Reason is why it cannot be.
+	Reason string `json:"reason,omitempty"`
 }
 
 // Control is the state of the link to the control plane.
@@ -89,13 +100,14 @@ type Port struct {
 
 // Server answers on the socket.
 type Server struct {
-	path   string
-	status func(context.Context) (Status, error)
+	path        string
+	status      func(context.Context) (Status, error)
+	acceptClock func() error
 }
 
 // New returns a server that will listen on path.
-func New(path string, status func(context.Context) (Status, error)) *Server {
-	return &Server{path, status}
+func New(path string, status func(context.Context) (Status, error), acceptClock func() error) *Server {
+	return &Server{path, status, acceptClock}
 }
 
 // Run listens until ctx ends. A socket left over by a dead agent is replaced;
@@ -115,6 +127,17 @@ func (s *Server) Run(ctx context.Context) error {
 		}
 		w.Header().Set("Content-Type", "application/json")
 		_ = json.NewEncoder(w).Encode(status)
+	})
+	mux.HandleFunc("POST /v1/clock/accept", func(w http.ResponseWriter, _ *http.Request) {
+		err := s.acceptClock()
+		if refusal, ok := errors.AsType[*contract.Refusal](err); ok {
+			w.WriteHeader(http.StatusPreconditionFailed)
+			_ = json.NewEncoder(w).Encode(refusal)
+			return
+		}
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+		}
 	})
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 8 << 10}
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
@@ -148,37 +171,56 @@ func listen(ctx context.Context, config *net.ListenConfig, path string) (net.Lis
 // FetchStatus asks the agent behind the socket. An error wraps ErrUnreachable
 // when nobody answers.
 func FetchStatus(ctx context.Context, socket string) (Status, error) {
-	client := &http.Client{Transport: &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-		},
-		DisableKeepAlives: true,
-	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent/v1/status", http.NoBody)
+	body, err := ask(ctx, socket, http.MethodGet, "/v1/status")
 	if err != nil {
 		return Status{}, err
-	}
-	resp, err := client.Do(req)
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
-		return Status{}, fmt.Errorf("%w: nothing listens on %s; is nodeagent running? (systemctl status nodeagent, or --socket)", ErrUnreachable, socket)
-	}
-	if errors.Is(err, os.ErrPermission) {
-		return Status{}, fmt.Errorf("%w: no permission to open %s; run as root", ErrUnreachable, socket)
-	}
-	if err != nil {
-		return Status{}, fmt.Errorf("%w: %w", ErrUnreachable, err)
-	}
-	defer resp.Body.Close() //nolint:errcheck // read only
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxReplyBytes))
-	if err != nil {
-		return Status{}, fmt.Errorf("reading status: %w", err)
-	}
-	if resp.StatusCode != http.StatusOK {
-		return Status{}, fmt.Errorf("asking for status: %s", body)
 	}
 	var status Status
 	if err := json.Unmarshal(body, &status); err != nil {
 		return Status{}, fmt.Errorf("reading status: %w", err)
 	}
 	return status, nil
+}
+
+// AcceptClock tells the agent behind the socket that the host's clock is
+// right. It is refused for a clock that cannot be.
+func AcceptClock(ctx context.Context, socket string) error {
+	_, err := ask(ctx, socket, http.MethodPost, "/v1/clock/accept")
+	return err
+}
+
+// ask returns the body of the agent's answer.
+func ask(ctx context.Context, socket, method, path string) ([]byte, error) {
+	client := &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		},
+		DisableKeepAlives: true,
+	}}
+	req, err := http.NewRequestWithContext(ctx, method, "http://agent"+path, http.NoBody)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
+		return nil, fmt.Errorf("%w: nothing listens on %s; is nodeagent running? (systemctl status nodeagent, or --socket)", ErrUnreachable, socket)
+	}
+	if errors.Is(err, os.ErrPermission) {
+		return nil, fmt.Errorf("%w: no permission to open %s; run as root", ErrUnreachable, socket)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
+	}
+	defer resp.Body.Close() //nolint:errcheck // read only
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxReplyBytes))
+	if err != nil {
+		return nil, fmt.Errorf("reading the agent's answer: %w", err)
+	}
+	switch refusal := (&contract.Refusal{}); {
+	case resp.StatusCode == http.StatusOK:
+		return body, nil
+	case resp.StatusCode == http.StatusPreconditionFailed && json.Unmarshal(body, refusal) == nil:
+		return nil, refusal
+	}
+	return nil, fmt.Errorf("asking the agent: %s", body)
 }

@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/output"
 )
 
@@ -28,7 +29,8 @@ func TestStatusTravelsOverASocketOnlyItsOwnerCanOpen(t *testing.T) {
 	}
 
 	want := Status{Header: output.NewHeader("Status"), HostID: "host-1", Guests: []Guest{{ID: "g", VCPUs: 2}}}
-	server := New(socket, func(context.Context) (Status, error) { return want, nil })
+	var wrong error
+	server := New(socket, func(context.Context) (Status, error) { return want, nil }, func() error { return wrong })
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- server.Run(ctx) }()
@@ -46,6 +48,13 @@ func TestStatusTravelsOverASocketOnlyItsOwnerCanOpen(t *testing.T) {
 	}
 	if got.Guests[0].VCPUs != 2 || got.Kind != "Status" {
 		t.Errorf("got %+v", got)
+	}
+	if err := AcceptClock(t.Context(), socket); err != nil {
+		t.Errorf("accepting the clock: %v", err)
+	}
+	wrong = contract.Refuse("clock.before-build", "set it", "it is 1970")
+	if err := AcceptClock(t.Context(), socket); err == nil || contract.AsRefusal(err).Code != "clock.before-build" || contract.AsRefusal(err).Remedy != "set it" {
+		t.Errorf("accepting a wrong clock: %v", err)
 	}
 	info, err := os.Stat(socket)
 	if err != nil || info.Mode().Perm() != 0o600 {

@@ -32,7 +32,8 @@ const (
 	// CodeStoreMismatch: a BeginEpoch for another store than this one.
 	CodeStoreMismatch = "command.store-mismatch"
 	// CodeReplayed: the sequence is at or below the store's floor, so that
-	// the command was carried out before or overtaken long ago.
+	// the command was carried out before or overtaken long ago; or it was
+	// issued before its epoch was begun for this store.
 	CodeReplayed = "command.replayed"
 	// CodeFeatureUnknown: a required feature this node does not have.
 	CodeFeatureUnknown = "command.feature-unknown"

@@ -28,4 +28,7 @@
 //     again with the names of what changed (changed). Commands are as before.
 //   - 3 (2026-11-25): ResultGivenUp; a further StopGuest ends the wait for an
 //     object store.
+//   - 4 (2026-11-26): Heartbeat says why the host's clock cannot be believed
+//     (clock_doubt); commands issued before the BeginEpoch of their epoch are
+//     refused as replays.
 package api

@@ -1159,7 +1159,8 @@ func (*Uncordon) Descriptor() ([]byte, []int) {
 
 // BeginEpoch opens a new issuer epoch on a node whose store is new or was
 // lost. Until then the node refuses everything else, because it cannot know
-// which commands it has already carried out.
+// which commands it has already carried out. Commands of the epoch whose
+// not_before is before that of its BeginEpoch are refused as replays.
 type BeginEpoch struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Must be the command's issuer_epoch and higher than the node's.
@@ -2753,7 +2754,11 @@ type Heartbeat struct {
 	// Random id of the store, 16 bytes.
 	StoreId []byte `protobuf:"bytes,5,opt,name=store_id,json=storeId,proto3" json:"store_id,omitempty"`
 	// Events waiting in the outbox.
-	Outbox        uint64 `protobuf:"varint,6,opt,name=outbox,proto3" json:"outbox,omitempty"`
+	Outbox uint64 `protobuf:"varint,6,opt,name=outbox,proto3" json:"outbox,omitempty"`
+	// Why the host's clock cannot be believed, as a refusal's code
+	// ("clock.jumped", "clock.behind", "clock.before-build"); empty when it can.
+	// Launches are refused with it until the clock can be believed again.
+	ClockDoubt    string `protobuf:"bytes,7,opt,name=clock_doubt,json=clockDoubt,proto3" json:"clock_doubt,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2828,6 +2833,13 @@ func (x *Heartbeat) GetOutbox() uint64 {
 		return x.Outbox
 	}
 	return 0
+}
+
+func (x *Heartbeat) GetClockDoubt() string {
+	if x != nil {
+		return x.ClockDoubt
+	}
+	return ""
 }
 
 var File_node_proto protoreflect.FileDescriptor
@@ -3068,14 +3080,16 @@ const file_node_proto_rawDesc = "" +
 	"\x15certificate_not_after\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x13certificateNotAfter\x12A\n" +
 	"\x0frevocation_list\x18\x03 \x01(\x0e2\x18.nodeagent.v1.ConclusionR\x0erevocationList\x12Y\n" +
 	"\x1brevocation_list_next_update\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x18revocationListNextUpdate\x121\n" +
-	"\bfindings\x18\x05 \x03(\v2\x15.nodeagent.v1.FindingR\bfindings\"\xbc\x01\n" +
+	"\bfindings\x18\x05 \x03(\v2\x15.nodeagent.v1.FindingR\bfindings\"\xdd\x01\n" +
 	"\tHeartbeat\x12%\n" +
 	"\x0euptime_seconds\x18\x01 \x01(\x04R\ruptimeSeconds\x12\x1a\n" +
 	"\bcordoned\x18\x02 \x01(\bR\bcordoned\x12\x16\n" +
 	"\x06guests\x18\x03 \x01(\rR\x06guests\x12!\n" +
 	"\fissuer_epoch\x18\x04 \x01(\x04R\vissuerEpoch\x12\x19\n" +
 	"\bstore_id\x18\x05 \x01(\fR\astoreId\x12\x16\n" +
-	"\x06outbox\x18\x06 \x01(\x04R\x06outbox*\x80\x02\n" +
+	"\x06outbox\x18\x06 \x01(\x04R\x06outbox\x12\x1f\n" +
+	"\vclock_doubt\x18\a \x01(\tR\n" +
+	"clockDoubt*\x80\x02\n" +
 	"\vGuestStatus\x12\x1c\n" +
 	"\x18GUEST_STATUS_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15GUEST_STATUS_ACCEPTED\x10\x01\x12\x18\n" +

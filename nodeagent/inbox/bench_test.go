@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock/clocktest"
 	"github.com/confidential-node/agent/nodeagent/inbox"
 	"github.com/confidential-node/agent/nodeagent/store"
 )
@@ -28,7 +29,7 @@ func BenchmarkDrain(b *testing.B) {
 		executor := &counter{left: commands, done: cancel}
 		x, err := inbox.New(inbox.Deps{
 			Journal: s, Executor: executor, Keys: []ed25519.PublicKey{bytes.Repeat([]byte{1}, ed25519.PublicKeySize)},
-			HostID: host, Logger: hclog.NewNullLogger(),
+			HostID: host, Logger: hclog.NewNullLogger(), Clock: clocktest.Wall,
 		})
 		if err != nil {
 			b.Fatal(err)
@@ -56,7 +57,7 @@ func filled(b *testing.B, commands, size int) *store.Store {
 	if err != nil {
 		b.Fatal(err)
 	}
-	if err := s.BeginEpoch(1); err != nil {
+	if err := s.BeginEpoch(1, time.Time{}); err != nil {
 		b.Fatal(err)
 	}
 	cmd := command(1)

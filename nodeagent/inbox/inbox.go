@@ -34,6 +34,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock"
 )
 
 const (
@@ -80,8 +81,10 @@ type Deps struct {
 	HostID string
 	// Features the node has; see api.Features.
 	Features []string
-	// Clock is time.Now when nil.
-	Clock func() time.Time
+	// Clock is the agent's time: (*clock.Clock).Now.
+	Clock func() clock.Instant
+	// Doubt, unless nil, says why nothing may be launched by that time.
+	Doubt func() *contract.Refusal
 	// Skew is DefaultSkew when 0.
 	Skew   time.Duration
 	Logger hclog.Logger
@@ -105,11 +108,8 @@ type Inbox struct {
 
 // New makes an inbox. Nothing happens before Receive or Run.
 func New(d Deps) (*Inbox, error) {
-	if d.Journal == nil || d.Executor == nil || d.Logger == nil || !api.ValidHostID(d.HostID) || len(d.Keys) == 0 {
-		return nil, errors.New("making inbox: journal, executor, logger, host id and issuer keys are required")
-	}
-	if d.Clock == nil {
-		d.Clock = time.Now
+	if d.Journal == nil || d.Executor == nil || d.Logger == nil || d.Clock == nil || !api.ValidHostID(d.HostID) || len(d.Keys) == 0 {
+		return nil, errors.New("making inbox: journal, executor, logger, clock, host id and issuer keys are required")
 	}
 	if d.Skew == 0 {
 		d.Skew = DefaultSkew
@@ -171,18 +171,33 @@ func (x *Inbox) Receive(ctx context.Context, raw []byte) error {
 }
 
 // judge applies every check after identity, in order.
-func (x *Inbox) judge(cmd *api.Command, epoch Epoch, now time.Time) *contract.Refusal {
+func (x *Inbox) judge(cmd *api.Command, epoch Epoch, now clock.Instant) *contract.Refusal {
 	if err := cmd.Check(); err != nil {
 		return contract.AsRefusal(err)
 	}
 	for _, r := range []*contract.Refusal{
-		x.checkWindow(cmd, now), checkEpoch(cmd, epoch), checkReplay(cmd, epoch), x.checkFeatures(cmd), x.checkQueue(cmd),
+		x.checkClock(cmd), x.checkWindow(cmd, now.Wall), checkEpoch(cmd, epoch), checkReplay(cmd, epoch), x.checkFeatures(cmd), x.checkQueue(cmd),
 	} {
 		if r != nil {
 			return r
 		}
 	}
 	return nil
+}
+
+// checkClock comes before the window, which is judged by that clock.
+func (x *Inbox) checkClock(cmd *api.Command) *contract.Refusal {
+	if cmd.GetLaunchGuest() == nil {
+		return nil
+	}
+	return x.doubt()
+}
+
+func (x *Inbox) doubt() *contract.Refusal {
+	if x.d.Doubt == nil {
+		return nil
+	}
+	return x.d.Doubt()
 }
 
 func (x *Inbox) checkWindow(cmd *api.Command, now time.Time) *contract.Refusal {
@@ -222,9 +237,14 @@ func checkEpoch(cmd *api.Command, epoch Epoch) *contract.Refusal {
 }
 
 func checkReplay(cmd *api.Command, epoch Epoch) *contract.Refusal {
-	if cmd.GetIssuerEpoch() == epoch.Number && cmd.GetSequence() <= epoch.Floor {
+	switch {
+	case cmd.GetIssuerEpoch() != epoch.Number:
+	case cmd.GetSequence() <= epoch.Floor:
 		return contract.Refuse(api.CodeReplayed, "issue it again with a new id and a higher sequence",
 			"sequence %d is not above %d, up to which commands are over", cmd.GetSequence(), epoch.Floor)
+	case cmd.GetNotBefore().AsTime().Before(epoch.Since):
+		return contract.Refuse(api.CodeReplayed, "issue it again with a new id",
+			"the command is from before the issuer began the epoch at %s", stamp(epoch.Since))
 	}
 	return nil
 }
@@ -249,9 +269,9 @@ func (x *Inbox) checkQueue(cmd *api.Command) *contract.Refusal {
 }
 
 // accept stores a command that passed every check.
-func (x *Inbox) accept(cmd *api.Command, epoch Epoch, now time.Time) error {
+func (x *Inbox) accept(cmd *api.Command, epoch Epoch, now clock.Instant) error {
 	if begin := cmd.GetBeginEpoch(); begin != nil && begin.GetEpoch() > epoch.Number {
-		if err := x.d.Journal.BeginEpoch(begin.GetEpoch()); err != nil {
+		if err := x.d.Journal.BeginEpoch(begin.GetEpoch(), cmd.GetNotBefore().AsTime()); err != nil {
 			return fmt.Errorf("beginning epoch: %w", err)
 		}
 		x.d.Logger.Info("issuer epoch begun", "epoch", begin.GetEpoch())
@@ -260,7 +280,7 @@ func (x *Inbox) accept(cmd *api.Command, epoch Epoch, now time.Time) error {
 }
 
 // store puts a command into the journal and the queue.
-func (x *Inbox) store(cmd *api.Command, now time.Time) error {
+func (x *Inbox) store(cmd *api.Command, now clock.Instant) error {
 	fresh, err := x.add(cmd, now, false)
 	if err != nil {
 		return err
@@ -272,7 +292,7 @@ func (x *Inbox) store(cmd *api.Command, now time.Time) error {
 	return nil
 }
 
-func (x *Inbox) add(cmd *api.Command, now time.Time, done bool) (bool, error) {
+func (x *Inbox) add(cmd *api.Command, now clock.Instant, done bool) (bool, error) {
 	payload, err := proto.Marshal(cmd)
 	if err != nil {
 		return false, fmt.Errorf("encoding command: %w", err)
@@ -284,7 +304,7 @@ func (x *Inbox) add(cmd *api.Command, now time.Time, done bool) (bool, error) {
 	if stop := cmd.GetStopGuest(); stop != nil {
 		c.Guest, c.Generation = stop.GetGuestId(), stop.GetGeneration()
 		// It is a fence for as long as a launch signed before it may come.
-		c.ExpiresAt = later(c.ExpiresAt, now.Add(api.MaxWindow+2*x.d.Skew))
+		c.ExpiresAt = later(c.ExpiresAt, now.Wall.Add(api.MaxWindow+2*x.d.Skew))
 	}
 	if launch := cmd.GetLaunchGuest(); launch != nil {
 		c.Guest, c.Generation = launch.GetGuestId(), launch.GetGeneration()
@@ -314,10 +334,13 @@ func later(a, b time.Time) time.Time {
 // retire remembers the id of a refused command that might be acceptable
 // later (another time, an upgraded agent), so that nobody makes it take
 // effect by repeating it after its refusal was reported.
-func (x *Inbox) retire(cmd *api.Command, epoch Epoch, now time.Time) error {
+func (x *Inbox) retire(cmd *api.Command, epoch Epoch, now clock.Instant) error {
 	from, to := cmd.GetNotBefore().AsTime(), cmd.GetExpiresAt().AsTime()
 	lasting := cmd.GetIssuerEpoch() != epoch.Number || cmd.GetSequence() <= epoch.Floor || epoch.Number == 0 ||
-		to.Sub(from) > api.MaxWindow || from.Sub(now) > api.MaxWindow || x.expired(cmd, now)
+		from.Before(epoch.Since) || to.Sub(from) > api.MaxWindow
+	if x.doubt() == nil { // otherwise it may yet be in time, by a clock that was set
+		lasting = lasting || from.Sub(now.Wall) > api.MaxWindow || x.expired(cmd, now.Wall)
+	}
 	if lasting || cmd.GetCommandId() == "" {
 		return nil
 	}
@@ -329,7 +352,7 @@ func (x *Inbox) retire(cmd *api.Command, epoch Epoch, now time.Time) error {
 
 // refuseLocked reports the refusal of a command an issuer signed.
 func (x *Inbox) refuseLocked(sum [sha256.Size]byte, cmd *api.Command, r *contract.Refusal) error {
-	if err := x.d.Journal.AppendEvents(api.NewRefused(x.d.HostID, cmd.GetCommandId(), x.d.Clock(), r, sum[:])); err != nil {
+	if err := x.d.Journal.AppendEvents(api.NewRefused(x.d.HostID, cmd.GetCommandId(), x.d.Clock().Wall, r, sum[:])); err != nil {
 		return fmt.Errorf("storing refusal: %w", err)
 	}
 	x.rememberLocked(sum)
@@ -344,7 +367,7 @@ func (x *Inbox) refuseUnsignedLocked(sum [sha256.Size]byte, r *contract.Refusal)
 		return fmt.Errorf("reading outbox: %w", err)
 	}
 	if waiting < maxUnsigned {
-		if err := x.d.Journal.AppendEvents(api.NewRefused(x.d.HostID, "", x.d.Clock(), r, sum[:])); err != nil {
+		if err := x.d.Journal.AppendEvents(api.NewRefused(x.d.HostID, "", x.d.Clock().Wall, r, sum[:])); err != nil {
 			return fmt.Errorf("storing refusal: %w", err)
 		}
 	}

@@ -16,7 +16,10 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock"
+	"github.com/confidential-node/agent/nodeagent/clock/clocktest"
 	"github.com/confidential-node/agent/nodeagent/inbox"
 	"github.com/confidential-node/agent/nodeagent/inbox/inboxtest"
 )
@@ -57,16 +60,18 @@ type node struct {
 	journal  *inboxtest.Journal
 	executor *recorder
 	key      ed25519.PrivateKey
+	clock    func() clock.Instant
+	doubt    func() *contract.Refusal
 }
 
 func newNode(t *testing.T, epoch uint64) *node {
 	t.Helper()
 	n := &node{
 		t: t, journal: inboxtest.New(7), executor: &recorder{},
-		key: ed25519.NewKeyFromSeed(bytes.Repeat([]byte{1}, 32)),
+		key: ed25519.NewKeyFromSeed(bytes.Repeat([]byte{1}, 32)), clock: clocktest.Wall,
 	}
 	if epoch > 0 {
-		if err := n.journal.BeginEpoch(epoch); err != nil {
+		if err := n.journal.BeginEpoch(epoch, time.Time{}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -83,7 +88,7 @@ func (n *node) restartWhen(ready <-chan struct{}) {
 	var err error
 	n.Inbox, err = inbox.New(inbox.Deps{
 		Journal: n.journal, Executor: n.executor, Ready: ready, Keys: []ed25519.PublicKey{ed25519.PublicKey(n.key[32:])},
-		HostID: host, Features: []string{"a.b"}, Logger: hclog.NewNullLogger(),
+		HostID: host, Features: []string{"a.b"}, Logger: hclog.NewNullLogger(), Clock: n.clock, Doubt: n.doubt,
 	})
 	if err != nil {
 		n.t.Fatal(err)

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock"
 )
 
 // Epoch is the issuer epoch a store is in.
@@ -16,6 +17,10 @@ type Epoch struct {
 	Floor uint64
 	// StoreID is random per store.
 	StoreID [16]byte
+	// Since is when the issuer began the epoch, by its own clock. What it
+	// issued earlier is not of this epoch, even if it counts epochs anew. Zero
+	// in stores of agents that did not note it.
+	Since time.Time
 }
 
 // Command is one accepted command.
@@ -23,7 +28,8 @@ type Command struct {
 	ID              string
 	Epoch, Sequence uint64
 	// ExpiresAt bounds how long the id must be remembered.
-	ExpiresAt, ReceivedAt time.Time
+	ExpiresAt  time.Time
+	ReceivedAt clock.Instant
 	// Verb is the name of the command's verb in the wire format.
 	Verb string
 	// Guest and Generation are those of a StopGuest or LaunchGuest.
@@ -50,8 +56,9 @@ var ErrUnreadable = errors.New("stored command cannot be read")
 // change survives a power failure.
 type Journal interface {
 	Epoch() (Epoch, error)
-	// BeginEpoch moves to a higher epoch, with floor 0.
-	BeginEpoch(number uint64) error
+	// BeginEpoch moves to a higher epoch, with floor 0, begun at a time of the
+	// issuer's clock.
+	BeginEpoch(number uint64, since time.Time) error
 	// KnownCommand reports whether the id was added and is still remembered.
 	KnownCommand(id string) (bool, error)
 	// AddCommand remembers a command; fresh is false when the id is known.

@@ -92,15 +92,20 @@ func (x *Inbox) load() error {
 	x.queue.reset(pending)
 	x.fences = fences{}
 	for _, c := range stops {
-		x.fences.add(c, x.d.Clock())
+		x.fences.add(c, x.d.Clock().Wall)
 	}
 	return nil
 }
 
 // patience is how long a challenge may take.
-func (x *Inbox) patience(cmd *api.Command) time.Duration {
-	left := cmd.GetExpiresAt().AsTime().Add(x.d.Skew).Sub(x.d.Clock())
-	return max(min(left, evidenceTimeout), time.Millisecond)
+func (x *Inbox) patience(c Command) time.Duration {
+	return max(min(x.left(c), evidenceTimeout), time.Millisecond)
+}
+
+// left is how long a stored command is still valid: what its window had left
+// when it was received, by the time that has passed since then.
+func (x *Inbox) left(c Command) time.Duration {
+	return c.ExpiresAt.Add(x.d.Skew).Sub(c.ReceivedAt.Wall) - x.d.Clock().Sub(c.ReceivedAt)
 }
 
 // carryOut executes one waiting command and records the outcome. When the
@@ -129,7 +134,7 @@ func (x *Inbox) carryOut(ctx context.Context, c Command) error {
 		return nil
 	}
 	if c.IsStop() {
-		x.fences.add(c, x.d.Clock())
+		x.fences.add(c, x.d.Clock().Wall)
 	}
 	cmd, err := api.ParseCommand(c.Payload)
 	if err != nil {
@@ -145,16 +150,16 @@ func (x *Inbox) carryOut(ctx context.Context, c Command) error {
 // outcome executes a command and returns what to report, unless the agent
 // stopped meanwhile.
 func (x *Inbox) outcome(ctx context.Context, c Command, cmd *api.Command) (events []*api.Event, over bool) {
-	events, err := x.attempt(ctx, cmd)
+	events, err := x.attempt(ctx, c, cmd)
 	switch {
 	case err != nil && ctx.Err() != nil:
 		return nil, false
 	case err != nil:
 		r := contract.AsRefusal(err)
 		x.d.Logger.Warn("command not carried out", keyCommand, c.ID, keyVerb, c.Verb, keyCode, r.Code, keyRemedy, r.Remedy, keyError, err)
-		events = append(events, api.NewRefused(x.d.HostID, c.ID, x.d.Clock(), r, nil))
+		events = append(events, api.NewRefused(x.d.HostID, c.ID, x.d.Clock().Wall, r, nil))
 	case len(events) == 0:
-		events = []*api.Event{api.NewDone(x.d.HostID, c.ID, x.d.Clock())}
+		events = []*api.Event{api.NewDone(x.d.HostID, c.ID, x.d.Clock().Wall)}
 	}
 	for _, e := range events {
 		if e.GetCommandId() == "" {
@@ -165,13 +170,13 @@ func (x *Inbox) outcome(ctx context.Context, c Command, cmd *api.Command) (event
 }
 
 // attempt executes a command, a challenge for as long as somebody waits.
-func (x *Inbox) attempt(ctx context.Context, cmd *api.Command) ([]*api.Event, error) {
+func (x *Inbox) attempt(ctx context.Context, c Command, cmd *api.Command) ([]*api.Event, error) {
 	if cmd.GetRequestEvidence() == nil {
-		return x.execute(ctx, cmd)
+		return x.execute(ctx, c, cmd)
 	}
-	ctx, cancel := context.WithTimeout(ctx, x.patience(cmd))
+	ctx, cancel := context.WithTimeout(ctx, x.patience(c))
 	defer cancel()
-	events, err := x.execute(ctx, cmd)
+	events, err := x.execute(ctx, c, cmd)
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = contract.Refuse(CodeTimeout, "ask again; if it repeats, look at the guest's state",
 			"the guest did not answer in time").Because(err)
@@ -182,7 +187,7 @@ func (x *Inbox) attempt(ctx context.Context, cmd *api.Command) ([]*api.Event, er
 // refuse ends a command that is not executed.
 func (x *Inbox) refuse(ctx context.Context, c Command, r *contract.Refusal) {
 	x.d.Logger.Warn("command not carried out", keyCommand, c.ID, keyVerb, c.Verb, keyCode, r.Code, keyRemedy, r.Remedy, keyError, r)
-	x.finish(ctx, c.ID, []*api.Event{api.NewRefused(x.d.HostID, c.ID, x.d.Clock(), r, nil)})
+	x.finish(ctx, c.ID, []*api.Event{api.NewRefused(x.d.HostID, c.ID, x.d.Clock().Wall, r, nil)})
 }
 
 // take records that a command begins, asking again for as long as the agent
@@ -233,7 +238,7 @@ func (x *Inbox) insist(ctx context.Context, failed, id string, write func() erro
 	}
 }
 
-func (x *Inbox) execute(ctx context.Context, cmd *api.Command) (events []*api.Event, err error) {
+func (x *Inbox) execute(ctx context.Context, c Command, cmd *api.Command) (events []*api.Event, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("executing command: panic: %v\n%s", p, debug.Stack())
@@ -247,7 +252,7 @@ func (x *Inbox) execute(ctx context.Context, cmd *api.Command) (events []*api.Ev
 	case *api.Command_LaunchGuest, *api.Command_RequestEvidence:
 		// Accepted in time, but the agent was down for longer than the
 		// issuer's patience. Stops and cordons still make sense then.
-		if x.expired(cmd, x.d.Clock()) {
+		if x.left(c) < 0 {
 			return nil, contract.Refuse(api.CodeExpired, "issue it again", "the node was down until the command had expired")
 		}
 	case *api.Command_StopGuest, *api.Command_Cordon, *api.Command_Uncordon:

@@ -1,10 +1,9 @@
 package lifecycle
 
 import (
-	"time"
-
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock"
 	"github.com/confidential-node/agent/nodeagent/store"
 	"github.com/confidential-node/agent/vm"
 )
@@ -148,9 +147,9 @@ func lastWord(r store.Guest) string {
 
 // due says whether a started guest's time is up, and if not, when it will be;
 // the zero time means never.
-func due(r store.Guest, c Config, now time.Time) (*ending, time.Time) {
-	phase := func(p contract.GuestPhase) time.Time { return r.Phases[p] }
-	var at time.Time
+func due(r store.Guest, c Config, now clock.Instant) (*ending, clock.Instant) {
+	phase := func(p contract.GuestPhase) clock.Instant { return r.Phases[p] }
+	var at clock.Instant
 	var end *ending
 	switch {
 	case !phase(contract.PhaseDone).IsZero():

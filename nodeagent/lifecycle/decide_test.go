@@ -8,11 +8,14 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock"
 	"github.com/confidential-node/agent/nodeagent/store"
 	"github.com/confidential-node/agent/vm"
 )
 
 var noon = time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC) //nolint:gochecknoglobals // a constant
+
+const years = 3 * 365 * 24 * time.Hour
 
 // Every stage meets every sight: a combination without an answer is a hole.
 func TestTheDecisionTableIsWhole(t *testing.T) {
@@ -60,7 +63,7 @@ func TestARecordTellsItsStage(t *testing.T) {
 
 func TestHowAGuestEndsWhoseDomainIsGone(t *testing.T) {
 	t.Parallel()
-	done := map[contract.GuestPhase]time.Time{contract.PhaseDone: noon}
+	done := map[contract.GuestPhase]clock.Instant{contract.PhaseDone: {Wall: noon}}
 	refusal, stop := contract.Refuse("broker.no", "r", "m"), &store.Stop{}
 	for name, c := range map[string]struct {
 		rec   store.Guest
@@ -109,22 +112,23 @@ func checkEnding(t *testing.T, name string, got ending, want api.GuestStatus, co
 func TestWhenAGuestsTimeIsUp(t *testing.T) {
 	t.Parallel()
 	c := Config{}.withDefaults()
-	at := func(p ...contract.GuestPhase) map[contract.GuestPhase]time.Time {
-		m := map[contract.GuestPhase]time.Time{}
+	begun := clock.Instant{Wall: noon, BootID: "b", Up: time.Hour}
+	at := func(p ...contract.GuestPhase) map[contract.GuestPhase]clock.Instant {
+		m := map[contract.GuestPhase]clock.Instant{}
 		for _, p := range p {
-			m[p] = noon
+			m[p] = begun
 		}
 		return m
 	}
 	base := func(change func(*store.Guest)) store.Guest {
 		r := store.Guest{
-			ID: "g", AcceptedAt: noon, Limits: store.Limits{Start: 7 * time.Minute, Run: 11 * time.Hour},
+			ID: "g", AcceptedAt: begun, Limits: store.Limits{Start: 7 * time.Minute, Run: 11 * time.Hour},
 			Steps: []store.Step{{Name: stepDomain, BegunAt: noon, DoneAt: noon}},
 		}
 		change(&r)
 		return r
 	}
-	stop := func(d time.Duration) *store.Stop { return &store.Stop{Deadline: noon.Add(d)} }
+	stop := func(d time.Duration) *store.Stop { return &store.Stop{Deadline: begun.Add(d)} }
 	for name, c2 := range map[string]struct {
 		rec   store.Guest
 		after time.Duration
@@ -157,10 +161,19 @@ func TestWhenAGuestsTimeIsUp(t *testing.T) {
 			r.Phases, r.GuestRefusal = at(contract.PhaseBooted, contract.PhaseFailed), contract.Refuse("broker.no", "r", "m")
 		}), c.PowerOffGrace, api.GuestStatus_GUEST_STATUS_FAILED, "broker.no", ""},
 	} {
-		if end, when := due(c2.rec, c, noon.Add(c2.after-1)); end != nil || !when.Equal(noon.Add(c2.after)) {
-			t.Errorf("%s: over a moment early, or due at %v: %+v", name, when, end)
+		for _, jump := range []time.Duration{0, years, -years} { // of the wall clock, of one boot
+			now := begun.Add(c2.after - 1)
+			now.Wall = now.Wall.Add(jump)
+			if end, when := due(c2.rec, c, now); end != nil || when.Sub(now) != 1 {
+				t.Errorf("%s, clock off by %v: over a moment early, or due at %v: %+v", name, jump, when, end)
+			}
+			now = now.Add(1)
+			if end, _ := due(c2.rec, c, now); end == nil {
+				t.Errorf("%s, clock off by %v: not over", name, jump)
+			}
 		}
-		end, _ := due(c2.rec, c, noon.Add(c2.after))
+		// Of another boot the wall clock is all there is.
+		end, _ := due(c2.rec, c, clock.Instant{Wall: noon.Add(c2.after), BootID: "another"})
 		if end == nil {
 			t.Errorf("%s: not over", name)
 			continue

@@ -112,7 +112,7 @@ func (g *guest) tryUpload(ctx context.Context, e Entry, putURL string, left time
 	stop := g.rec.GiveUp
 	g.mu.Unlock()
 	if stop != nil {
-		if left = min(left, stop.Deadline.Sub(g.m.now())); left <= 0 {
+		if left = min(left, stop.Deadline.Sub(g.m.instant())); left <= 0 {
 			return contract.Refuse("results.given-up", "launch again when the object store is there",
 				"result %s waited for its object store, and the guest was stopped once more", e.Name)
 		}

@@ -12,6 +12,7 @@ import (
 	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/admit"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock"
 	"github.com/confidential-node/agent/nodeagent/config"
 	"github.com/confidential-node/agent/nodeagent/headroom"
 	"github.com/confidential-node/agent/nodeagent/metadata"
@@ -143,8 +144,13 @@ type Deps struct {
 	// Endorsements are handed to guests as hints.
 	Endorsements func() contract.Endorsements
 	Logger       hclog.Logger
-	// Clock is time.Now when nil.
-	Clock func() time.Time
+	// Clock is the agent's time: (*clock.Clock).Now.
+	Clock func() clock.Instant
+	// Doubt, unless nil, says why nothing may be launched by that time.
+	Doubt func() *contract.Refusal
+	// Turned, if set, is called at every turn of the loop that compares guests
+	// with domains.
+	Turned func()
 	// Hook, if set, is called at every boundary between an intent, its effect
 	// and its record, and inside every step: (*failpoint.Points).Hit. Tests end
 	// the agent there.

@@ -88,6 +88,11 @@ func (m *Manager) launch(ctx context.Context, cmd *api.Command, l *api.LaunchGue
 	if known || err != nil {
 		return err
 	}
+	if m.d.Doubt != nil {
+		if doubt := m.d.Doubt(); doubt != nil {
+			return doubt
+		}
+	}
 	host, err := m.host(ctx, l.GetGuestId())
 	if err != nil {
 		return err
@@ -157,7 +162,7 @@ func (m *Manager) newRecord(cmd *api.Command, l *api.LaunchGuest, manifest *cont
 		ID: l.GetGuestId(), Generation: l.GetGeneration(), CommandID: cmd.GetCommandId(), LaunchID: manifest.LaunchID, Launch: raw,
 		BootID: m.c.BootID, Slot: plan.Slot, VCPUs: int(l.GetMachine().GetVcpus()), MemoryMiB: l.GetMachine().GetMemoryMib(),
 		Limits: store.Limits{Start: plan.StartTimeout, Run: plan.RunTimeout, ResultBytes: plan.ResultBytes},
-		Status: api.GuestStatus_GUEST_STATUS_ACCEPTED, AcceptedAt: m.now(),
+		Status: api.GuestStatus_GUEST_STATUS_ACCEPTED, AcceptedAt: m.instant(),
 		KeepUntil: cmd.GetExpiresAt().AsTime().Add(keepAfterExpiry),
 	}
 	for _, p := range plan.Ports {
@@ -242,7 +247,7 @@ func (m *Manager) stop(commandID string, s *api.StopGuest) error {
 	if g == nil {
 		return nil // ended already
 	}
-	stop := &store.Stop{CommandID: commandID, Deadline: m.now().Add(s.GetGrace().AsDuration())}
+	stop := &store.Stop{CommandID: commandID, Deadline: m.instant().Add(s.GetGrace().AsDuration())}
 	news := false
 	err = g.update(func(r *store.Guest) (announce, bool) {
 		// A guest that is taken down already may still wait for the object
@@ -334,7 +339,7 @@ func stepMS(r store.Guest) map[string]uint64 {
 	}
 	if domain := find(r.Steps, stepDomain); domain != nil {
 		for phase, at := range r.Phases {
-			put("guest-"+string(phase), domain.BegunAt, at)
+			put("guest-"+string(phase), domain.BegunAt, at.Wall)
 		}
 	}
 	return ms

@@ -21,6 +21,7 @@ import (
 	"github.com/confidential-node/agent/network"
 	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock"
 	"github.com/confidential-node/agent/nodeagent/metadata"
 	"github.com/confidential-node/agent/nodeagent/store"
 	"github.com/confidential-node/agent/vm"
@@ -313,13 +314,13 @@ func statusOf(p contract.GuestPhase) api.GuestStatus {
 // Status takes the guest's word about itself. A phase is taken once and only
 // forwards, so that a guest cannot fill the outbox.
 func (g *guest) Status(_ context.Context, s contract.GuestStatus) error {
-	now, news := g.m.now(), false
+	now, news := g.m.instant(), false
 	err := g.update(func(r *store.Guest) (announce, bool) {
 		if r.Undoing || rank(s.Phase) <= rank(r.Phase) || r.Phase == contract.PhaseDone {
 			return false, false
 		}
 		if r.Phases == nil {
-			r.Phases = map[contract.GuestPhase]time.Time{}
+			r.Phases = map[contract.GuestPhase]clock.Instant{}
 		}
 		r.Phase, r.Phases[s.Phase] = s.Phase, now
 		r.Status = max(r.Status, statusOf(s.Phase))

@@ -20,7 +20,7 @@ import (
 func (g *guest) launch(ctx context.Context) error {
 	g.begun = true
 	rec := g.record()
-	within, cancel := context.WithTimeout(ctx, rec.AcceptedAt.Add(rec.Limits.Start).Sub(g.m.now()))
+	within, cancel := g.m.by(ctx, rec.AcceptedAt.Add(rec.Limits.Start))
 	defer cancel()
 	g.mu.Lock()
 	g.cancel = cancel
@@ -117,7 +117,7 @@ func (g *guest) explain(ctx context.Context, s step, err error) *ending {
 	if end := g.stopped(); end != nil {
 		return end
 	}
-	if _, refused := errors.AsType[*contract.Refusal](err); !refused && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+	if _, refused := errors.AsType[*contract.Refusal](err); !refused && errors.Is(context.Cause(ctx), context.DeadlineExceeded) {
 		end := startTimeout(g.record())
 		end.why = end.why.Because(fmt.Errorf("in step %s: %w", s.name, err))
 		return end
@@ -134,7 +134,7 @@ func (g *guest) explain(ctx context.Context, s step, err error) *ending {
 // follow looks after a guest that runs. Time runs, and a StopGuest counts, even
 // while its network or metadata cannot be served.
 func (g *guest) follow(ctx context.Context) error {
-	rec, now := g.record(), g.m.now()
+	rec, now := g.record(), g.m.instant()
 	end, at := due(rec, g.m.c, now)
 	if end != nil {
 		return g.decideEnd(*end)
@@ -188,7 +188,7 @@ func (g *guest) watch(ctx context.Context) error {
 		if rec.Undoing {
 			return nil
 		}
-		now := g.m.now()
+		now := g.m.instant()
 		end, at := due(rec, g.m.c, now)
 		if end != nil {
 			return g.decideEnd(*end)
@@ -212,13 +212,13 @@ func (g *guest) askToEnd(ctx context.Context, rec store.Guest) {
 		return
 	}
 	// A machine that hangs takes the button's message never; its grace ends all the same.
-	ctx, cancel := context.WithTimeout(ctx, max(rec.Stop.Deadline.Sub(g.m.now()), 0))
+	ctx, cancel := context.WithTimeout(ctx, max(rec.Stop.Deadline.Sub(g.m.instant()), 0))
 	defer cancel()
 	if err := g.connect(ctx); err != nil {
 		g.m.log.Warn("guest still takes new connections while it ends", keyGuest, g.id, keyError, err)
 	}
 	if err := g.m.d.Hypervisor.Shutdown(ctx, g.id); err != nil {
-		g.m.log.Warn("guest could not be asked to end, it is ended when its grace is over", keyGuest, g.id, "deadline", rec.Stop.Deadline, keyError, err)
+		g.m.log.Warn("guest could not be asked to end, it is ended when its grace is over", keyGuest, g.id, "deadline", rec.Stop.Deadline.Wall, keyError, err)
 		return
 	}
 	g.asked = true

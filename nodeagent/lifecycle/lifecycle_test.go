@@ -20,6 +20,7 @@ import (
 	"github.com/confidential-node/agent/network"
 	"github.com/confidential-node/agent/nodeagent/admit"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock"
 	"github.com/confidential-node/agent/nodeagent/config"
 	"github.com/confidential-node/agent/nodeagent/headroom"
 	"github.com/confidential-node/agent/nodeagent/lifecycle"
@@ -46,7 +47,11 @@ type host struct {
 	// records is store unless a test stands in between.
 	records lifecycle.Records
 	// ahead is how far the host's clock runs ahead.
-	ahead   atomic.Int64
+	ahead atomic.Int64
+	// clock is that clock unless a test has one of its own; doubt is about it.
+	clock   func() clock.Instant
+	doubt   func() *contract.Refusal
+	turned  func()
 	image   admit.Image
 	cfg     lifecycle.Config
 	measure func(lifecycle.Boot) (lifecycle.Measured, error)
@@ -65,6 +70,9 @@ func newHost(t *testing.T) *host {
 		t.Fatal(err)
 	}
 	h.records, h.measure, h.left = h.store, lifecycletest.Measure, headroom.Left{MemoryMiB: 1 << 20}
+	h.clock = func() clock.Instant {
+		return clock.Instant{Wall: time.Now().Add(time.Duration(h.ahead.Load()))}
+	}
 	t.Cleanup(func() { _ = h.store.Close() })
 	if h.image, err = h.world.Image(); err != nil {
 		t.Fatal(err)
@@ -107,7 +115,7 @@ func (h *host) lifeUntil(ctx context.Context, hook func(string)) (_ *lifecycle.M
 			}
 			return nil
 		},
-		Clock: func() time.Time { return time.Now().Add(time.Duration(h.ahead.Load())) },
+		Clock: h.clock, Doubt: h.doubt, Turned: h.turned,
 	}, h.cfg)
 	if err != nil {
 		h.t.Fatal(err)

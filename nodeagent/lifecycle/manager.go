@@ -15,6 +15,7 @@ import (
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/network"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock"
 	"github.com/confidential-node/agent/nodeagent/store"
 	"github.com/confidential-node/agent/nodeagent/supervise"
 	"github.com/confidential-node/agent/vm"
@@ -61,14 +62,11 @@ type Manager struct {
 // New makes a manager. Nothing happens before Run.
 func New(d Deps, c Config) (*Manager, error) {
 	if d.Records == nil || d.Hypervisor == nil || d.Network == nil || d.Metadata == nil || d.Blobs == nil || d.Spools == nil ||
-		d.Images == nil || d.Measure == nil || d.Headroom == nil || d.TEE == nil || d.GPURule == nil || d.Endorsements == nil || d.Logger == nil {
+		d.Images == nil || d.Measure == nil || d.Headroom == nil || d.TEE == nil || d.GPURule == nil || d.Endorsements == nil || d.Logger == nil || d.Clock == nil {
 		return nil, errors.New("making life cycle: a dependency is missing")
 	}
 	if !api.ValidHostID(c.HostID) || c.GuestsDir == "" || !c.Network.GuestCIDR.IsValid() {
 		return nil, errors.New("making life cycle: host id, guests' folder and addresses are required")
-	}
-	if d.Clock == nil {
-		d.Clock = time.Now
 	}
 	return &Manager{
 		d: d, c: c.withDefaults(), log: d.Logger.Named("lifecycle"), domains: domains{ask: d.Hypervisor.List},
@@ -76,7 +74,16 @@ func New(d Deps, c Config) (*Manager, error) {
 	}, nil
 }
 
-func (m *Manager) now() time.Time { return m.d.Clock() }
+// now is for whoever reads it later, instant for what ends by it.
+func (m *Manager) now() time.Time         { return m.d.Clock().Wall }
+func (m *Manager) instant() clock.Instant { return m.d.Clock() }
+
+// turned says that guests and domains are still compared.
+func (m *Manager) turned() {
+	if m.d.Turned != nil {
+		m.d.Turned()
+	}
+}
 
 // hook is a point where what goes on may fail.
 func (m *Manager) hook(point string) error {
@@ -196,6 +203,7 @@ func (m *Manager) reconcile(ctx context.Context) error {
 // firstLook asks the hypervisor until it answers.
 func (m *Manager) firstLook(ctx context.Context) ([]vm.Observed, error) {
 	for wait := m.c.Retry; ; wait = min(2*wait, 30*m.c.Retry) {
+		m.turned()
 		observed, err := m.domains.list(ctx)
 		if err == nil {
 			return observed, nil
@@ -218,6 +226,26 @@ func (m *Manager) pause(ctx context.Context, wake <-chan struct{}, d time.Durati
 	case <-timer.C:
 	}
 	return nil
+}
+
+// by returns a context whose cause is context.DeadlineExceeded once it is at.
+// It looks at the clock meanwhile: timers stand still while the host is
+// suspended.
+func (m *Manager) by(ctx context.Context, at clock.Instant) (context.Context, context.CancelFunc) {
+	ctx, end := context.WithCancelCause(ctx)
+	m.mu.Lock()
+	group := m.group
+	m.mu.Unlock()
+	group.Go("deadline", func(context.Context) error {
+		for left := at.Sub(m.instant()); left > 0; left = at.Sub(m.instant()) {
+			if m.pause(ctx, nil, min(left, m.c.Poll)) != nil {
+				return nil //nolint:nilerr // nobody waits for it any more
+			}
+		}
+		end(context.DeadlineExceeded)
+		return nil
+	})
+	return ctx, func() { end(nil) }
 }
 
 func (m *Manager) restart(name string, task supervise.Task) {
@@ -412,7 +440,7 @@ func (m *Manager) Snapshot() []GuestView {
 	for _, g := range m.live() {
 		r := g.record()
 		v := GuestView{
-			ID: r.ID, Generation: r.Generation, Status: r.Status, Phase: r.Phase, Undoing: r.Undoing, Since: r.AcceptedAt,
+			ID: r.ID, Generation: r.Generation, Status: r.Status, Phase: r.Phase, Undoing: r.Undoing, Since: r.AcceptedAt.Wall,
 			VCPUs: r.VCPUs, MemoryMiB: r.MemoryMiB, Ports: r.Ports, Refusal: r.Outcome,
 		}
 		if len(r.Steps) > 0 {

@@ -52,6 +52,7 @@ func (m *Manager) report(strangers []vm.Observed) (gone bool) {
 // removed when the domain is gone.
 func (m *Manager) survey(ctx context.Context) error {
 	for due := true; ; {
+		m.turned()
 		if observed, strangers, err := m.strangers(ctx); err == nil {
 			due = m.report(strangers) || due
 			if due {

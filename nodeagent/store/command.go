@@ -62,9 +62,9 @@ func (s *Store) Stops() ([]inbox.Command, error) {
 
 func (s *Store) commands(want func(inbox.Command) bool) (out []inbox.Command, err error) {
 	err = s.view(func(tx *bbolt.Tx) error {
-		return tx.Bucket([]byte("commands")).ForEach(func(_, raw []byte) error {
+		return tx.Bucket([]byte("commands")).ForEach(func(id, raw []byte) error {
 			var c inbox.Command
-			if err := getJSON(raw, recordCommand, &c); err != nil {
+			if err := getJSON(id, raw, recordCommand, &c); err != nil {
 				return err
 			}
 			if want(c) {
@@ -100,7 +100,7 @@ func (s *Store) ReleaseCommand(id string) error {
 
 func changeCommand(tx *bbolt.Tx, id string, change func(*inbox.Command)) (c inbox.Command, err error) {
 	b := tx.Bucket([]byte("commands"))
-	if err := getJSON(b.Get([]byte(id)), recordCommand, &c); err != nil {
+	if err := getJSON([]byte(id), b.Get([]byte(id)), recordCommand, &c); err != nil {
 		return c, fmt.Errorf("changing command %s: %w", id, err)
 	}
 	change(&c)
@@ -128,7 +128,7 @@ func (s *Store) PruneCommands(before time.Time) (forgotten int, err error) {
 		var ids [][]byte
 		err = b.ForEach(func(id, raw []byte) error {
 			var c inbox.Command
-			if err := getJSON(raw, recordCommand, &c); err != nil {
+			if err := getJSON(id, raw, recordCommand, &c); err != nil {
 				return err
 			}
 			if c.Done && c.ExpiresAt.Before(before) {

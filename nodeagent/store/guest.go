@@ -12,6 +12,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock"
 )
 
 // ErrNoGuest means that no guest of that id is remembered.
@@ -38,16 +39,16 @@ type Guest struct {
 	Limits    Limits
 
 	Status     api.GuestStatus
-	AcceptedAt time.Time
+	AcceptedAt clock.Instant
 	// Steps in the order they were begun. A step is written as begun before
 	// its first effect, as done after its last.
 	Steps []Step `json:",omitempty"`
 	// Phases are when the guest first reported each of its phases, Phase the
 	// last one, Guest its refusal and exit code: its own word.
-	Phases       map[contract.GuestPhase]time.Time `json:",omitempty"`
-	Phase        contract.GuestPhase               `json:",omitempty"`
-	GuestRefusal *contract.Refusal                 `json:",omitempty"`
-	ExitCode     int                               `json:",omitempty"`
+	Phases       map[contract.GuestPhase]clock.Instant `json:",omitempty"`
+	Phase        contract.GuestPhase                   `json:",omitempty"`
+	GuestRefusal *contract.Refusal                     `json:",omitempty"`
+	ExitCode     int                                   `json:",omitempty"`
 	// Stop is the intent of a StopGuest.
 	Stop *Stop `json:",omitempty"`
 	// Results of the guest that were uploaded, or given up.
@@ -88,7 +89,7 @@ type Step struct {
 // Stop is the intent to end a guest: it gets until Deadline to do so itself.
 type Stop struct {
 	CommandID string
-	Deadline  time.Time
+	Deadline  clock.Instant
 }
 
 // Result is one sealed result that left the host, or why it did not.
@@ -119,7 +120,7 @@ func (s *Store) Guest(id string) (g Guest, err error) {
 		if raw == nil {
 			return fmt.Errorf("%w: %s", ErrNoGuest, id)
 		}
-		return getJSON(raw, recordGuest, &g)
+		return getJSON([]byte(id), raw, recordGuest, &g)
 	})
 	return g, err
 }
@@ -127,9 +128,9 @@ func (s *Store) Guest(id string) (g Guest, err error) {
 // Guests returns all guests in the order of their acceptance.
 func (s *Store) Guests() (guests []Guest, err error) {
 	err = s.view(func(tx *bbolt.Tx) error {
-		return tx.Bucket([]byte("guests")).ForEach(func(_, raw []byte) error {
+		return tx.Bucket([]byte("guests")).ForEach(func(id, raw []byte) error {
 			var g Guest
-			if err := getJSON(raw, recordGuest, &g); err != nil {
+			if err := getJSON(id, raw, recordGuest, &g); err != nil {
 				return err
 			}
 			guests = append(guests, g)
@@ -137,7 +138,7 @@ func (s *Store) Guests() (guests []Guest, err error) {
 		})
 	})
 	slices.SortFunc(guests, func(a, b Guest) int {
-		return cmp.Or(a.AcceptedAt.Compare(b.AcceptedAt), cmp.Compare(a.ID, b.ID))
+		return cmp.Or(a.AcceptedAt.Wall.Compare(b.AcceptedAt.Wall), cmp.Compare(a.ID, b.ID))
 	})
 	return guests, err
 }
@@ -163,13 +164,7 @@ func (s *Store) SetCordon(reason string, on bool, events ...*api.Event) error {
 // Cordon reports whether admission is closed, and why.
 func (s *Store) Cordon() (reason string, on bool, err error) {
 	var c cordon
-	err = s.view(func(tx *bbolt.Tx) error {
-		raw := tx.Bucket([]byte("meta")).Get([]byte("cordon"))
-		if raw == nil {
-			return nil
-		}
-		return getJSON(raw, recordCordon, &c)
-	})
+	_, err = s.metaJSON("cordon", &c)
 	return c.Reason, c.On, err
 }
 
@@ -184,14 +179,7 @@ func (g Guest) Clone() Guest {
 // Forwarding returns what the host did about forwarding IPv4 before the agent
 // changed it, and whether the agent did.
 func (s *Store) Forwarding() (previous, changed bool, err error) {
-	err = s.view(func(tx *bbolt.Tx) error {
-		raw := tx.Bucket([]byte("meta")).Get([]byte("forwarding"))
-		if raw == nil {
-			return nil
-		}
-		changed = true
-		return getJSON(raw, recordForwarding, &previous)
-	})
+	changed, err = s.metaJSON("forwarding", &previous)
 	return previous, changed, err
 }
 

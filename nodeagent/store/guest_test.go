@@ -17,13 +17,16 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock"
 	"github.com/confidential-node/agent/nodeagent/inbox"
 )
 
 // oldStore is a store of layout 1: epoch 7, command "a", event "e1".
-func oldStore(t *testing.T) []byte {
+func oldStore(t *testing.T) []byte { t.Helper(); return saved(t, "state-v1.db.gz") }
+
+func saved(t *testing.T, name string) []byte {
 	t.Helper()
-	f, err := os.Open("testdata/state-v1.db.gz")
+	f, err := os.Open(filepath.Join("testdata", name))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,15 +68,52 @@ func TestAnOlderLayoutIsMigrated(t *testing.T) {
 	}
 }
 
+// The store of layout 2 has epoch 7, commands "a" (done) and "b", guests "g"
+// (which is to stop) and "h", events 2 and 3, a cordon, and forwarding on.
+func TestMomentsOfAnOlderLayoutKeepTheirWallTime(t *testing.T) {
+	t.Parallel()
+	path := write(t, saved(t, "state-v2.db.gz"))
+	for range 2 {
+		s := reopen(t, path)
+		wall := func(d time.Duration) clock.Instant { return clock.Instant{Wall: noon().Add(d)} }
+		g, err := s.Guest("g")
+		want := map[contract.GuestPhase]clock.Instant{contract.PhaseBooted: wall(0), contract.PhaseRunning: wall(time.Minute)}
+		if err != nil || g.AcceptedAt != wall(0) || g.Stop.Deadline != wall(time.Hour) || g.GiveUp.Deadline != wall(2*time.Hour) ||
+			!reflect.DeepEqual(g.Phases, want) || g.Generation != 2 || g.Ports[0] != (Port{Guest: 8000, Host: 20000}) || string(g.Launch) != "launch" {
+			t.Errorf("guest %+v, %v", g, err)
+		}
+		guests, guestsErr := s.Guests()
+		pending, pendingErr := s.PendingCommands()
+		events, eventsErr := s.NextEvents(9)
+		reason, on, cordonErr := s.Cordon()
+		previous, changed, forwardingErr := s.Forwarding()
+		e, epochErr := s.Epoch()
+		if err := errors.Join(guestsErr, pendingErr, eventsErr, cordonErr, forwardingErr, epochErr); err != nil {
+			t.Fatal(err)
+		}
+		if len(guests) != 2 || len(pending) != 1 || pending[0].ReceivedAt != wall(time.Minute) || len(events) != 2 || events[1].GetSequence() != 3 ||
+			reason != "disk change" || !on || !previous || !changed || e.Number != 7 || !e.Since.IsZero() {
+			t.Errorf("%d guests, commands %+v, events %v, cordon %q, forwarding %v, epoch %+v", len(guests), pending, events, reason, previous, e)
+		}
+		done(t, s.Close())
+	}
+	s := reopen(t, path)
+	done(t, s.AppendEvents(&api.Event{EventId: "e4"}))
+	if events, err := s.NextEvents(9); err != nil || len(events) != 3 || events[2].GetSequence() != 4 {
+		t.Errorf("the sequence begins anew: %v %v", events, err)
+	}
+	done(t, s.Close())
+}
+
 func TestANewerLayoutIsRefusedAndKept(t *testing.T) {
 	t.Parallel()
 	path := write(t, oldStore(t))
 	s := reopen(t, path)
 	done(t, s.update(func(tx *bbolt.Tx) error {
-		return tx.Bucket([]byte("meta")).Put([]byte("schema"), seal(recordSchema, []byte{0, 0, 0, schemaVersion + 1}))
+		return tx.Bucket([]byte("meta")).Put([]byte("schema"), seal(recordSchema, []byte("schema"), []byte{0, 0, 0, schemaVersion + 1}))
 	}))
 	done(t, s.Close())
-	if _, err := Open(path, clock, hclog.NewNullLogger()); err == nil || contract.AsRefusal(err).Code != "store.newer" {
+	if _, err := Open(path, noon, hclog.NewNullLogger()); err == nil || contract.AsRefusal(err).Code != "store.newer" {
 		t.Errorf("not refused: %v", err)
 	}
 	if _, err := os.Stat(path); err != nil {
@@ -85,16 +125,17 @@ func TestAGuestSurvivesWithItsEvents(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "state.db")
 	s := reopen(t, path)
+	at := clock.Instant{Wall: noon(), BootID: "boot", Up: time.Minute}
 	want := Guest{
 		ID: "b", Generation: 2, CommandID: "c", Launch: []byte("launch"), Slot: 3, Ports: []Port{{Guest: 8000, Host: 20000}},
-		Status: api.GuestStatus_GUEST_STATUS_STARTED, AcceptedAt: clock(),
-		Steps:   []Step{{Name: "tap", BegunAt: clock(), DoneAt: clock().Add(time.Second)}},
-		Phases:  map[contract.GuestPhase]time.Time{contract.PhaseBooted: clock()},
-		Outcome: contract.Refuse("a.b", "do", "why"), Stop: &Stop{CommandID: "s", Deadline: clock()},
+		Status: api.GuestStatus_GUEST_STATUS_STARTED, AcceptedAt: at,
+		Steps:   []Step{{Name: "tap", BegunAt: noon(), DoneAt: noon().Add(time.Second)}},
+		Phases:  map[contract.GuestPhase]clock.Instant{contract.PhaseBooted: at},
+		Outcome: contract.Refuse("a.b", "do", "why"), Stop: &Stop{CommandID: "s", Deadline: at},
 		Results: []Result{{Name: "r", Uploaded: true}},
 	}
 	done(t, s.PutGuest(want, &api.Event{EventId: "e1"}))
-	done(t, s.PutGuest(Guest{ID: "a", AcceptedAt: clock().Add(time.Hour)}))
+	done(t, s.PutGuest(Guest{ID: "a", AcceptedAt: at.Add(time.Hour)}))
 	done(t, s.Close())
 	s = reopen(t, path)
 	got, err := s.Guest("b")
@@ -118,10 +159,10 @@ func TestAGuestSurvivesWithItsEvents(t *testing.T) {
 
 func TestACloneCanBeChangedAlone(t *testing.T) {
 	t.Parallel()
-	a := Guest{Steps: []Step{{Name: "a"}}, Phases: map[contract.GuestPhase]time.Time{}, Results: []Result{{Name: "a"}}, Ports: []Port{{Guest: 1, Host: 2}}}
+	a := Guest{Steps: []Step{{Name: "a"}}, Phases: map[contract.GuestPhase]clock.Instant{}, Results: []Result{{Name: "a"}}, Ports: []Port{{Guest: 1, Host: 2}}}
 	b := a.Clone()
 	b.Steps[0].Name, b.Results[0].Name, b.Ports[0].Guest = "b", "b", 9
-	b.Phases[contract.PhaseDone] = clock()
+	b.Phases[contract.PhaseDone] = clock.Instant{}
 	if a.Steps[0].Name != "a" || a.Results[0].Name != "a" || a.Ports[0].Guest != 1 || len(a.Phases) != 0 {
 		t.Errorf("changed with its clone: %+v", a)
 	}
@@ -205,11 +246,11 @@ func TestLargeEventsFillTheOutbox(t *testing.T) {
 func TestAForgottenSequenceIsAReplay(t *testing.T) {
 	t.Parallel()
 	s := reopen(t, filepath.Join(t.TempDir(), "state.db"))
-	done(t, s.BeginEpoch(1))
+	done(t, s.BeginEpoch(1, noon()))
 	if _, err := s.AddCommand(inbox.Command{ID: "a", Epoch: 1, Sequence: 5, Done: true}); err != nil {
 		t.Fatal(err)
 	}
-	if n, err := s.PruneCommands(clock()); err != nil || n != 1 {
+	if n, err := s.PruneCommands(noon()); err != nil || n != 1 {
 		t.Fatalf("forgot %d, %v", n, err)
 	}
 	_, err := s.AddCommand(inbox.Command{ID: "a", Epoch: 1, Sequence: 5})
@@ -236,7 +277,7 @@ func TestFlippedBitsNeverEndTheProcess(t *testing.T) {
 			data[at] ^= 1 << random.IntN(8)
 		}
 		path := write(t, data)
-		s, err := Open(path, clock, hclog.NewNullLogger())
+		s, err := Open(path, noon, hclog.NewNullLogger())
 		if err != nil {
 			continue
 		}

@@ -18,8 +18,11 @@ func (s *Store) AppendEvents(events ...*api.Event) error {
 // room refuses when the outbox would hold more than it may, in events or
 // bytes. extra events are allowed above the limit, and bytes in proportion.
 func (s *Store) room(tx *bbolt.Tx, extra, events int, size int64) error {
-	b := tx.Bucket([]byte("outbox"))
-	n, waiting := length(b), s.outboxBytes.Load()
+	n, err := length(tx)
+	if err != nil {
+		return err
+	}
+	waiting := s.outboxBytes.Load()
 	most := s.limitBytes + s.limitBytes*int64(extra)/int64(s.limit)
 	if n+events > s.limit+extra || waiting+size > most {
 		return fmt.Errorf("%w: %d events of %d bytes wait", ErrOutboxFull, n, waiting)
@@ -37,9 +40,12 @@ func (s *Store) append(events []*api.Event, extra int, with func(*bbolt.Tx) erro
 		if err := with(tx); err != nil || len(events) == 0 {
 			return err
 		}
-		b := tx.Bucket([]byte("outbox"))
-		records := make([][]byte, 0, len(events))
-		first := b.Sequence() + 1
+		last, err := sequenceOf(tx)
+		if err != nil {
+			return err
+		}
+		first := last + 1
+		payloads := make([][]byte, 0, len(events))
 		for i, event := range events {
 			stored := proto.CloneOf(event)
 			stored.Sequence = first + uint64(i)
@@ -47,18 +53,19 @@ func (s *Store) append(events []*api.Event, extra int, with func(*bbolt.Tx) erro
 			if err != nil {
 				return fmt.Errorf("encoding event: %w", err)
 			}
-			records = append(records, seal(recordEvent, raw))
+			payloads = append(payloads, raw)
 			size += int64(len(raw) + headerSize)
 		}
 		if err := s.room(tx, extra, len(events), size); err != nil {
 			return err
 		}
-		for i, record := range records {
-			if err := b.Put(binary.BigEndian.AppendUint64(nil, first+uint64(i)), record); err != nil {
+		b := tx.Bucket([]byte("outbox"))
+		for i, payload := range payloads {
+			if err := put(b, binary.BigEndian.AppendUint64(nil, first+uint64(i)), recordEvent, payload); err != nil {
 				return err
 			}
 		}
-		return b.SetSequence(first + uint64(len(events)) - 1)
+		return putSequence(tx, last+uint64(len(events)))
 	})
 	if err == nil && len(events) > 0 {
 		s.outboxBytes.Add(size)
@@ -70,14 +77,31 @@ func (s *Store) append(events []*api.Event, extra int, with func(*bbolt.Tx) erro
 	return err
 }
 
+// sequenceOf is the sequence of the last event there ever was.
+func sequenceOf(tx *bbolt.Tx) (uint64, error) {
+	payload, err := unseal(recordSequence, []byte("sequence"), tx.Bucket([]byte("meta")).Get([]byte("sequence")))
+	if err != nil {
+		return 0, err
+	}
+	if len(payload) != 8 {
+		return 0, fmt.Errorf("%w: no sequence", ErrDamaged)
+	}
+	return binary.BigEndian.Uint64(payload), nil
+}
+
+func putSequence(tx *bbolt.Tx, last uint64) error {
+	return put(tx.Bucket([]byte("meta")), []byte("sequence"), recordSequence, binary.BigEndian.AppendUint64(nil, last))
+}
+
 // length counts the outbox without walking it: sequences have no gaps, events
 // leave from the front only.
-func length(b *bbolt.Bucket) int {
-	first, _ := b.Cursor().First()
-	if first == nil {
-		return 0
+func length(tx *bbolt.Tx) (int, error) {
+	first, _ := tx.Bucket([]byte("outbox")).Cursor().First()
+	last, err := sequenceOf(tx)
+	if first == nil || err != nil {
+		return 0, err
 	}
-	return int(b.Sequence() - binary.BigEndian.Uint64(first) + 1)
+	return int(last - binary.BigEndian.Uint64(first) + 1), nil
 }
 
 // NextEvents returns the oldest events, at most limit and about
@@ -87,7 +111,7 @@ func (s *Store) NextEvents(limit int) (events []*api.Event, err error) {
 		size := 0
 		c := tx.Bucket([]byte("outbox")).Cursor()
 		for key, raw := c.First(); key != nil && len(events) < limit && size < maxNextBytes; key, raw = c.Next() {
-			payload, err := unseal(recordEvent, raw)
+			payload, err := unseal(recordEvent, key, raw)
 			if err != nil {
 				return err
 			}
@@ -136,7 +160,7 @@ func (s *Store) weigh() error {
 
 // OutboxLen is the number of events not yet dropped.
 func (s *Store) OutboxLen() (n int, err error) {
-	err = s.view(func(tx *bbolt.Tx) error { n = length(tx.Bucket([]byte("outbox"))); return nil })
+	err = s.view(func(tx *bbolt.Tx) error { n, err = length(tx); return err })
 	return n, err
 }
 

@@ -91,7 +91,10 @@ func damage(format string, args ...any) error {
 }
 
 // checkFile walks the whole structure: every page is reachable exactly once
-// or free, lies inside the file, and says nothing that leads out of it.
+// or free, lies inside the file, and says nothing that leads out of it. A page
+// in use is as bbolt writes it to the last byte: elements follow each other
+// without a gap, and zeros follow them. So no element can be lost by a count
+// that shrank, and none appear.
 func checkFile(file io.ReaderAt, size int64) error {
 	meta, err := newestMeta(file)
 	if err != nil {
@@ -122,24 +125,26 @@ func checkFile(file io.ReaderAt, size int64) error {
 	return nil
 }
 
-// newestMeta returns the meta page bbolt will use.
+// newestMeta returns the meta page bbolt will use. The other one must be that
+// of the transaction before: bbolt would go back to it silently when the
+// newest does not check, and forget what the last transaction said. Each is
+// written in one sector, so that a power failure leaves none half written.
 func newestMeta(file io.ReaderAt) ([]byte, error) {
-	first, firstOK := readMeta(file, 0)
-	offset := int64(minPageSize)
-	if firstOK {
-		offset = int64(binary.LittleEndian.Uint32(first[8:]))
+	first, ok := readMeta(file, 0)
+	if !ok {
+		return nil, damage("the first meta page is not valid")
 	}
-	for ; offset <= maxPageSize; offset *= 2 {
-		second, ok := readMeta(file, offset)
-		newer := ok && (!firstOK || binary.LittleEndian.Uint64(second[48:]) > binary.LittleEndian.Uint64(first[48:]))
-		if newer && int64(binary.LittleEndian.Uint32(second[8:])) == offset {
-			return second, nil
-		}
-		if firstOK {
-			return first, nil
-		}
+	second, ok := readMeta(file, int64(binary.LittleEndian.Uint32(first[8:])))
+	if !ok || !bytes.Equal(first[:12], second[:12]) {
+		return nil, damage("the second meta page is not valid")
 	}
-	return nil, damage("no valid meta page")
+	switch binary.LittleEndian.Uint64(first[48:]) - binary.LittleEndian.Uint64(second[48:]) {
+	case 1:
+		return first, nil
+	case ^uint64(0):
+		return second, nil
+	}
+	return nil, damage("the meta pages are not of one transaction and the next")
 }
 
 func readMeta(file io.ReaderAt, offset int64) ([]byte, bool) {
@@ -202,16 +207,21 @@ func (w *walker) tree(id uint64, depth int) error {
 
 func (w *walker) branch(page []byte, count uint64, depth int) error {
 	var last []byte
+	end := pageHeader + count*pageElement
 	for i := range count {
 		at := pageHeader + i*pageElement
 		e, err := cut(page, at, pageElement)
 		if err != nil {
 			return err
 		}
-		key, err := cut(page, at+u32(e, 0), u32(e, 4))
+		key, err := cut(page, end, u32(e, 4))
 		if err != nil {
 			return err
 		}
+		if at+u32(e, 0) != end {
+			return damage("an element does not follow the one before")
+		}
+		end += uint64(len(key))
 		if i > 0 && bytes.Compare(last, key) >= 0 {
 			return damage("keys are out of order")
 		}
@@ -220,25 +230,30 @@ func (w *walker) branch(page []byte, count uint64, depth int) error {
 			return err
 		}
 	}
-	return nil
+	return empty(page, end)
 }
 
 func (w *walker) leaf(page []byte, count uint64, depth int) error {
 	var last []byte
+	end := pageHeader + count*pageElement
 	for i := range count {
 		at := pageHeader + i*pageElement
 		e, err := cut(page, at, pageElement)
 		if err != nil {
 			return err
 		}
-		key, err := cut(page, at+u32(e, 4), u32(e, 8))
+		key, err := cut(page, end, u32(e, 8))
 		if err != nil {
 			return err
 		}
-		value, err := cut(page, at+u32(e, 4)+u32(e, 8), u32(e, 12))
+		value, err := cut(page, end+u32(e, 8), u32(e, 12))
 		if err != nil {
 			return err
 		}
+		if at+u32(e, 4) != end {
+			return damage("an element does not follow the one before")
+		}
+		end += uint64(len(key) + len(value))
 		if len(key) == 0 || (i > 0 && bytes.Compare(last, key) >= 0) {
 			return damage("keys are empty or out of order")
 		}
@@ -253,6 +268,14 @@ func (w *walker) leaf(page []byte, count uint64, depth int) error {
 			return damage("an element of an unknown kind")
 		}
 	}
+	return empty(page, end)
+}
+
+// empty reports damage when anything is behind a page's last element.
+func empty(page []byte, end uint64) error {
+	if end > uint64(len(page)) || len(bytes.TrimLeft(page[end:], "\x00")) > 0 {
+		return damage("there is something behind the last element of a page")
+	}
 	return nil
 }
 
@@ -261,11 +284,16 @@ func (w *walker) bucket(value []byte, depth int) error {
 	if len(value) < bucketHeader {
 		return damage("a bucket's value is cut short")
 	}
+	inline := value[bucketHeader:]
 	if root := binary.LittleEndian.Uint64(value); root != 0 {
+		if len(inline) > 0 {
+			return damage("a bucket has both a page of its own and one inside")
+		}
 		return w.tree(root, depth+1)
 	}
-	inline, err := cut(value, bucketHeader, uint64(len(value)-bucketHeader))
-	if err != nil || len(inline) < pageHeader || binary.LittleEndian.Uint16(inline[8:]) != flagLeaf || depth > maxPageDepth {
+	// Number and overflow of a page that is none are 0.
+	if len(inline) < pageHeader || binary.LittleEndian.Uint64(inline) != 0 || u32(inline, 12) != 0 ||
+		binary.LittleEndian.Uint16(inline[8:]) != flagLeaf || depth > maxPageDepth {
 		return damage("a bucket's inline page is malformed")
 	}
 	return w.leaf(inline, uint64(binary.LittleEndian.Uint16(inline[10:])), depth+1)

@@ -18,7 +18,7 @@ func (s *Store) LastReport() (last *api.Capability, told bool, err error) {
 		if raw == nil {
 			return nil
 		}
-		payload, err := unseal(recordReport, raw)
+		payload, err := unseal(recordReport, []byte("report"), raw)
 		if err != nil {
 			return err
 		}
@@ -39,6 +39,6 @@ func (s *Store) SaveReport(report *api.Capability, events ...*api.Event) error {
 		return fmt.Errorf("encoding report: %w", err)
 	}
 	return s.append(events, 0, func(tx *bbolt.Tx) error {
-		return tx.Bucket([]byte("meta")).Put([]byte("report"), seal(recordReport, payload))
+		return put(tx.Bucket([]byte("meta")), []byte("report"), recordReport, payload)
 	})
 }

@@ -5,21 +5,29 @@
 // failure. One process at a time may hold a store; a Store is safe for
 // concurrent use.
 //
-// # Layout, version 2
+// # Layout, version 3
 //
-//	meta      schema -> u32, epoch -> Epoch record, cordon, forwarding, report
+//	meta      schema, sequence -> u32, u64; epoch, cordon, forwarding, report, seen
 //	commands  id -> Command record
 //	guests    id -> Guest record
 //	outbox    u64 big-endian sequence -> Event (protobuf) record
 //
-// Version 1 had no guests. An older layout is migrated when it is opened, step
+// Version 1 had no guests. Version 2 had its deadlines by the wall clock
+// alone, the sequence of the last event in bbolt's own counter, and checksums
+// that left the keys out. An older layout is migrated when it is opened, step
 // by step in one transaction; a newer one is refused.
 //
-// Every value is a record: a type byte, a version byte, the CRC-32C of the
+// Every value is a record: a type byte, a version byte, the CRC-32C of key and
 // payload (big endian), the payload. bbolt itself does not notice flipped
-// bits, so a record that does not check is an error, never a value; the file's
-// structure is checked before bbolt maps it, and a page that cannot be walked
-// later becomes an error instead of a crash.
+// bits, so whatever byte of the file changes, it is noticed or means nothing:
+// the file's structure is checked before bbolt maps it (pages.go), a record
+// that does not check is an error, never a value, and a page that cannot be
+// walked later becomes an error instead of a crash.
+//
+// A store that is set aside takes the knowledge of what was carried out along.
+// The new one has another id and is in no epoch: everything is refused until
+// an issuer begins one for that very id, and what was issued before that
+// moment is refused for good, whatever numbers the issuer begins with.
 package store
 
 import (
@@ -40,12 +48,13 @@ import (
 	berrors "go.etcd.io/bbolt/errors"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/clock"
 	"github.com/confidential-node/agent/nodeagent/inbox"
 )
 
 const (
 	// schemaVersion of the layout above.
-	schemaVersion = 2
+	schemaVersion = 3
 	// lockTimeout is how long another holder is waited for.
 	lockTimeout = 2 * time.Second
 	// lockRetry is how often it is asked for.
@@ -70,6 +79,8 @@ const (
 	recordCordon
 	recordForwarding
 	recordReport
+	recordSequence
+	recordSeen
 )
 
 // ErrDamaged means that a record or page does not check.
@@ -97,16 +108,26 @@ type Store struct {
 	outboxBytes atomic.Int64
 }
 
-// buckets and the kind of their records; meta holds one of each kind.
+// buckets and the kind of their records; that of meta's goes by the key.
 func buckets() map[string]byte {
 	return map[string]byte{"meta": 0, "commands": recordCommand, "guests": recordGuest, "outbox": recordEvent}
 }
 
-// migrations in order: the first brings version 1 to 2, and so on.
-func migrations() []func(*bbolt.Tx) error {
-	return []func(*bbolt.Tx) error{
-		func(tx *bbolt.Tx) error { _, err := tx.CreateBucket([]byte("guests")); return err },
+// metaKinds are the records of meta.
+func metaKinds() map[string]byte {
+	return map[string]byte{
+		"schema": recordSchema, "epoch": recordEpoch, "cordon": recordCordon, "forwarding": recordForwarding,
+		"report": recordReport, "sequence": recordSequence, "seen": recordSeen,
 	}
+}
+
+// kindOf is the kind of the record at a key; 0, which no record has, for a key
+// that is nobody's.
+func kindOf(bucket string, key []byte) byte {
+	if bucket == "meta" {
+		return metaKinds()[string(key)]
+	}
+	return buckets()[bucket]
 }
 
 // Open opens the store at path, in a folder made 0700, and checks it whole. A
@@ -125,12 +146,25 @@ func Open(path string, now func() time.Time, logger hclog.Logger) (*Store, error
 	if err == nil || !damaged(err) {
 		return s, err
 	}
-	aside := path + ".corrupt-" + now().UTC().Format("20060102T150405Z")
+	aside := path + asideSuffix + now().UTC().Format("20060102T150405Z")
 	logger.Error("store is damaged; set aside, and a new one begun", "path", path, "aside", aside, "err", err)
 	if err := os.Rename(path, aside); err != nil {
 		return nil, fmt.Errorf("setting a damaged store aside: %w", err)
 	}
 	return open(path)
+}
+
+// asideSuffix and the time follow the name of a store that was set aside.
+const asideSuffix = ".corrupt-"
+
+// SetAside are the files that were set aside for path and that nobody has
+// removed.
+func SetAside(path string) []string {
+	found, err := filepath.Glob(path + asideSuffix + "*")
+	if err != nil {
+		return nil // a state directory whose name is a pattern
+	}
+	return found
 }
 
 // damaged tells a broken file from a broken disk or missing rights.
@@ -196,7 +230,11 @@ func (s *Store) version() (version uint32, err error) {
 		if meta == nil {
 			return fmt.Errorf("%w: no bucket %q", ErrDamaged, "meta")
 		}
-		payload, err := unseal(recordSchema, meta.Get([]byte("schema")))
+		raw := meta.Get([]byte("schema"))
+		payload, err := unseal(recordSchema, []byte("schema"), raw)
+		if err != nil {
+			payload, err = unsealOld(recordSchema, raw)
+		}
 		if err != nil {
 			return err
 		}
@@ -225,29 +263,34 @@ func create(tx *bbolt.Tx) error {
 	if err := putJSON(tx.Bucket([]byte("meta")), []byte("epoch"), recordEpoch, epoch); err != nil {
 		return err
 	}
+	if err := putSequence(tx, 0); err != nil {
+		return err
+	}
 	return putSchema(tx)
 }
 
 func putSchema(tx *bbolt.Tx) error {
-	return tx.Bucket([]byte("meta")).Put([]byte("schema"), seal(recordSchema, binary.BigEndian.AppendUint32(nil, schemaVersion)))
+	return put(tx.Bucket([]byte("meta")), []byte("schema"), recordSchema, binary.BigEndian.AppendUint32(nil, schemaVersion))
 }
 
 // check walks every record once.
 func (s *Store) check(version uint32) error {
+	open := unseal
+	if version < firstBound {
+		open = func(kind byte, _, raw []byte) ([]byte, error) { return unsealOld(kind, raw) }
+	}
 	return s.view(func(tx *bbolt.Tx) error {
 		seen := 0
 		err := tx.ForEach(func(name []byte, b *bbolt.Bucket) error {
-			kind, known := buckets()[string(name)]
-			if !known {
+			if _, known := buckets()[string(name)]; !known {
 				return fmt.Errorf("%w: unknown bucket", ErrDamaged)
 			}
+			if version >= firstBound && b.Sequence() != 0 {
+				return fmt.Errorf("%w: a counter that is not in use has moved", ErrDamaged)
+			}
 			seen++
-			return b.ForEach(func(_, raw []byte) error {
-				if kind == 0 && len(raw) > 0 {
-					_, err := unseal(raw[0], raw)
-					return err
-				}
-				_, err := unseal(kind, raw)
+			return b.ForEach(func(key, raw []byte) error {
+				_, err := open(kindOf(string(name), key), key, raw)
 				return err
 			})
 		})
@@ -256,6 +299,12 @@ func (s *Store) check(version uint32) error {
 		}
 		if version == schemaVersion && seen != len(buckets()) {
 			return fmt.Errorf("%w: %d buckets of %d", ErrDamaged, seen, len(buckets()))
+		}
+		if version < firstBound {
+			return nil
+		}
+		if _, err = sequenceOf(tx); err != nil {
+			return err
 		}
 		_, err = epochOf(tx)
 		return err
@@ -287,20 +336,32 @@ func (s *Store) update(f func(*bbolt.Tx) error) error {
 
 func castagnoli() *crc32.Table { return crc32.MakeTable(crc32.Castagnoli) }
 
-// seal wraps a payload as a record of version 1.
-func seal(kind byte, payload []byte) []byte {
-	out := append([]byte{kind, 1}, make([]byte, 4)...)
-	binary.BigEndian.PutUint32(out[2:], crc32.Checksum(payload, castagnoli()))
+// firstBound is the first layout whose checksums cover the keys.
+const firstBound = 3
+
+// seal wraps a payload as a record of version 2, which is good at this key
+// only.
+func seal(kind byte, key, payload []byte) []byte {
+	out := append([]byte{kind, 2}, make([]byte, 4)...)
+	binary.BigEndian.PutUint32(out[2:], sumOf(key, payload))
 	return append(out, payload...)
 }
 
+func sumOf(key, payload []byte) uint32 {
+	return crc32.Update(crc32.Checksum(key, castagnoli()), castagnoli(), payload)
+}
+
 // unseal checks a record and returns its payload.
-func unseal(kind byte, raw []byte) ([]byte, error) {
-	if len(raw) < headerSize || raw[0] != kind || raw[1] != 1 ||
-		binary.BigEndian.Uint32(raw[2:]) != crc32.Checksum(raw[headerSize:], castagnoli()) {
+func unseal(kind byte, key, raw []byte) ([]byte, error) {
+	if kind == 0 || len(raw) < headerSize || raw[0] != kind || raw[1] != 2 || binary.BigEndian.Uint32(raw[2:]) != sumOf(key, raw[headerSize:]) {
 		return nil, fmt.Errorf("%w: a record of kind %d does not check", ErrDamaged, kind)
 	}
 	return raw[headerSize:], nil
+}
+
+// put seals a payload under its key.
+func put(b *bbolt.Bucket, key []byte, kind byte, payload []byte) error {
+	return b.Put(key, seal(kind, key, payload))
 }
 
 func putJSON(b *bbolt.Bucket, key []byte, kind byte, v any) error {
@@ -308,11 +369,11 @@ func putJSON(b *bbolt.Bucket, key []byte, kind byte, v any) error {
 	if err != nil {
 		return fmt.Errorf("encoding record: %w", err)
 	}
-	return b.Put(key, seal(kind, payload))
+	return put(b, key, kind, payload)
 }
 
-func getJSON(raw []byte, kind byte, v any) error {
-	payload, err := unseal(kind, raw)
+func getJSON(key, raw []byte, kind byte, v any) error {
+	payload, err := unseal(kind, key, raw)
 	if err != nil {
 		return err
 	}
@@ -322,12 +383,24 @@ func getJSON(raw []byte, kind byte, v any) error {
 	return nil
 }
 
+// metaJSON reads a record of meta; found is false when there is none.
+func (s *Store) metaJSON(key string, v any) (found bool, err error) {
+	err = s.view(func(tx *bbolt.Tx) error {
+		raw := tx.Bucket([]byte("meta")).Get([]byte(key))
+		if found = raw != nil; !found {
+			return nil
+		}
+		return getJSON([]byte(key), raw, metaKinds()[key], v)
+	})
+	return found, err
+}
+
 func epochOf(tx *bbolt.Tx) (e inbox.Epoch, err error) {
 	meta := tx.Bucket([]byte("meta"))
 	if meta == nil {
 		return e, fmt.Errorf("%w: no bucket %q", ErrDamaged, "meta")
 	}
-	err = getJSON(meta.Get([]byte("epoch")), recordEpoch, &e)
+	err = getJSON([]byte("epoch"), meta.Get([]byte("epoch")), recordEpoch, &e)
 	return e, err
 }
 
@@ -337,8 +410,9 @@ func (s *Store) Epoch() (e inbox.Epoch, err error) {
 	return e, err
 }
 
-// BeginEpoch moves to a higher epoch, with floor 0.
-func (s *Store) BeginEpoch(number uint64) error {
+// BeginEpoch moves to a higher epoch, with floor 0; since is when the issuer
+// began it, by its own clock.
+func (s *Store) BeginEpoch(number uint64, since time.Time) error {
 	return s.update(func(tx *bbolt.Tx) error {
 		e, err := epochOf(tx)
 		if err != nil {
@@ -347,6 +421,20 @@ func (s *Store) BeginEpoch(number uint64) error {
 		if number <= e.Number {
 			return fmt.Errorf("epoch %d is not higher than %d", number, e.Number)
 		}
-		return putJSON(tx.Bucket([]byte("meta")), []byte("epoch"), recordEpoch, inbox.Epoch{Number: number, StoreID: e.StoreID})
+		next := inbox.Epoch{Number: number, StoreID: e.StoreID, Since: since}
+		return putJSON(tx.Bucket([]byte("meta")), []byte("epoch"), recordEpoch, next)
+	})
+}
+
+// LastSeen is when the host's clocks last agreed, to the agent's knowledge.
+func (s *Store) LastSeen() (seen clock.Instant, err error) {
+	_, err = s.metaJSON("seen", &seen)
+	return seen, err
+}
+
+// SaveLastSeen replaces it.
+func (s *Store) SaveLastSeen(seen clock.Instant) error {
+	return s.update(func(tx *bbolt.Tx) error {
+		return putJSON(tx.Bucket([]byte("meta")), []byte("seen"), recordSeen, seen)
 	})
 }

@@ -21,6 +21,7 @@ import (
 	"github.com/confidential-node/agent/network"
 	"github.com/confidential-node/agent/nodeagent/admit"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock/clocktest"
 	"github.com/confidential-node/agent/nodeagent/config"
 	"github.com/confidential-node/agent/nodeagent/headroom"
 	"github.com/confidential-node/agent/nodeagent/lifecycle"
@@ -134,7 +135,7 @@ func (c *crowd) guest(b *testing.B, id string, slot uint32, manifest []byte) sto
 	}
 	g := store.Guest{
 		ID: id, Generation: 1, CommandID: api.NewID(), Launch: launch, BootID: "boot", Slot: slot, VCPUs: 1, MemoryMiB: 1024,
-		Limits: store.Limits{Start: time.Hour, Run: time.Hour, ResultBytes: 1 << 20}, Status: api.GuestStatus_GUEST_STATUS_STARTED, AcceptedAt: time.Now(),
+		Limits: store.Limits{Start: time.Hour, Run: time.Hour, ResultBytes: 1 << 20}, Status: api.GuestStatus_GUEST_STATUS_STARTED, AcceptedAt: clocktest.Wall(),
 	}
 	for _, name := range []string{"spool", "blobs", "boot-copies", "measure", "tap", "metadata", "domain"} {
 		g.Steps = append(g.Steps, store.Step{Name: name, BegunAt: time.Now(), DoneAt: time.Now()})
@@ -156,11 +157,11 @@ func (c *crowd) reconcile(b *testing.B) (wall, cpu time.Duration) {
 	driver := libvirt.New(c.uri, hclog.NewNullLogger())
 	served := &counted{left: c.n, all: make(chan struct{})}
 	m, err := lifecycle.New(lifecycle.Deps{
-		Records: c.store, Hypervisor: driver, Network: taps{}, Metadata: served, Blobs: lifecycletest.Cache{World: c.world}, Spools: lifecycletest.Store{World: c.world},
+		Records: c.store, Hypervisor: driver, Network: taps{}, Relay: lifecycletest.Relay{World: c.world}, Metadata: served, Blobs: lifecycletest.Cache{World: c.world}, Spools: lifecycletest.Store{World: c.world},
 		Images: func() ([]admit.Image, error) { return []admit.Image{c.image}, nil }, Measure: lifecycletest.Measure, TEE: tee,
 		Headroom: func(context.Context) headroom.Left { return headroom.Left{} },
 		GPURule:  func(string, int) *contract.Refusal { return nil }, Endorsements: func() contract.Endorsements { return contract.Endorsements{} },
-		Logger: hclog.NewNullLogger(),
+		Logger: hclog.NewNullLogger(), Clock: clocktest.Wall,
 	}, c.cfg)
 	if err != nil {
 		b.Fatal(err)

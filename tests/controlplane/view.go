@@ -262,7 +262,7 @@ func (v *view) pick(image *api.BootImage, hosts map[string]*hostState) string {
 	var fit []string
 	for id, h := range hosts {
 		n := v.nodes[id]
-		if n == nil || h.Epoch == 0 || h.Cordoning || n.heartbeat.GetCordoned() {
+		if n == nil || h.Epoch == 0 || h.Cordoning || n.heartbeat.GetCordoned() || n.heartbeat.GetClockDoubt() != "" {
 			continue
 		}
 		if slices.ContainsFunc(n.capability.GetImages(), func(i *api.BootImage) bool { return proto.Equal(i, image) }) {

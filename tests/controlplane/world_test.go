@@ -17,6 +17,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock/clocktest"
 	"github.com/confidential-node/agent/nodeagent/control"
 	"github.com/confidential-node/agent/nodeagent/control/controltest"
 	"github.com/confidential-node/agent/nodeagent/inbox"
@@ -142,7 +143,7 @@ func (n *node) start() {
 	}
 	in, err := inbox.New(inbox.Deps{
 		Journal: n.store, Executor: n, Keys: []ed25519.PublicKey{n.issuer}, HostID: n.hostID,
-		Features: api.Features(), Logger: hclog.NewNullLogger(),
+		Features: api.Features(), Logger: hclog.NewNullLogger(), Clock: clocktest.Wall,
 	})
 	if err != nil {
 		n.t.Fatal(err)

@@ -21,10 +21,6 @@ import (
 	"github.com/confidential-node/agent/tests/trial"
 )
 
-// patience bounds every wait here: guests in software emulation on a machine
-// that does other things as well.
-const patience = 3 * time.Minute
-
 // sh runs a script on the host.
 func (w *world) sh(t *testing.T, script string, args ...any) string {
 	t.Helper()

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"text/template"
 
@@ -169,8 +170,15 @@ func (h *Host) StartAgent(ctx context.Context) error {
 }
 
 // StartAgentWith is StartAgent with more environment and with flags.
-func (h *Host) StartAgentWith(ctx context.Context, env []string, flags ...string) (err error) {
-	cmd := h.Command(context.WithoutCancel(ctx), h.p.Programs.Agent, append([]string{"run", "--config", AgentConfig}, flags...)...)
+func (h *Host) StartAgentWith(ctx context.Context, env []string, flags ...string) error {
+	return h.StartAgentUnder(ctx, nil, env, flags...)
+}
+
+// StartAgentUnder is StartAgentWith by another program, which runs the agent
+// as its arguments say.
+func (h *Host) StartAgentUnder(ctx context.Context, under, env []string, flags ...string) (err error) {
+	argv := slices.Concat(under, []string{h.p.Programs.Agent, "run", "--config", AgentConfig}, flags)
+	cmd := h.Command(context.WithoutCancel(ctx), argv[0], argv[1:]...)
 	cmd.Env = append(cmd.Env, env...)
 	if h.agent, err = start(h.ID+"-agent", h.p.Logs, cmd); err != nil {
 		return err

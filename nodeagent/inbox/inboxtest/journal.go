@@ -58,7 +58,7 @@ func (j *Journal) Epoch() (inbox.Epoch, error) {
 }
 
 // BeginEpoch implements inbox.Journal.
-func (j *Journal) BeginEpoch(number uint64) error {
+func (j *Journal) BeginEpoch(number uint64, since time.Time) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if err := j.checkLocked("BeginEpoch"); err != nil {
@@ -67,7 +67,7 @@ func (j *Journal) BeginEpoch(number uint64) error {
 	if number <= j.epoch.Number {
 		return fmt.Errorf("beginning epoch %d: the store is in %d", number, j.epoch.Number)
 	}
-	j.epoch.Number, j.epoch.Floor = number, 0
+	j.epoch.Number, j.epoch.Floor, j.epoch.Since = number, 0, since
 	return nil
 }
 

@@ -29,6 +29,7 @@ import (
 	"github.com/confidential-node/agent/firmware/image/imagetest"
 	"github.com/confidential-node/agent/firmware/snp/snptest"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock/clocktest"
 	"github.com/confidential-node/agent/nodeagent/control"
 	"github.com/confidential-node/agent/nodeagent/control/controltest"
 	"github.com/confidential-node/agent/nodeagent/inbox"
@@ -164,7 +165,7 @@ func (p *platform) node(plane *controlplane.Server) {
 		p.t.Fatal(err)
 	}
 	in, err := inbox.New(inbox.Deps{
-		Journal: state, Executor: p, Keys: []ed25519.PublicKey{issuer}, HostID: nodeName, Features: api.Features(), Logger: hclog.NewNullLogger(),
+		Journal: state, Executor: p, Keys: []ed25519.PublicKey{issuer}, HostID: nodeName, Features: api.Features(), Logger: hclog.NewNullLogger(), Clock: clocktest.Wall,
 	})
 	if err != nil {
 		p.t.Fatal(err)
