@@ -34,7 +34,7 @@ func TestACommandStoredByAWriteThatFailedIsCarriedOutOnce(t *testing.T) {
 		journal := &lastSync{n.journal, 2}
 		x, err := inbox.New(inbox.Deps{
 			Journal: journal, Executor: n.executor, Keys: []ed25519.PublicKey{ed25519.PublicKey(n.key[32:])},
-			HostID: host, Logger: hclog.NewNullLogger(),
+			Clock: clocktest.Wall, HostID: host, Logger: hclog.NewNullLogger(),
 		})
 		if err != nil {
 			t.Fatal(err)
