@@ -46,13 +46,13 @@ func TestKernelRestoresRulesUnderRunningConnections(t *testing.T) {
 		}
 	}
 	echo("before")
-	want := nftTool(t, "list", "ruleset")
-	restored := func() bool { return nftTool(t, "list", "ruleset") == want }
+	want := nftTool(t, "--stateless", "list", "ruleset")
+	restored := func() bool { return nftTool(t, "--stateless", "list", "ruleset") == want }
 	for _, change := range [][]string{
 		{"flush", "ruleset"},
 		{"delete", "chain", "inet", "nodeagent", "egress"},
 		{"insert", "rule", "inet", "nodeagent", "from_guest", "accept"},
-		{"flush", "chain", "netdev", "nodeagent", "in_na00000001"},
+		{"flush", "chain", "netdev", "nodeagent", "in_nt00000001"},
 		{"flush", "set", "inet", "nodeagent", "denied"},
 		{"add", "element", "inet", "nodeagent", "allowed", "{ 10.0.0.0/8 }"},
 	} {
@@ -136,7 +136,7 @@ func TestKernelRestartedAgentAdoptsAndSweeps(t *testing.T) {
 		t.Errorf("connection across the restart: %q, %v", buf[:n], err)
 	}
 	taps, err := again.Observe(t.Context())
-	if err != nil || len(taps) != 1 || taps[0] != (Tap{"na00000001", kept.guest.ID, true}) {
+	if err != nil || len(taps) != 1 || taps[0] != (Tap{"nt00000001", kept.guest.ID, true}) {
 		t.Errorf("observed %v, %v", taps, err)
 	}
 	if err := errors.Join(again.Remove(t.Context(), kept.guest.ID), again.Close(t.Context())); err != nil {
@@ -232,7 +232,7 @@ func TestKernelTapOpensForItsUserOnly(t *testing.T) {
 	attach := func(uid, gid uint32) error {
 		cmd := exec.CommandContext(t.Context(), binary, "-test.run=^"+t.Name()+"$")
 		cmd.Dir, cmd.ExtraFiles = "/", []*os.File{self}
-		cmd.Env = []string{attachEnv + "=na00000001"}
+		cmd.Env = []string{attachEnv + "=nt00000001"}
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: gid}}
 		out, err := cmd.CombinedOutput()
 		if err != nil {

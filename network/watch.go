@@ -122,12 +122,12 @@ func (h *Host) regainLocked() error {
 	}
 	present := map[string]bool{}
 	for _, t := range taps {
-		present[t.Name] = true
+		present[t.GuestID] = true
 	}
 	var errs []error
-	for _, m := range h.guests {
-		if present[m.link.Tap] {
-			errs = append(errs, h.links.up(m.link.Tap))
+	for id, m := range h.guests {
+		if present[id] {
+			errs = append(errs, h.links.up(m.link))
 		}
 	}
 	if err := errors.Join(errs...); err != nil {

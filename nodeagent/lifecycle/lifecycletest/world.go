@@ -468,7 +468,8 @@ func (w Service) Open(ctx context.Context, s metadata.Session) error {
 	if _, open := w.sessions[s.ID]; open {
 		return fmt.Errorf("guest %s has a session", s.ID)
 	}
-	if !slices.ContainsFunc(w.tapsLocked(), func(t network.Tap) bool { return t.Name == s.Device }) {
+	link, err := network.Describe(w.cfg, w.taps[s.ID])
+	if err != nil || link.Device != s.Device {
 		return fmt.Errorf("no device %s", s.Device)
 	}
 	w.sessions[s.ID] = s
