@@ -151,12 +151,29 @@ func frameChains(m member) []chain {
 			rule{"ether saddr != " + mac + " drop", "only the guest's NIC"},
 			rule{"ether type != { ip, ip6, arp } drop", "nothing but IP, no tags"},
 			rule{"arp saddr ether " + mac + " arp saddr ip " + m.link.GuestAddr.Addr().String() + carry, "only the guest's own ARP"},
+			rule{"ether type arp drop", "others' ARP"},
+			rule{"ip saddr != " + m.link.GuestAddr.Addr().String() + " drop", "only the guest's IPv4 address"},
+			rule{"meta protocol ip meta pkttype { broadcast, multicast } drop", "IPv4 is for one"},
+			rule{"ip hdrlength > 5 drop", "IP options"},
+			rule{"ip frag-off & 0x3fff != 0 drop", "fragments: all share the host's memory for them"},
+			rule{"ip daddr { " + joined(unallowable()) + " } drop", "never forwarded"},
+			rule{fmt.Sprintf("ip6 saddr != { %s, :: } drop", m.link.GuestLinkLocal), "only the guest's IPv6 address"},
+			rule{"ip6 daddr != { " + metadataAddr + ", ff02::1, ff02::1:ff00:0/104 } drop", "metadata and neighbour discovery"},
+			rule{"ip6 nexthdr != { tcp, ipv6-icmp } drop", "extension headers, what metadata does not speak"},
+			rule{fmt.Sprintf("icmpv6 type nd-neighbor-advert @th,64,128 != 0x%x drop", m.link.GuestLinkLocal.AsSlice()), "advertises itself only"},
 			rule{fmt.Sprintf("icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } limit rate over %d/second burst %d packets drop",
 				neighbourRate, neighbourBurst), "neighbour discovery is for all"},
-			rule{"ether type { ip, ip6 }" + carry, "to the host"},
-			rule{"drop", "others' ARP"}),
+			rule{carry[1:], "to the host"}),
 		frames("out_", m.link.wire(), rule{fmt.Sprintf("fwd to %q", m.link.Tap), "to the guest"}),
 	}
+}
+
+func joined(list []netip.Prefix) string {
+	text := make([]string, len(list))
+	for i, p := range list {
+		text[i] = p.String()
+	}
+	return strings.Join(text, ", ")
 }
 
 func spoofChains() []chain {
