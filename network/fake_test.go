@@ -168,6 +168,8 @@ func (k *kernel) erase(context.Context) error {
 
 func (k *kernel) ruleset(context.Context) ([]byte, error) { return []byte(k.rules), nil }
 
+func (k *kernel) legacyFindings(context.Context) ([]Finding, error) { return nil, nil }
+
 // flush is somebody else's `nft flush ruleset`.
 func (k *kernel) flush() {
 	k.mu.Lock()

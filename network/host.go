@@ -47,6 +47,7 @@ type filter interface {
 	read(ctx context.Context) (string, error)
 	erase(ctx context.Context) error
 	ruleset(ctx context.Context) ([]byte, error)
+	legacyFindings(ctx context.Context) ([]Finding, error)
 }
 
 // Host is the guests' network on this host.
@@ -78,7 +79,7 @@ func New(cfg Config, logger hclog.Logger) (*Host, error) {
 		cfg.Root = "/"
 	}
 	return &Host{
-		cfg: cfg, log: logger.Named("network"), links: kernelLinks{cfg.Root}, filter: &nft{table: cfg.table()}, portFree: portFree,
+		cfg: cfg, log: logger.Named("network"), links: kernelLinks{cfg.Root}, filter: &nft{table: cfg.table(), root: cfg.Root}, portFree: portFree,
 		restores: rate.NewLimiter(rate.Every(3*time.Second), 20), guests: map[string]member{},
 	}, nil
 }

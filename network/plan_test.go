@@ -228,11 +228,11 @@ func FuzzParseForeign(f *testing.F) {
 
 func TestNFTErrorsAreClassified(t *testing.T) {
 	t.Parallel()
-	err := classify([]string{"list"}, "Error: No such file or directory\nlist table inet nodeagent\n                ^^^^^^^^^\n", os.ErrInvalid)
+	err := classify("nft", []string{"list"}, "Error: No such file or directory\nlist table inet nodeagent\n                ^^^^^^^^^\n", os.ErrInvalid)
 	if err != errTableMissing { //nolint:errorlint // the sentinel itself is returned
 		t.Errorf("missing table is %v", err)
 	}
-	err = classify([]string{"list"}, "Error: syntax error, unexpected newline\nlist\n    ^\n", os.ErrInvalid)
+	err = classify("nft", []string{"list"}, "Error: syntax error, unexpected newline\nlist\n    ^\n", os.ErrInvalid)
 	if text := err.Error(); strings.Contains(text, "\n") || !strings.Contains(text, "syntax error") {
 		t.Errorf("error is %q", text)
 	}

@@ -143,6 +143,7 @@ func (h *Host) regainLocked() error {
 const (
 	FindingForwardDrop   = "network.foreign-forward-drop"
 	FindingInputDrop     = "network.foreign-input-drop"
+	FindingLegacyUnread  = "network.foreign-legacy-unread"
 	FindingForwardingOff = "network.forwarding-off"
 	FindingRulesLost     = "network.rules-lost"
 	FindingTapMissing    = "network.tap-missing"
@@ -184,6 +185,11 @@ func (h *Host) Findings(ctx context.Context) ([]Finding, error) {
 		}
 		out = append(out, f)
 	}
+	legacy, err := h.filter.legacyFindings(ctx)
+	if err != nil {
+		return out, err
+	}
+	out = append(out, legacy...)
 	forwarding, err := h.links.forwarding()
 	if err != nil {
 		return out, err
