@@ -152,6 +152,34 @@ func TestUnknownTapsAreCutOffAndAdoptedTapsAreNot(t *testing.T) {
 	}
 }
 
+func TestAGuestThatCannotBeAdoptedIsLeftOut(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	if err := newTestHost(k).Adopt(t.Context(), []Guest{testGuest(1), testGuest(2), testGuest(3)}); err != nil {
+		t.Fatal(err)
+	}
+	malformed, sameSlot := testGuest(2), testGuest(3)
+	malformed.MAC, sameSlot.ID = nil, "guest-x"
+	h := newTestHost(k) // the agent starts again
+	err := h.Adopt(t.Context(), []Guest{malformed, testGuest(1), testGuest(3), sameSlot})
+	if err == nil || !strings.Contains(err.Error(), "guest-c") || refusalCode(err) != "network.slot-in-use" {
+		t.Errorf("adopting says %v", err)
+	}
+	if _, ok := h.guests["guest-b"]; !ok || len(h.guests) != 2 {
+		t.Errorf("adopted are %v", h.guests)
+	}
+	if text := k.table(); !strings.Contains(text, `strays { "na00000002" }`) || strings.Contains(text, `strays { "na00000001" }`) {
+		t.Errorf("the table is\n%s", text)
+	}
+	k.setFail("up", errors.New("injected"))
+	if err := h.Adopt(t.Context(), []Guest{testGuest(2), testGuest(4)}); err == nil {
+		t.Error("a tap did not come up and Adopt did not say so")
+	}
+	if _, left := k.snapshot()["nt00000004"]; left || len(h.guests) != 3 {
+		t.Errorf("taps %v, guests %v", k.snapshot(), h.guests)
+	}
+}
+
 func TestSweepKeepsWhatItIsTold(t *testing.T) {
 	t.Parallel()
 	k := newKernel()

@@ -348,28 +348,33 @@ type Net struct{ *World }
 
 var _ lifecycle.Network = Net{}
 
-// Adopt implements lifecycle.Network.
+// Adopt implements lifecycle.Network. A guest that fails, also by Fail with
+// "adopt" and its id, is left out.
 func (w Net) Adopt(ctx context.Context, guests []network.Guest) error {
 	if err := w.enter(ctx, "adopt"); err != nil {
 		return err
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	var errs []error
 	for _, g := range guests {
-		if _, err := network.Describe(w.cfg, g); err != nil {
-			return err
-		}
+		_, err := network.Describe(w.cfg, g)
+		err = errors.Join(err, w.fail["adopt "+g.ID])
 		for id, other := range w.taps {
 			if id != g.ID && other.Index == g.Index {
-				return fmt.Errorf("slot %d is guest %s's", g.Index, id)
+				err = errors.Join(err, fmt.Errorf("slot %d is guest %s's", g.Index, id))
 			}
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
 		}
 		if !w.forwarding {
 			w.brokenLocked("tap of %s without forwarding", g.ID)
 		}
 		w.taps[g.ID] = g
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // Remove implements lifecycle.Network.
