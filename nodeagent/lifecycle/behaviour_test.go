@@ -304,6 +304,22 @@ func TestGuestsShareNeitherSlotNorId(t *testing.T) {
 	h.refused(t.Context(), m, again, "launch.launch-id-used")
 }
 
+// The guest answers, works, ignores the power button, and never finishes.
+func TestAGuestThatNeverFinishesIsEndedByItsDeadline(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	m := h.life(t.Context(), nil)
+	h.started(t.Context(), m)
+	h.until("the guest works", func() bool {
+		return h.world.Say(t.Context(), guestID, contract.GuestStatus{Phase: contract.PhaseRunning}) == nil
+	})
+	h.ahead.Store(int64(721 * time.Hour))
+	h.ends(t.Context(), api.GuestStatus_GUEST_STATUS_FAILED, "guest.run-timeout")
+	if h.world.Running(guestID) {
+		t.Error("its machine runs on")
+	}
+}
+
 func TestAGuestWhoseNetworkCannotBeAdoptedStopsNobodyElse(t *testing.T) {
 	t.Parallel()
 	h := newHost(t)
