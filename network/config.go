@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"regexp"
 	"slices"
+	"strings"
 
 	"github.com/confidential-node/agent/firmware/contract"
 )
@@ -54,14 +55,26 @@ type Publish struct{ Host, Guest uint16 }
 
 // Link is what a guest's wish comes to.
 type Link struct {
-	// Tap is the interface on the host.
+	// Tap is the interface that QEMU opens. Nothing on the host listens there.
 	Tap string
+	// Device is the interface on which the host's IP sees the guest.
+	Device string
 	// HostAddr and GuestAddr are the ends of the /30.
 	HostAddr, GuestAddr netip.Prefix
 	// GuestLinkLocal is the only IPv6 address the guest may send from: the
 	// one its kernel derives from the MAC (RFC 4291, appendix A).
 	GuestLinkLocal netip.Addr
 }
+
+// Names of a guest's links; the slot follows as 8 hex digits.
+const (
+	tapPrefix    = "nt"
+	wirePrefix   = "nv"
+	devicePrefix = "na"
+)
+
+// wire is the far end of Device.
+func (l Link) wire() string { return wirePrefix + strings.TrimPrefix(l.Device, devicePrefix) }
 
 // slotBits is the prefix length of one guest's share of the pool.
 const slotBits = 30
@@ -93,7 +106,8 @@ func Describe(cfg Config, g Guest) (Link, error) {
 	}
 	m := g.MAC
 	return Link{
-		Tap:       fmt.Sprintf("na%08x", g.Index),
+		Tap:       fmt.Sprintf("%s%08x", tapPrefix, g.Index),
+		Device:    fmt.Sprintf("%s%08x", devicePrefix, g.Index),
 		HostAddr:  at(1),
 		GuestAddr: at(2),
 		GuestLinkLocal: netip.AddrFrom16([16]byte{

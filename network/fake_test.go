@@ -77,7 +77,7 @@ func (k *kernel) set(verb, tap string, up bool) error {
 	return nil
 }
 
-func (k *kernel) up(tap string) error   { return k.set("up", tap, true) }
+func (k *kernel) up(l Link) error       { return k.set("up", l.Tap, true) }
 func (k *kernel) down(tap string) error { return k.set("down", tap, false) }
 
 func (k *kernel) remove(tap string) error {
@@ -127,6 +127,9 @@ func (k *kernel) write(ctx context.Context, t table) error {
 	defer k.mu.Unlock()
 	var taps []string
 	for _, c := range t.chains {
+		if strings.HasPrefix(c.device, wirePrefix) {
+			continue
+		}
 		if _, ok := k.taps[c.device]; c.device != "" && !ok {
 			return fmt.Errorf("chain %s: no such device", c.name)
 		}
@@ -165,6 +168,8 @@ func (k *kernel) erase(context.Context) error {
 
 func (k *kernel) ruleset(context.Context) ([]byte, error) { return []byte(k.rules), nil }
 
+func (k *kernel) legacyFindings(context.Context) ([]Finding, error) { return nil, nil }
+
 // flush is somebody else's `nft flush ruleset`.
 func (k *kernel) flush() {
 	k.mu.Lock()
@@ -197,7 +202,7 @@ func (k *kernel) snapshot() map[string]Tap {
 func (k *kernel) isUp() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.taps["na00000001"].Up
+	return k.taps["nt00000001"].Up
 }
 
 func (k *kernel) table() string {

@@ -26,7 +26,7 @@ const undoTimeout = 30 * time.Second
 type links interface {
 	list() ([]Tap, error)
 	ensure(g Guest, l Link) (made bool, err error)
-	up(tap string) error
+	up(l Link) error
 	down(tap string) error
 	remove(tap string) error
 	forget(addr netip.Addr) error
@@ -47,6 +47,7 @@ type filter interface {
 	read(ctx context.Context) (string, error)
 	erase(ctx context.Context) error
 	ruleset(ctx context.Context) ([]byte, error)
+	legacyFindings(ctx context.Context) ([]Finding, error)
 }
 
 // Host is the guests' network on this host.
@@ -78,7 +79,7 @@ func New(cfg Config, logger hclog.Logger) (*Host, error) {
 		cfg.Root = "/"
 	}
 	return &Host{
-		cfg: cfg, log: logger.Named("network"), links: kernelLinks{cfg.Root}, filter: &nft{table: cfg.table()}, portFree: portFree,
+		cfg: cfg, log: logger.Named("network"), links: kernelLinks{cfg.Root}, filter: &nft{table: cfg.table(), root: cfg.Root}, portFree: portFree,
 		restores: rate.NewLimiter(rate.Every(3*time.Second), 20), guests: map[string]member{},
 	}, nil
 }
@@ -102,82 +103,103 @@ func (h *Host) Add(ctx context.Context, g Guest) error { return h.Adopt(ctx, []G
 
 // Adopt adds several guests at once. After a restart it should get all running
 // guests in one call: taps of guests it does not know are cut off whenever the
-// table is written.
+// table is written. A guest that cannot be added is left out, the others are
+// added all the same; the error joins what was wrong with each.
 func (h *Host) Adopt(ctx context.Context, guests []Guest) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	next := maps.Clone(h.guests)
-	for _, g := range guests {
-		l, err := Describe(h.cfg, g)
-		if err != nil {
-			return err
-		}
-		if old, ok := next[g.ID]; ok && old.guest.Index != g.Index {
-			return contract.Refuse("network.slot-changed", "stop the guest before it gets another slot",
-				"guest %s has slot %d, not %d", g.ID, old.guest.Index, g.Index)
-		}
-		g.Ports, g.MAC = slices.Clone(g.Ports), slices.Clone(g.MAC)
-		if err := conflict(g, next); err != nil {
-			return err
-		}
-		next[g.ID] = member{g, l}
-	}
-	return h.adoptLocked(ctx, guests, next)
-}
-
-func (h *Host) adoptLocked(ctx context.Context, guests []Guest, next map[string]member) (err error) {
 	before := h.guests
-	var made []string
-	defer func() {
-		if err == nil {
-			return
-		}
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
-		defer cancel()
-		for _, tap := range slices.Backward(made) {
-			err = errors.Join(err, h.links.remove(tap))
-		}
-		h.guests = before
-		if len(before) > 0 || h.written != "" {
-			err = errors.Join(err, h.writeLocked(ctx))
-			return
-		}
-		// Taps of an earlier run are up. Its table may still be there; if it
-		// is not, nothing holds them back.
-		if _, readErr := h.filter.read(ctx); readErr != nil {
-			err = h.loseLocked(errors.Join(err, readErr))
-		}
-	}()
+	next, made := maps.Clone(before), map[string]bool{}
+	var taken, failed []member
+	var errs []error
 	for _, g := range guests {
-		m := next[g.ID]
-		fresh, err := h.links.ensure(m.guest, m.link)
+		m, fresh, err := h.prepareLocked(ctx, g, next)
 		if err != nil {
-			return err
-		}
-		if !fresh {
+			errs = append(errs, fmt.Errorf("network of guest %s: %w", g.ID, err))
 			continue
 		}
-		made = append(made, m.link.Tap)
-		for _, p := range m.guest.Ports {
-			if err := h.portFree(ctx, p.Host); err != nil {
-				return fmt.Errorf("probing port: %w: %w", refusePort(p.Host, "a process of the host"), err)
-			}
-		}
-		if err := h.links.forget(m.link.GuestAddr.Addr()); err != nil {
-			return err
-		}
+		next[g.ID], made[g.ID] = m, fresh
+		taken = append(taken, m)
 	}
 	h.guests = next
-	if err := h.writeLocked(ctx); err != nil {
-		return err
-	}
-	for _, g := range guests {
-		if err := h.links.up(next[g.ID].link.Tap); err != nil {
-			return err
+	if len(taken) > 0 {
+		if err := h.writeLocked(ctx); err != nil {
+			return errors.Join(append(errs, err, h.withdrawLocked(ctx, before, taken, made))...)
 		}
-		h.log.Info("guest network in force", "guest_id", g.ID, "tap", next[g.ID].link.Tap, "published", len(g.Ports))
 	}
-	return h.regainLocked()
+	for _, m := range taken {
+		if err := h.links.up(m.link); err != nil {
+			errs, failed = append(errs, fmt.Errorf("network of guest %s: %w", m.guest.ID, err)), append(failed, m)
+			continue
+		}
+		h.log.Info("guest network in force", "guest_id", m.guest.ID, "tap", m.link.Tap, "published", len(m.guest.Ports))
+	}
+	if len(failed) > 0 || len(taken) == 0 {
+		errs = append(errs, h.withdrawLocked(ctx, before, failed, made))
+	}
+	if len(failed) < len(taken) {
+		errs = append(errs, h.regainLocked())
+	}
+	return errors.Join(errs...)
+}
+
+// prepareLocked checks one guest against the others and makes its links. On
+// error none is left that was not there.
+func (h *Host) prepareLocked(ctx context.Context, g Guest, others map[string]member) (m member, fresh bool, err error) {
+	l, err := Describe(h.cfg, g)
+	if err != nil {
+		return m, false, err
+	}
+	if old, ok := others[g.ID]; ok && old.guest.Index != g.Index {
+		return m, false, contract.Refuse("network.slot-changed", "stop the guest before it gets another slot",
+			"guest %s has slot %d, not %d", g.ID, old.guest.Index, g.Index)
+	}
+	g.Ports, g.MAC = slices.Clone(g.Ports), slices.Clone(g.MAC)
+	if err := conflict(g, others); err != nil {
+		return m, false, err
+	}
+	fresh, err = h.links.ensure(g, l)
+	if err != nil || !fresh {
+		return member{g, l}, false, err
+	}
+	for _, p := range g.Ports {
+		if portErr := h.portFree(ctx, p.Host); portErr != nil {
+			err = fmt.Errorf("probing port: %w: %w", refusePort(p.Host, "a process of the host"), portErr)
+		}
+	}
+	if err == nil {
+		err = h.links.forget(l.GuestAddr.Addr())
+	}
+	if err != nil {
+		return m, false, errors.Join(err, h.links.remove(l.Tap))
+	}
+	return member{g, l}, true, nil
+}
+
+// withdrawLocked puts guests back to what they were before, and the table.
+func (h *Host) withdrawLocked(ctx context.Context, before map[string]member, failed []member, made map[string]bool) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	var errs []error
+	for _, m := range slices.Backward(failed) {
+		id := m.guest.ID
+		if made[id] {
+			errs = append(errs, h.links.remove(m.link.Tap))
+		}
+		delete(h.guests, id)
+		if old, known := before[id]; known {
+			h.guests[id] = old
+		}
+	}
+	if len(h.guests) > 0 || h.written != "" {
+		return errors.Join(append(errs, h.writeLocked(ctx))...)
+	}
+	// Taps of an earlier run are up. Its table may still be there; if it is
+	// not, nothing holds them back.
+	if _, err := h.filter.read(ctx); err != nil {
+		errs = append(errs, h.loseLocked(err))
+	}
+	return errors.Join(errs...)
 }
 
 // writeLocked puts the planned table into the kernel and remembers its text.
@@ -186,19 +208,14 @@ func (h *Host) writeLocked(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	present := map[string]bool{}
 	var strays []string
-	for _, t := range taps {
-		present[t.Name] = true
-		if m, known := h.guests[t.GuestID]; !known || m.link.Tap != t.Name {
-			strays = append(strays, t.Name)
-		}
-	}
 	// A chain on a missing device would make nft refuse the whole table.
 	members := make(map[string]member, len(h.guests))
-	for id, m := range h.guests {
-		if present[m.link.Tap] {
-			members[id] = m
+	for _, t := range taps {
+		if m, known := h.guests[t.GuestID]; known && m.link.Tap == t.Name {
+			members[t.GuestID] = m
+		} else {
+			strays = append(strays, t.Name)
 		}
 	}
 	t := plan(h.cfg, members, strays)
@@ -231,7 +248,7 @@ func (h *Host) removeLocked(ctx context.Context, id string) error {
 	m, known := h.guests[id]
 	removed := false
 	for _, t := range taps {
-		if t.GuestID != id {
+		if t.GuestID != id && (!known || t.Name != m.link.Tap) {
 			continue
 		}
 		// Frames stop before rules go.

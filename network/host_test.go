@@ -50,11 +50,11 @@ func TestRulesComeBeforeTheTapIsUpAndGoAfterIt(t *testing.T) {
 	if err := h.Add(t.Context(), testGuest(1)); err != nil {
 		t.Fatal(err)
 	}
-	expectEffects(t, k, "make na00000001", "forget 10.213.0.6", "write na00000001", "up na00000001")
+	expectEffects(t, k, "make nt00000001", "forget 10.213.0.6", "write nt00000001", "up nt00000001")
 	if err := h.Remove(t.Context(), "guest-b"); err != nil {
 		t.Fatal(err)
 	}
-	expectEffects(t, k, "down na00000001", "remove na00000001", "write ", "forget 10.213.0.6")
+	expectEffects(t, k, "down nt00000001", "remove nt00000001", "write ", "forget 10.213.0.6")
 	if err := h.Remove(t.Context(), "guest-b"); err != nil {
 		t.Fatal(err)
 	}
@@ -70,7 +70,7 @@ func TestAddingTwiceChangesNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	expectEffects(t, k, "make na00000001", "forget 10.213.0.6", "write na00000001", "up na00000001", "write na00000001")
+	expectEffects(t, k, "make nt00000001", "forget 10.213.0.6", "write nt00000001", "up nt00000001", "write nt00000001")
 }
 
 func TestFailedAddLeavesNothingAndSparesOthers(t *testing.T) {
@@ -86,7 +86,7 @@ func TestFailedAddLeavesNothingAndSparesOthers(t *testing.T) {
 		if err := h.Add(t.Context(), testGuest(2)); err == nil {
 			t.Errorf("%s failed and Add did not", verb)
 		}
-		if _, left := k.taps["na00000002"]; left || !k.isUp() || k.table() != before {
+		if _, left := k.taps["nt00000002"]; left || !k.isUp() || k.table() != before {
 			t.Errorf("after failing to %s: taps %v, table unchanged: %v", verb, k.taps, k.table() == before)
 		}
 		k.setFail(verb, nil)
@@ -133,31 +133,59 @@ func TestSlotOfAGuestDoesNotChange(t *testing.T) {
 func TestUnknownTapsAreCutOffAndAdoptedTapsAreNot(t *testing.T) {
 	t.Parallel()
 	k := newKernel()
-	k.taps["na00000001"] = Tap{Name: "na00000001", GuestID: "guest-b", Up: true}
-	k.taps["na00000002"] = Tap{Name: "na00000002", GuestID: "guest-c", Up: true}
+	k.taps["nt00000001"] = Tap{Name: "nt00000001", GuestID: "guest-b", Up: true}
+	k.taps["nt00000002"] = Tap{Name: "nt00000002", GuestID: "guest-c", Up: true}
 	h := newTestHost(k)
 	if err := h.Add(t.Context(), testGuest(1)); err != nil {
 		t.Fatal(err)
 	}
-	expectEffects(t, k, "write na00000001")
+	expectEffects(t, k, "write nt00000001")
 	if !strings.Contains(k.table(), `strays { "na00000002" }`) {
 		t.Errorf("stray is not cut off:\n%s", k.table())
 	}
 	if err := h.Adopt(t.Context(), []Guest{testGuest(1), testGuest(2)}); err != nil {
 		t.Fatal(err)
 	}
-	expectEffects(t, k, "write na00000001,na00000002")
+	expectEffects(t, k, "write nt00000001,nt00000002")
 	if strings.Contains(k.table(), `strays {`+` "`) {
 		t.Errorf("adopted guest is cut off:\n%s", k.table())
+	}
+}
+
+func TestAGuestThatCannotBeAdoptedIsLeftOut(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	if err := newTestHost(k).Adopt(t.Context(), []Guest{testGuest(1), testGuest(2), testGuest(3)}); err != nil {
+		t.Fatal(err)
+	}
+	malformed, sameSlot := testGuest(2), testGuest(3)
+	malformed.MAC, sameSlot.ID = nil, "guest-x"
+	h := newTestHost(k) // the agent starts again
+	err := h.Adopt(t.Context(), []Guest{malformed, testGuest(1), testGuest(3), sameSlot})
+	if err == nil || !strings.Contains(err.Error(), "guest-c") || refusalCode(err) != "network.slot-in-use" {
+		t.Errorf("adopting says %v", err)
+	}
+	if _, ok := h.guests["guest-b"]; !ok || len(h.guests) != 2 {
+		t.Errorf("adopted are %v", h.guests)
+	}
+	if text := k.table(); !strings.Contains(text, `strays { "na00000002" }`) || strings.Contains(text, `strays { "na00000001" }`) {
+		t.Errorf("the table is\n%s", text)
+	}
+	k.setFail("up", errors.New("injected"))
+	if err := h.Adopt(t.Context(), []Guest{testGuest(2), testGuest(4)}); err == nil {
+		t.Error("a tap did not come up and Adopt did not say so")
+	}
+	if _, left := k.snapshot()["nt00000004"]; left || len(h.guests) != 3 {
+		t.Errorf("taps %v, guests %v", k.snapshot(), h.guests)
 	}
 }
 
 func TestSweepKeepsWhatItIsTold(t *testing.T) {
 	t.Parallel()
 	k := newKernel()
-	k.taps["na00000007"] = Tap{Name: "na00000007"}                   // half-made
-	k.taps["na00000008"] = Tap{Name: "na00000008", GuestID: "old"}   // of an earlier run
-	k.taps["na00000009"] = Tap{Name: "na00000009", GuestID: "alive"} // of an earlier run, running
+	k.taps["nt00000007"] = Tap{Name: "nt00000007"}                   // half-made
+	k.taps["nt00000008"] = Tap{Name: "nt00000008", GuestID: "old"}   // of an earlier run
+	k.taps["nt00000009"] = Tap{Name: "nt00000009", GuestID: "alive"} // of an earlier run, running
 	h := newTestHost(k)
 	if err := h.Adopt(t.Context(), []Guest{testGuest(1), testGuest(2)}); err != nil {
 		t.Fatal(err)
@@ -167,7 +195,7 @@ func TestSweepKeepsWhatItIsTold(t *testing.T) {
 	}
 	taps, err := h.Observe(t.Context())
 	slices.SortFunc(taps, func(a, b Tap) int { return strings.Compare(a.Name, b.Name) })
-	if want := []Tap{{"na00000001", "guest-b", true}, {"na00000009", "alive", false}}; err != nil || !slices.Equal(taps, want) {
+	if want := []Tap{{"nt00000001", "guest-b", true}, {"nt00000009", "alive", false}}; err != nil || !slices.Equal(taps, want) {
 		t.Errorf("left %v, %v; want %v", taps, err, want)
 	}
 }
@@ -210,9 +238,9 @@ func TestTheLastTapTakesADeadAgentsTableWithIt(t *testing.T) {
 func TestARemovedStrayIsForgotten(t *testing.T) {
 	t.Parallel()
 	k := newKernel()
-	k.taps["na00000002"] = Tap{Name: "na00000002", GuestID: "guest-c", Up: true}
+	k.taps["nt00000002"] = Tap{Name: "nt00000002", GuestID: "guest-c", Up: true}
 	h := newTestHost(k)
-	if err := errors.Join(h.Add(t.Context(), testGuest(1)), h.Remove(t.Context(), "guest-c")); err != nil || strings.Contains(k.table(), "na00000002") {
+	if err := errors.Join(h.Add(t.Context(), testGuest(1)), h.Remove(t.Context(), "guest-c")); err != nil || strings.Contains(k.table(), "00000002") {
 		t.Errorf("%v; the table is\n%s", err, k.table())
 	}
 }
@@ -348,7 +376,7 @@ func TestFindingsNameWhatStandsInTheWay(t *testing.T) {
 		t.Fatal(err)
 	}
 	k.rules = foreignRuleset
-	delete(k.taps, "na00000001")
+	delete(k.taps, "nt00000001")
 	want := []string{FindingForwardDrop, FindingInputDrop, FindingForwardingOff, FindingTapMissing}
 	if codes := findingCodes(t, h); !slices.Equal(codes, want) {
 		t.Errorf("findings are %q, want %q", codes, want)

@@ -14,6 +14,8 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/confidential-node/agent/tests/skip"
 )
 
 func TestKernelRestoresRulesUnderRunningConnections(t *testing.T) {
@@ -21,16 +23,6 @@ func TestKernelRestoresRulesUnderRunningConnections(t *testing.T) {
 		return
 	}
 	w := newWorld(t, nil)
-	// What a guest sends while the rules are gone leaves untranslated. The
-	// world's outside could answer it, with a reset; others' cannot.
-	w.outside.do(t, func() error {
-		l, err := netlink.LinkByName("up0")
-		_, guests, parseErr := net.ParseCIDR("10.213.0.0/16")
-		if err := errors.Join(err, parseErr); err != nil {
-			return err
-		}
-		return netlink.RouteDel(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: guests})
-	})
 	m := w.boot(t, testGuest(1))
 	runHost(t, w.host)
 	var conn net.Conn
@@ -44,15 +36,18 @@ func TestKernelRestoresRulesUnderRunningConnections(t *testing.T) {
 		if n, err := conn.Read(buf); err != nil || string(buf[:n]) != text {
 			t.Fatalf("echo of %q is %q, %v", text, buf[:n], err)
 		}
+		// What the outside sends while nothing translates, the host takes for
+		// its own and resets. It repeats what is not acknowledged.
+		eventually(t, "the outside has heard that its answer arrived", func() bool { return w.acknowledged(t) })
 	}
 	echo("before")
-	want := nftTool(t, "list", "ruleset")
-	restored := func() bool { return nftTool(t, "list", "ruleset") == want }
+	want := nftTool(t, "--stateless", "list", "ruleset")
+	restored := func() bool { return nftTool(t, "--stateless", "list", "ruleset") == want }
 	for _, change := range [][]string{
 		{"flush", "ruleset"},
 		{"delete", "chain", "inet", "nodeagent", "egress"},
 		{"insert", "rule", "inet", "nodeagent", "from_guest", "accept"},
-		{"flush", "chain", "netdev", "nodeagent", "in_na00000001"},
+		{"flush", "chain", "netdev", "nodeagent", "in_nt00000001"},
 		{"flush", "set", "inet", "nodeagent", "denied"},
 		{"add", "element", "inet", "nodeagent", "allowed", "{ 10.0.0.0/8 }"},
 	} {
@@ -70,6 +65,26 @@ func TestKernelRestoresRulesUnderRunningConnections(t *testing.T) {
 	if !restored() {
 		t.Error("table changed")
 	}
+}
+
+// acknowledged says that no connection of the outside's service waits for an
+// acknowledgement.
+func (w *world) acknowledged(t *testing.T) bool {
+	t.Helper()
+	var table []byte
+	w.outside.do(t, func() (err error) {
+		table, err = os.ReadFile("/proc/thread-self/net/tcp6")
+		return err
+	})
+	for line := range strings.Lines(string(table)) {
+		// Documentation/networking/proc_net_tcp.rst: local address, remote
+		// address, state, queue to send.
+		f := strings.Fields(line)
+		if len(f) > 4 && strings.HasSuffix(f[1], ":1B58") && f[3] == "01" && !strings.HasPrefix(f[4], "00000000:") {
+			return false
+		}
+	}
+	return true
 }
 
 func TestKernelForeignDropIsAFinding(t *testing.T) {
@@ -97,6 +112,57 @@ func TestKernelForeignDropIsAFinding(t *testing.T) {
 		nftTool(t, strings.TrimPrefix(line, "nft "))
 	}
 	m.do(t, func() error { _, _, err := reach(outsideAddr+service, ""); return err })
+}
+
+// Docker as it sets up a host with iptables-legacy.
+func TestKernelLegacyDropIsAFinding(t *testing.T) {
+	if _, err := exec.LookPath("iptables-legacy"); err != nil {
+		skip.Missing(t, "iptables-legacy (package iptables)")
+	}
+	if !inside(t) {
+		return
+	}
+	w := newWorld(t, nil)
+	m := w.boot(t, testGuest(1))
+	legacy := func(command string) {
+		t.Helper()
+		f := strings.Fields(command)
+		if out, err := exec.CommandContext(t.Context(), f[0], f[1:]...).CombinedOutput(); err != nil { //nolint:gosec // commands of this test and of remedies
+			t.Fatalf("%s: %v: %s", command, err, out)
+		}
+	}
+	legacy("iptables-legacy -A FORWARD -s 203.0.113.0/24 -j DROP") // a condition is not judged
+	if codes := findingCodes(t, w.host); len(codes) != 0 {
+		t.Errorf("findings on a host that drops nothing of ours: %q", codes)
+	}
+	legacy("iptables-legacy -P FORWARD DROP")
+	legacy("ip6tables-legacy -A INPUT -j REJECT")
+	if err := serve(t, ":80"); err != nil {
+		t.Fatal(err)
+	}
+	m.do(t, func() error {
+		return errors.Join(blockedDial(outsideAddr+service), blockedDial("[fe80::1%eth0]:80"))
+	})
+	found, err := w.host.Findings(t.Context())
+	if err != nil || len(found) != 2 || found[0].Code != FindingForwardDrop || found[1].Code != FindingInputDrop {
+		t.Fatalf("findings are %+v, %v", found, err)
+	}
+	for _, f := range found {
+		_, commands, _ := strings.Cut(f.Remedy, "instance: ")
+		for line := range strings.SplitSeq(commands, "; ") {
+			legacy(line)
+		}
+	}
+	m.do(t, func() error {
+		_, _, out := reach(outsideAddr+service, "")
+		_, _, meta := reach("[fe80::1%eth0]:80", "")
+		return errors.Join(out, meta)
+	})
+	t.Setenv("PATH", t.TempDir()) // without the tool
+	legacyOnly := &nft{root: "/"}
+	if found, err := legacyOnly.legacyFindings(t.Context()); err != nil || len(found) != 2 || found[0].Code != FindingLegacyUnread {
+		t.Errorf("without the tool: %+v, %v", found, err)
+	}
 }
 
 func TestKernelRestartedAgentAdoptsAndSweeps(t *testing.T) {
@@ -136,7 +202,7 @@ func TestKernelRestartedAgentAdoptsAndSweeps(t *testing.T) {
 		t.Errorf("connection across the restart: %q, %v", buf[:n], err)
 	}
 	taps, err := again.Observe(t.Context())
-	if err != nil || len(taps) != 1 || taps[0] != (Tap{"na00000001", kept.guest.ID, true}) {
+	if err != nil || len(taps) != 1 || taps[0] != (Tap{"nt00000001", kept.guest.ID, true}) {
 		t.Errorf("observed %v, %v", taps, err)
 	}
 	if err := errors.Join(again.Remove(t.Context(), kept.guest.ID), again.Close(t.Context())); err != nil {
@@ -232,7 +298,7 @@ func TestKernelTapOpensForItsUserOnly(t *testing.T) {
 	attach := func(uid, gid uint32) error {
 		cmd := exec.CommandContext(t.Context(), binary, "-test.run=^"+t.Name()+"$")
 		cmd.Dir, cmd.ExtraFiles = "/", []*os.File{self}
-		cmd.Env = []string{attachEnv + "=na00000001"}
+		cmd.Env = []string{attachEnv + "=nt00000001"}
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: gid}}
 		out, err := cmd.CombinedOutput()
 		if err != nil {

@@ -75,7 +75,7 @@ func TestKernelHostOffersGuestsMetadataOnly(t *testing.T) {
 		return err
 	})
 	// Another address of the host's on the same link is not metadata's.
-	if err := up(m.link.Tap, "fe80::2/64"); err != nil {
+	if err := up(m.link.Device, "fe80::2/64"); err != nil {
 		t.Fatal(err)
 	}
 	m.do(t, func() error { return blockedDial("[fe80::2%eth0]:80") })
@@ -242,7 +242,7 @@ func TestKernelGuestCannotFillTheHostsNeighbourTables(t *testing.T) {
 	}
 	// An honest exchange after the flood, so that all frames were seen.
 	m.do(t, func() error { _, _, err := reach(outsideAddr+service, ""); return err })
-	for _, ip := range neighbours(t, m.link.Tap) {
+	for _, ip := range neighbours(t, m.link.Device) {
 		if ip != m.link.GuestAddr.Addr() && ip != m.link.GuestLinkLocal {
 			t.Errorf("the host learnt %s from the guest", ip)
 		}

@@ -20,82 +20,156 @@ import (
 // guest's id follows.
 const aliasPrefix = "nodeagent guest "
 
-// Tap is one of our links as the kernel has it.
+// Tap is one of our taps as the kernel has it.
 type Tap struct {
 	// Name of the interface.
 	Name string
-	// GuestID is the guest it was made for; empty when making it was cut
-	// short.
+	// GuestID is the guest it was made for; empty when it, or the cable it
+	// belongs to, is not whole.
 	GuestID string
 	// Up says whether the link is administratively up.
 	Up bool
 }
 
-// kernelLinks is the host's links, addresses and connection table.
+// kernelLinks is the host's links, addresses and connection table. A guest's
+// are three: its tap, and a cable (veth) from the table's side of it (wire) to
+// the host's (device).
+//
+//	QEMU ─ tap nt… ─(table's fwd)─ wire nv… ═ device na… ─ the host's IP
+//
+// A tap has neither address nor route: without the table, what a guest sends
+// ends there.
 type kernelLinks struct{ root string }
 
-func tapName() *regexp.Regexp { return regexp.MustCompile(`^na[0-9a-f]{8}$`) }
+func tapName() *regexp.Regexp { return regexp.MustCompile(`^n[atv][0-9a-f]{8}$`) }
 
-// list returns our taps. A tap with our kind of name and no alias is ours when
-// it is down: the agent stopped between making and naming it.
-func (k kernelLinks) list() ([]Tap, error) {
+// parts are what there is of one guest's links.
+type parts struct {
+	slot              string
+	tap, wire, device netlink.Link
+}
+
+// owner is the guest whose links are all there.
+func (p parts) owner() string {
+	if p.tap == nil || p.wire == nil || p.device == nil || p.tap.Attrs().Alias != p.device.Attrs().Alias {
+		return ""
+	}
+	id, _ := strings.CutPrefix(p.tap.Attrs().Alias, aliasPrefix)
+	return id
+}
+
+// isOurs: a link with our kind of name and no alias is ours when it is down:
+// the agent stopped between making and naming it.
+func isOurs(l netlink.Link) bool {
+	a := l.Attrs()
+	return strings.HasPrefix(a.Alias, aliasPrefix) || (a.Alias == "" && a.Flags&net.FlagUp == 0)
+}
+
+// scan returns what is ours, by slot.
+func (k kernelLinks) scan() (map[string]parts, error) {
 	links, err := netlink.LinkList()
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return nil, fmt.Errorf("listing links: %w", err)
 	}
-	var out []Tap
+	byIndex := map[int]netlink.Link{}
 	for _, l := range links {
-		a := l.Attrs()
-		if l.Type() != "tuntap" || !tapName().MatchString(a.Name) {
+		byIndex[l.Attrs().Index] = l
+	}
+	out := map[string]parts{}
+	for _, l := range links {
+		name := l.Attrs().Name
+		if !tapName().MatchString(name) || !isOurs(l) {
 			continue
 		}
-		id, ours := strings.CutPrefix(a.Alias, aliasPrefix)
-		up := a.Flags&net.FlagUp != 0
-		if ours || (a.Alias == "" && !up) {
-			out = append(out, Tap{Name: a.Name, GuestID: id, Up: up})
+		slot := name[2:]
+		p := out[slot]
+		p.slot = slot
+		switch {
+		case name == tapPrefix+slot && l.Type() == "tuntap":
+			p.tap = l
+		case name == devicePrefix+slot && l.Type() == "veth":
+			wire := byIndex[l.Attrs().ParentIndex]
+			if wire == nil || wire.Attrs().Name != wirePrefix+slot {
+				continue
+			}
+			p.device, p.wire = l, wire
+		default:
+			continue
 		}
+		out[slot] = p
 	}
 	return out, nil
 }
 
-// ensure makes the guest's tap, down, unless it is there. It reports whether
-// it made it. A link of that name that is not this guest's is left alone and
-// refused.
+func (k kernelLinks) list() ([]Tap, error) {
+	all, err := k.scan()
+	if err != nil {
+		return nil, err
+	}
+	out := make([]Tap, 0, len(all))
+	for slot, p := range all {
+		t := Tap{Name: tapPrefix + slot, GuestID: p.owner()}
+		t.Up = p.tap != nil && p.tap.Attrs().Flags&net.FlagUp != 0
+		out = append(out, t)
+	}
+	return out, nil
+}
+
+// ensure makes the guest's links, down, unless they are there. It reports
+// whether it made them. A link of such a name that is not this guest's is left
+// alone and refused.
 func (k kernelLinks) ensure(g Guest, l Link) (made bool, err error) {
 	if err := k.overlap(l); err != nil {
 		return false, err
 	}
-	existing, err := netlink.LinkByName(l.Tap)
-	switch {
-	case err == nil && existing.Type() == "tuntap" && existing.Attrs().Alias == aliasPrefix+g.ID:
-		return false, k.configure(existing, l)
-	case err == nil && existing.Type() == "tuntap" && existing.Attrs().Alias == "" && existing.Attrs().Flags&net.FlagUp == 0:
-		if err := netlink.LinkDel(existing); err != nil {
-			return false, fmt.Errorf("deleting half-made tap %s: %w", l.Tap, err)
-		}
-	case err == nil:
-		return false, contract.Refuse("network.tap-taken", "remove the other link, or let its owner do so",
-			"link %s exists and is not this guest's", l.Tap)
-	case !errors.As(err, new(netlink.LinkNotFoundError)):
-		return false, fmt.Errorf("looking for tap %s: %w", l.Tap, err)
+	all, err := k.scan()
+	if err != nil {
+		return false, err
 	}
+	slot := strings.TrimPrefix(l.Tap, tapPrefix)
+	p, some := all[slot]
+	if some && p.owner() == g.ID {
+		return false, k.configure(l)
+	}
+	if some && p.owner() == "" {
+		if err := k.remove(l.Tap); err != nil {
+			return false, fmt.Errorf("half-made: %w", err)
+		}
+	}
+	for _, name := range []string{l.Tap, l.wire(), l.Device} {
+		_, err := netlink.LinkByName(name)
+		switch {
+		case err == nil:
+			return false, contract.Refuse("network.tap-taken", "remove the other link, or let its owner do so",
+				"link %s exists and is not this guest's", name)
+		case !errors.As(err, new(netlink.LinkNotFoundError)):
+			return false, fmt.Errorf("looking for %s: %w", name, err)
+		}
+	}
+	if err := k.make(g, l); err != nil {
+		return false, errors.Join(err, k.remove(l.Tap))
+	}
+	return true, nil
+}
+
+func (k kernelLinks) make(g Guest, l Link) error {
 	attrs := netlink.NewLinkAttrs()
+	attrs.Name = l.Device
+	cable := &netlink.Veth{LinkAttrs: attrs, PeerName: l.wire()}
 	attrs.Name = l.Tap
 	tap := &netlink.Tuntap{
 		LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TAP,
 		Flags: netlink.TUNTAP_NO_PI | netlink.TUNTAP_VNET_HDR, Owner: g.TapUser, Group: g.TapGroup,
 	}
-	if err := netlink.LinkAdd(tap); err != nil {
-		return false, fmt.Errorf("making tap %s: %w", l.Tap, err)
+	for _, link := range []netlink.Link{cable, tap} {
+		if err := netlink.LinkAdd(link); err != nil {
+			return fmt.Errorf("making %s: %w", link.Attrs().Name, err)
+		}
+		if err := netlink.LinkSetAlias(link, aliasPrefix+g.ID); err != nil {
+			return fmt.Errorf("naming the guest of %s: %w", link.Attrs().Name, err)
+		}
 	}
-	undo := func(err error) error { return errors.Join(err, k.remove(l.Tap)) }
-	if err := netlink.LinkSetAlias(tap, aliasPrefix+g.ID); err != nil {
-		return false, undo(fmt.Errorf("naming the guest of tap %s: %w", l.Tap, err))
-	}
-	if err := k.configure(tap, l); err != nil {
-		return false, undo(err)
-	}
-	return true, nil
+	return k.configure(l)
 }
 
 // overlap refuses a guest range that the host itself lives in: its /30 would
@@ -105,9 +179,9 @@ func (k kernelLinks) overlap(l Link) error {
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return fmt.Errorf("listing addresses: %w", err)
 	}
-	own, err := netlink.LinkByName(l.Tap)
+	own, err := netlink.LinkByName(l.Device)
 	if err != nil && !errors.As(err, new(netlink.LinkNotFoundError)) {
-		return fmt.Errorf("looking for tap %s: %w", l.Tap, err)
+		return fmt.Errorf("looking for %s: %w", l.Device, err)
 	}
 	for _, a := range addrs {
 		if own != nil && a.LinkIndex == own.Attrs().Index {
@@ -131,7 +205,7 @@ func prefixOf(n *net.IPNet) (netip.Prefix, bool) {
 // setting is one value under /proc/sys/net.
 type setting struct{ family, name, value string }
 
-// settings make a tap deaf to everything a guest could teach the host.
+// settings make a device deaf to everything a guest could teach the host.
 func settings() []setting {
 	return []setting{
 		// No address but ours, nothing learnt from the guest.
@@ -158,38 +232,62 @@ func settings() []setting {
 	}
 }
 
-// configure sets the tap's kernel settings and IPv4 address; both survive the
-// link going down.
-func (k kernelLinks) configure(link netlink.Link, l Link) error {
-	for _, s := range settings() {
-		path := filepath.Join(k.root, "proc/sys/net", s.family, "conf", l.Tap, s.name)
-		if err := os.WriteFile(path, []byte(s.value), 0o644); err != nil {
-			return fmt.Errorf("setting %s of tap %s: %w", s.name, l.Tap, err)
+// deadEnd are the settings of a tap and of a wire: the host's IP takes nothing
+// from them. No route leads there, so that strict reverse path drops all IPv4
+// with a source.
+func deadEnd() []setting {
+	return []setting{
+		{"ipv6", "disable_ipv6", "1"},
+		{"ipv4", "rp_filter", "1"},
+		{"ipv4", "accept_local", "0"},
+		{"ipv4", "arp_ignore", "8"}, // answer for no address
+		{"ipv4", "arp_accept", "0"},
+	}
+}
+
+// configure sets the links' kernel settings and the device's IPv4 address;
+// they survive a link's going down.
+func (k kernelLinks) configure(l Link) error {
+	for name, list := range map[string][]setting{l.Tap: deadEnd(), l.wire(): deadEnd(), l.Device: settings()} {
+		for _, s := range list {
+			path := filepath.Join(k.root, "proc/sys/net", s.family, "conf", name, s.name)
+			if err := os.WriteFile(path, []byte(s.value), 0o644); err != nil {
+				return fmt.Errorf("setting %s of %s: %w", s.name, name, err)
+			}
 		}
 	}
+	device, err := netlink.LinkByName(l.Device)
+	if err != nil {
+		return fmt.Errorf("looking for %s: %w", l.Device, err)
+	}
 	addr := &netlink.Addr{IPNet: &net.IPNet{IP: l.HostAddr.Addr().AsSlice(), Mask: net.CIDRMask(l.HostAddr.Bits(), 32)}}
-	if err := netlink.AddrReplace(link, addr); err != nil {
-		return fmt.Errorf("adding %s to tap %s: %w", l.HostAddr, l.Tap, err)
+	if err := netlink.AddrReplace(device, addr); err != nil {
+		return fmt.Errorf("adding %s to %s: %w", l.HostAddr, l.Device, err)
 	}
 	return nil
 }
 
-// up brings the tap up and gives it the metadata address, which the kernel
-// takes away whenever a link goes down.
-func (k kernelLinks) up(tap string) error {
-	link, err := netlink.LinkByName(tap)
-	if err != nil {
-		return fmt.Errorf("looking for tap %s: %w", tap, err)
-	}
-	if err := netlink.LinkSetUp(link); err != nil {
-		return fmt.Errorf("bringing up tap %s: %w", tap, err)
-	}
-	addr := &netlink.Addr{
-		IPNet: &net.IPNet{IP: net.ParseIP(metadataAddr), Mask: net.CIDRMask(64, 128)},
-		Flags: unix.IFA_F_NODAD, Scope: unix.RT_SCOPE_LINK,
-	}
-	if err := netlink.AddrReplace(link, addr); err != nil {
-		return fmt.Errorf("adding %s to tap %s: %w", metadataAddr, tap, err)
+// up brings a guest's links up, the tap last, and gives the device the
+// metadata address, which the kernel takes away whenever it goes down.
+func (k kernelLinks) up(l Link) error {
+	for _, name := range []string{l.wire(), l.Device, l.Tap} {
+		link, err := netlink.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("looking for %s: %w", name, err)
+		}
+		if err := netlink.LinkSetUp(link); err != nil {
+			return fmt.Errorf("bringing up %s: %w", name, err)
+		}
+		if name != l.Device {
+			continue
+		}
+		addr := &netlink.Addr{
+			IPNet: &net.IPNet{IP: net.ParseIP(metadataAddr), Mask: net.CIDRMask(64, 128)},
+			Flags: unix.IFA_F_NODAD, Scope: unix.RT_SCOPE_LINK,
+		}
+		if err := netlink.AddrReplace(link, addr); err != nil {
+			return fmt.Errorf("adding %s to %s: %w", metadataAddr, name, err)
+		}
 	}
 	return nil
 }
@@ -209,19 +307,24 @@ func (k kernelLinks) down(tap string) error {
 	return nil
 }
 
-// remove deletes the tap; a tap that is gone is removed.
+// remove deletes a tap and its cable, as far as they are ours; what is gone is
+// removed.
 func (k kernelLinks) remove(tap string) error {
-	link, err := netlink.LinkByName(tap)
-	if errors.As(err, new(netlink.LinkNotFoundError)) {
-		return nil
-	}
-	if err == nil {
-		err = netlink.LinkDel(link)
-	}
+	all, err := k.scan()
 	if err != nil {
-		return fmt.Errorf("deleting tap %s: %w", tap, err)
+		return err
 	}
-	return nil
+	p := all[strings.TrimPrefix(tap, tapPrefix)]
+	var errs []error
+	for _, link := range []netlink.Link{p.tap, p.device} { // the wire goes with its device
+		if link == nil {
+			continue
+		}
+		if err := netlink.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) {
+			errs = append(errs, fmt.Errorf("deleting %s: %w", link.Attrs().Name, err))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // forget ends every connection of a guest address, so that a later guest in

@@ -264,6 +264,12 @@ func (w *world) boot(t *testing.T, g Guest) *machine {
 	if err := w.host.Add(t.Context(), g); err != nil {
 		t.Fatal(err)
 	}
+	return w.plug(t, g)
+}
+
+// plug starts a machine on the tap of a guest that has its network.
+func (w *world) plug(t *testing.T, g Guest) *machine {
+	t.Helper()
 	l, err := Describe(w.host.cfg, g)
 	if err != nil {
 		t.Fatal(err)

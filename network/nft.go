@@ -33,9 +33,9 @@ var errTableMissing = errors.New("table does not exist")
 // nft runs the nft tool. Tables are written through knftables; listings, which
 // it cannot give in full, are read here.
 type nft struct {
-	table string
-	mu    sync.Mutex
-	conn  knftables.Interface // opened at first use
+	table, root string
+	mu          sync.Mutex
+	conn        knftables.Interface // opened at first use
 }
 
 func (n *nft) open() (knftables.Interface, error) {
@@ -88,7 +88,7 @@ func (n *nft) erase(ctx context.Context) error {
 func (n *nft) read(ctx context.Context) (string, error) {
 	var text strings.Builder
 	for _, family := range families() {
-		out, err := run(ctx, "--stateless", "list", "table", string(family), n.table)
+		out, err := run(ctx, "nft", "--stateless", "list", "table", string(family), n.table)
 		if err != nil {
 			return "", err
 		}
@@ -105,23 +105,23 @@ func withoutCounted(listing string) string {
 
 // ruleset returns everything in nftables as JSON.
 func (n *nft) ruleset(ctx context.Context) ([]byte, error) {
-	return run(ctx, "--json", "--stateless", "list", "ruleset")
+	return run(ctx, "nft", "--json", "--stateless", "list", "ruleset")
 }
 
-// run is the one place that starts nft. What nft says on stderr stays in the
+// run is the one place that starts a tool. What it says on stderr stays in the
 // local error.
-func run(ctx context.Context, args ...string) ([]byte, error) {
+func run(ctx context.Context, tool string, args ...string) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, nftTimeout)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, "nft", args...)
+	cmd := exec.CommandContext(ctx, tool, args...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	stdout, stderr := &bounded{limit: maxListing}, &bounded{limit: 4 << 10}
 	cmd.Stdout, cmd.Stderr = stdout, stderr
 	if err := cmd.Run(); err != nil {
-		return nil, classify(args, stderr.String(), err)
+		return nil, classify(tool, args, stderr.String(), err)
 	}
 	if stdout.cut {
-		return nil, fmt.Errorf("running nft %s: more than %d bytes of output", args[0], maxListing)
+		return nil, fmt.Errorf("running %s: more than %d bytes of output", tool, maxListing)
 	}
 	return stdout.Bytes(), nil
 }
@@ -129,12 +129,12 @@ func run(ctx context.Context, args ...string) ([]byte, error) {
 // classify turns nft's stderr into an error. "No such file or directory" is
 // strerror(ENOENT) for an object that is not there (nftables 1.0.6,
 // src/libnftables.c, netlink_io_error).
-func classify(args []string, stderr string, err error) error {
+func classify(tool string, args []string, stderr string, err error) error {
 	if strings.Contains(stderr, "No such file or directory") {
 		return errTableMissing
 	}
 	line, _, _ := strings.Cut(strings.TrimSpace(stderr), "\n")
-	return fmt.Errorf("running nft %s: %w: %s", strings.Join(args, " "), err, line)
+	return fmt.Errorf("running %s %s: %w: %s", tool, strings.Join(args, " "), err, line)
 }
 
 // bounded keeps the first limit bytes.

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 
 	"sigs.k8s.io/knftables"
 )
@@ -86,7 +87,7 @@ func plan(cfg Config, guests map[string]member, strays []string) table {
 	slices.SortFunc(members, func(a, b member) int { return cmp.Compare(a.guest.Index, b.guest.Index) })
 	t := table{name: cfg.table(), sets: planSets(cfg, members, strays)}
 	for _, m := range members {
-		t.chains = append(t.chains, ingressChain(m))
+		t.chains = append(t.chains, frameChains(m)...)
 	}
 	t.chains = append(t.chains, spoofChains()...)
 	t.chains = append(t.chains, toHostChain(), transitChain(), toGuestChain(cfg), fromGuestChain(cfg, members),
@@ -108,7 +109,7 @@ func planSets(cfg Config, members []member, strays []string) []set {
 	v6 := set{name: "guests6", typ: "ifname . ether_addr . ipv6_addr"}
 	published := set{name: "published", typ: "inet_service", value: "ipv4_addr . inet_service"}
 	for _, m := range members {
-		tap, mac := strconv.Quote(m.link.Tap), m.guest.MAC.String()
+		tap, mac := strconv.Quote(m.link.Device), m.guest.MAC.String()
 		taps.add(tap)
 		v4.add(tap, mac, m.link.GuestAddr.Addr().String())
 		v6.add(tap, mac, m.link.GuestLinkLocal.String())
@@ -121,6 +122,7 @@ func planSets(cfg Config, members []member, strays []string) []set {
 	}
 	slices.Sort(strays)
 	for _, tap := range strays {
+		tap = devicePrefix + strings.TrimPrefix(tap, tapPrefix)
 		taps.add(strconv.Quote(tap))
 		stray.add(strconv.Quote(tap))
 	}
@@ -140,22 +142,45 @@ func planSets(cfg Config, members []member, strays []string) []set {
 
 func (s *set) add(key ...string) { s.elements = append(s.elements, [2][]string{key, nil}) }
 
-// ingressChain looks at frames as they leave the tap, before anything else on
-// the host does. It is in the netdev table: the inet family's ingress hook
-// passes everything that is not IP unseen (linux
-// net/netfilter/nft_chain_filter.c, nft_do_chain_inet_ingress).
-func ingressChain(m member) chain {
-	mac := m.guest.MAC.String()
-	return chain{
-		name: "in_" + m.link.Tap, typ: "filter", hook: "ingress", device: m.link.Tap, priority: ingressPriority, drop: true,
-		rules: []rule{
-			{"ether saddr != " + mac + " drop", "only the guest's NIC"},
-			{"arp saddr ether " + mac + " arp saddr ip " + m.link.GuestAddr.Addr().String() + " accept", "only the guest's own ARP"},
-			{fmt.Sprintf("icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } limit rate over %d/second burst %d packets drop",
-				neighbourRate, neighbourBurst), "neighbour discovery is for all"},
-			{"meta protocol { ip, ip6 } accept", "nothing but IP"},
-		},
+// frameChains carry frames between a guest's tap and its device. The one looks
+// at what the guest sends before anything else on the host does. They are in
+// the netdev table: the inet family's ingress hook passes everything that is
+// not IP unseen (linux net/netfilter/nft_chain_filter.c,
+// nft_do_chain_inet_ingress). A tag is taken off a frame before the hook, and
+// only "ether type" still shows it (net/core/dev.c, skb_vlan_untag).
+func frameChains(m member) []chain {
+	mac, carry := m.guest.MAC.String(), fmt.Sprintf(" fwd to %q", m.link.wire())
+	frames := func(name, device string, rules ...rule) chain {
+		return chain{name: name + device, typ: "filter", hook: "ingress", device: device, priority: ingressPriority, drop: true, rules: rules}
 	}
+	return []chain{
+		frames("in_", m.link.Tap,
+			rule{"ether saddr != " + mac + " drop", "only the guest's NIC"},
+			rule{"ether type != { ip, ip6, arp } drop", "nothing but IP, no tags"},
+			rule{"arp saddr ether " + mac + " arp saddr ip " + m.link.GuestAddr.Addr().String() + carry, "only the guest's own ARP"},
+			rule{"ether type arp drop", "others' ARP"},
+			rule{"ip saddr != " + m.link.GuestAddr.Addr().String() + " drop", "only the guest's IPv4 address"},
+			rule{"meta protocol ip meta pkttype { broadcast, multicast } drop", "IPv4 is for one"},
+			rule{"ip hdrlength > 5 drop", "IP options"},
+			rule{"ip frag-off & 0x3fff != 0 drop", "fragments: all share the host's memory for them"},
+			rule{"ip daddr { " + joined(unallowable()) + " } drop", "never forwarded"},
+			rule{fmt.Sprintf("ip6 saddr != { %s, :: } drop", m.link.GuestLinkLocal), "only the guest's IPv6 address"},
+			rule{"ip6 daddr != { " + metadataAddr + ", ff02::1, ff02::1:ff00:0/104 } drop", "metadata and neighbour discovery"},
+			rule{"ip6 nexthdr != { tcp, ipv6-icmp } drop", "extension headers, what metadata does not speak"},
+			rule{fmt.Sprintf("icmpv6 type nd-neighbor-advert @th,64,128 != 0x%x drop", m.link.GuestLinkLocal.AsSlice()), "advertises itself only"},
+			rule{fmt.Sprintf("icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } limit rate over %d/second burst %d packets drop",
+				neighbourRate, neighbourBurst), "neighbour discovery is for all"},
+			rule{carry[1:], "to the host"}),
+		frames("out_", m.link.wire(), rule{fmt.Sprintf("fwd to %q", m.link.Tap), "to the guest"}),
+	}
+}
+
+func joined(list []netip.Prefix) string {
+	text := make([]string, len(list))
+	for i, p := range list {
+		text[i] = p.String()
+	}
+	return strings.Join(text, ", ")
 }
 
 func spoofChains() []chain {
@@ -215,7 +240,7 @@ func fromGuestChain(cfg Config, members []member) chain {
 	}}
 	for _, m := range members {
 		c.rules = append(c.rules, rule{
-			fmt.Sprintf("iifname %q ct count over %d drop", m.link.Tap, maxConnections), "connections of one guest",
+			fmt.Sprintf("iifname %q ct count over %d drop", m.link.Device, maxConnections), "connections of one guest",
 		})
 	}
 	c.rules = append(c.rules,
@@ -286,9 +311,17 @@ func (t table) fill(tx *knftables.Transaction) {
 	}
 	for _, c := range t.chains {
 		for _, r := range c.rules {
-			tx.Add(&knftables.Rule{Family: c.family(), Table: t.name, Chain: c.name, Rule: r.text, Comment: &r.why})
+			tx.Add(&knftables.Rule{Family: c.family(), Table: t.name, Chain: c.name, Rule: counted(r.text), Comment: &r.why})
 		}
 	}
+}
+
+// counted adds a counter to every rule that drops.
+func counted(rule string) string {
+	if match, drops := strings.CutSuffix(rule, "drop"); drops {
+		return match + "counter drop"
+	}
+	return rule
 }
 
 // clear removes the table, whether it is there or not.

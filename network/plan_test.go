@@ -50,10 +50,10 @@ func refusalCode(err error) string {
 func TestDescribeGivesEachSlotItsOwnThirty(t *testing.T) {
 	t.Parallel()
 	for index, want := range map[uint32]Link{
-		0:     {"na00000000", netip.MustParsePrefix("10.213.0.1/30"), netip.MustParsePrefix("10.213.0.2/30"), netip.MustParseAddr("fe80::5054:ff:fe00:107")},
-		1:     {"na00000001", netip.MustParsePrefix("10.213.0.5/30"), netip.MustParsePrefix("10.213.0.6/30"), netip.MustParseAddr("fe80::5054:ff:fe00:107")},
-		64:    {"na00000040", netip.MustParsePrefix("10.213.1.1/30"), netip.MustParsePrefix("10.213.1.2/30"), netip.MustParseAddr("fe80::5054:ff:fe00:107")},
-		16383: {"na00003fff", netip.MustParsePrefix("10.213.255.253/30"), netip.MustParsePrefix("10.213.255.254/30"), netip.MustParseAddr("fe80::5054:ff:fe00:107")},
+		0:     {"nt00000000", "na00000000", netip.MustParsePrefix("10.213.0.1/30"), netip.MustParsePrefix("10.213.0.2/30"), netip.MustParseAddr("fe80::5054:ff:fe00:107")},
+		1:     {"nt00000001", "na00000001", netip.MustParsePrefix("10.213.0.5/30"), netip.MustParsePrefix("10.213.0.6/30"), netip.MustParseAddr("fe80::5054:ff:fe00:107")},
+		64:    {"nt00000040", "na00000040", netip.MustParsePrefix("10.213.1.1/30"), netip.MustParsePrefix("10.213.1.2/30"), netip.MustParseAddr("fe80::5054:ff:fe00:107")},
+		16383: {"nt00003fff", "na00003fff", netip.MustParsePrefix("10.213.255.253/30"), netip.MustParsePrefix("10.213.255.254/30"), netip.MustParseAddr("fe80::5054:ff:fe00:107")},
 	} {
 		got, err := Describe(testConfig(), Guest{ID: "g", Index: index, MAC: net.HardwareAddr{0x52, 0x54, 0, 0, 1, 7}})
 		if err != nil || got != want {
@@ -228,11 +228,11 @@ func FuzzParseForeign(f *testing.F) {
 
 func TestNFTErrorsAreClassified(t *testing.T) {
 	t.Parallel()
-	err := classify([]string{"list"}, "Error: No such file or directory\nlist table inet nodeagent\n                ^^^^^^^^^\n", os.ErrInvalid)
+	err := classify("nft", []string{"list"}, "Error: No such file or directory\nlist table inet nodeagent\n                ^^^^^^^^^\n", os.ErrInvalid)
 	if err != errTableMissing { //nolint:errorlint // the sentinel itself is returned
 		t.Errorf("missing table is %v", err)
 	}
-	err = classify([]string{"list"}, "Error: syntax error, unexpected newline\nlist\n    ^\n", os.ErrInvalid)
+	err = classify("nft", []string{"list"}, "Error: syntax error, unexpected newline\nlist\n    ^\n", os.ErrInvalid)
 	if text := err.Error(); strings.Contains(text, "\n") || !strings.Contains(text, "syntax error") {
 		t.Errorf("error is %q", text)
 	}

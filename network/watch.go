@@ -122,12 +122,12 @@ func (h *Host) regainLocked() error {
 	}
 	present := map[string]bool{}
 	for _, t := range taps {
-		present[t.Name] = true
+		present[t.GuestID] = true
 	}
 	var errs []error
-	for _, m := range h.guests {
-		if present[m.link.Tap] {
-			errs = append(errs, h.links.up(m.link.Tap))
+	for id, m := range h.guests {
+		if present[id] {
+			errs = append(errs, h.links.up(m.link))
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
@@ -143,6 +143,7 @@ func (h *Host) regainLocked() error {
 const (
 	FindingForwardDrop   = "network.foreign-forward-drop"
 	FindingInputDrop     = "network.foreign-input-drop"
+	FindingLegacyUnread  = "network.foreign-legacy-unread"
 	FindingForwardingOff = "network.forwarding-off"
 	FindingRulesLost     = "network.rules-lost"
 	FindingTapMissing    = "network.tap-missing"
@@ -184,6 +185,11 @@ func (h *Host) Findings(ctx context.Context) ([]Finding, error) {
 		}
 		out = append(out, f)
 	}
+	legacy, err := h.filter.legacyFindings(ctx)
+	if err != nil {
+		return out, err
+	}
+	out = append(out, legacy...)
 	forwarding, err := h.links.forwarding()
 	if err != nil {
 		return out, err

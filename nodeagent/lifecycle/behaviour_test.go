@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -326,6 +327,60 @@ func TestGuestsShareNeitherSlotNorId(t *testing.T) {
 	h.refused(t.Context(), m, again, "launch.guest-id-used")
 	again.GetLaunchGuest().GuestId = otherID(guests)
 	h.refused(t.Context(), m, again, "launch.launch-id-used")
+}
+
+// The guest answers, works, ignores the power button, and never finishes.
+func TestAGuestThatNeverFinishesIsEndedByItsDeadline(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	m := h.life(t.Context(), nil)
+	h.started(t.Context(), m)
+	h.until("the guest works", func() bool {
+		return h.world.Say(t.Context(), guestID, contract.GuestStatus{Phase: contract.PhaseRunning}) == nil
+	})
+	h.ahead.Store(int64(721 * time.Hour))
+	h.ends(t.Context(), api.GuestStatus_GUEST_STATUS_FAILED, "guest.run-timeout")
+	if h.world.Running(guestID) {
+		t.Error("its machine runs on")
+	}
+}
+
+func TestAGuestWhoseNetworkCannotBeAdoptedStopsNobodyElse(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	m, over := h.lifeUntil(ctx, nil)
+	const guests, broken = 3, 1
+	for n := range guests {
+		if err := h.execute(ctx, m, h.other(n)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	served := func(n int) bool { _, ok := h.world.Session(otherID(n)); return ok }
+	for n := range guests {
+		h.until("all guests run", func() bool { return h.world.Running(otherID(n)) && served(n) })
+	}
+	cancel()
+	<-over
+	h.world.ProcessDied()
+	h.world.Fail("adopt "+otherID(broken), errors.New("its tap is somebody else's"))
+	m = h.life(t.Context(), nil)
+	<-m.Ready()
+	for n := range guests {
+		if n != broken {
+			h.until("the others are served", func() bool { return served(n) })
+		}
+	}
+	h.until("status names the one", func() bool {
+		return slices.ContainsFunc(m.Snapshot(), func(v lifecycle.GuestView) bool {
+			return v.ID == otherID(broken) && strings.Contains(v.Finding, "somebody else's")
+		})
+	})
+	if !h.world.Running(otherID(broken)) || served(broken) {
+		t.Error("the guest without a network was ended, or is served")
+	}
+	h.world.Fail("adopt "+otherID(broken), nil)
+	h.until("it is adopted once it can be", func() bool { return served(broken) })
 }
 
 func TestCommandsForGuestsThatAreNotThereAreRefusedTyped(t *testing.T) {

@@ -225,7 +225,7 @@ func (m *Manager) host(ctx context.Context, guestID string) (admit.Host, error) 
 		h.Used.MemoryMiB += o.MemoryMiB
 	}
 	for _, t := range taps {
-		if slot, err := strconv.ParseUint(t.Name[min(len(t.Name), len("na")):], 16, 32); err == nil {
+		if slot, err := strconv.ParseUint(t.Name[min(len(t.Name), len("nt")):], 16, 32); err == nil {
 			h.Used.Slots[uint32(slot)] = true
 		}
 	}

@@ -267,7 +267,7 @@ func (g *guest) session(cmd *api.LaunchGuest, manifest *contract.Manifest) (meta
 		return metadata.Session{}, err
 	}
 	s := metadata.Session{
-		ID: g.id, Device: link.Tap, Manifest: cmd.GetManifest(), Endorsements: g.m.d.Endorsements, Boot: boot, Sink: g,
+		ID: g.id, Device: link.Device, Peer: link.GuestLinkLocal, Manifest: cmd.GetManifest(), Endorsements: g.m.d.Endorsements, Boot: boot, Sink: g,
 		Network: func() contract.NetworkFacts {
 			return contract.NetworkFacts{
 				Address: link.GuestAddr.String(), Gateway: link.HostAddr.Addr().String(), DNS: c.DNS, Hosts: cmd.GetHosts(),

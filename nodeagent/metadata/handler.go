@@ -124,6 +124,9 @@ func (s *session) answer(w http.ResponseWriter, r *http.Request) (any, error) {
 	if method == http.MethodGet && (r.ContentLength != 0 || len(r.TransferEncoding) > 0) {
 		return nil, refuse("malformed", "a question has no body")
 	}
+	if !isResult && len(r.TransferEncoding) > 0 {
+		return nil, refuse("malformed", "this path takes a body of a length that is said")
+	}
 	switch {
 	case isResult:
 		return nil, s.result(w, r, name)
@@ -140,8 +143,8 @@ func checkHead(r *http.Request) error {
 	if token := r.Header.Values(contract.MetadataHeader); len(token) != 1 || token[0] != contract.MetadataToken {
 		return refuse("token", "header %s: %s is missing", contract.MetadataHeader, contract.MetadataToken)
 	}
-	for _, h := range []string{"Forwarded", "X-Forwarded-For", "Origin", "Upgrade"} {
-		if r.Header.Get(h) != "" {
+	for _, h := range []string{"Forwarded", "X-Forwarded-For", "Origin", "Upgrade", "Te", "Trailer", "Expect", "Content-Encoding"} {
+		if len(r.Header.Values(h)) > 0 || (h == "Trailer" && len(r.Trailer) > 0) {
 			return refuse("malformed", "header %s is not accepted", h)
 		}
 	}

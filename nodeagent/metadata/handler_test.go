@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync"
@@ -76,7 +77,7 @@ func (s *sink) ResultManifest(_ context.Context, signed []byte) error {
 
 func testSession(x *sink) Session {
 	return Session{
-		ID: "guest-1", Device: "na00000001", Manifest: []byte(`{"version":1}`),
+		ID: "guest-1", Device: "na00000001", Peer: netip.MustParseAddr("127.0.0.1"), Manifest: []byte(`{"version":1}`),
 		Network:      func() contract.NetworkFacts { return contract.NetworkFacts{Address: "10.213.0.2/30"} },
 		Endorsements: func() contract.Endorsements { return contract.Endorsements{VCEK: []byte("vcek")} },
 		Boot:         contract.BootComponents{Cmdline: "quiet"}, Sink: x, Results: []string{"out.age", "log.age"},
@@ -145,11 +146,18 @@ func TestStrayRequestsAreRefused(t *testing.T) {
 		r    *http.Request
 		want string
 	}{
-		"no token":        {manifest(func(r *http.Request) { r.Header.Del(contract.MetadataHeader) }), "metadata.token"},
-		"wrong token":     {manifest(func(r *http.Request) { r.Header.Set(contract.MetadataHeader, "2") }), "metadata.token"},
-		"two tokens":      {manifest(func(r *http.Request) { r.Header.Add(contract.MetadataHeader, "1") }), "metadata.token"},
-		"forwarded":       {manifest(func(r *http.Request) { r.Header.Set("X-Forwarded-For", "10.0.0.1") }), "metadata.malformed"},
-		"from a browser":  {manifest(func(r *http.Request) { r.Header.Set("Origin", "https://a") }), "metadata.malformed"},
+		"no token":       {manifest(func(r *http.Request) { r.Header.Del(contract.MetadataHeader) }), "metadata.token"},
+		"wrong token":    {manifest(func(r *http.Request) { r.Header.Set(contract.MetadataHeader, "2") }), "metadata.token"},
+		"two tokens":     {manifest(func(r *http.Request) { r.Header.Add(contract.MetadataHeader, "1") }), "metadata.token"},
+		"forwarded":      {manifest(func(r *http.Request) { r.Header.Set("X-Forwarded-For", "10.0.0.1") }), "metadata.malformed"},
+		"from a browser": {manifest(func(r *http.Request) { r.Header.Set("Origin", "https://a") }), "metadata.malformed"},
+		"expecting":      {manifest(func(r *http.Request) { r.Header.Set("Expect", "100-continue") }), "metadata.malformed"},
+		"a trailer":      {manifest(func(r *http.Request) { r.Trailer = http.Header{"A": nil} }), "metadata.malformed"},
+		"chunked status": {func() *http.Request {
+			r := request("POST", contract.PathStatus, "{}")
+			r.TransferEncoding = []string{"chunked"}
+			return r
+		}(), "metadata.malformed"},
 		"HTTP/1.0":        {manifest(func(r *http.Request) { r.ProtoMinor = 0 }), "metadata.malformed"},
 		"a proxy's":       {request("GET", "http://elsewhere"+contract.PathManifest, ""), "metadata.malformed"},
 		"encoded path":    {request("GET", "/v1/%6danifest", ""), "metadata.malformed"},

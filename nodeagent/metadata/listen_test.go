@@ -3,9 +3,13 @@ package metadata
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -13,6 +17,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"github.com/confidential-node/agent/firmware/contract"
@@ -133,5 +138,91 @@ func TestListenerGivesUpWithTheContext(t *testing.T) {
 	srv := New(hclog.NewNullLogger(), time.Now)
 	if err := srv.Open(ctx, testSession(&sink{})); err == nil || !strings.Contains(err.Error(), "no such device") {
 		t.Errorf("opening on a missing device: %v", err)
+	}
+}
+
+// guestEnd runs f beyond a device, where a guest is that has these addresses.
+func guestEnd(t *testing.T, device string, addrs []string, f func(zone string) error) {
+	t.Helper()
+	peer, err := netlink.LinkByName(device + "g")
+	if err != nil {
+		t.Fatal(err)
+	}
+	thread, moved, done := make(chan int), make(chan struct{}), make(chan error)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
+		_, err := netns.New()
+		thread <- unix.Gettid()
+		<-moved
+		link, lookup := netlink.LinkByName(device + "g")
+		if err = errors.Join(err, lookup); err != nil {
+			done <- err
+			return
+		}
+		for _, a := range addrs {
+			addr := &netlink.Addr{IPNet: &net.IPNet{IP: net.ParseIP(a), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD}
+			err = errors.Join(err, netlink.AddrAdd(link, addr))
+		}
+		err = errors.Join(err, netlink.LinkSetUp(link))
+		if err == nil {
+			err = f(fmt.Sprint(link.Attrs().Index))
+		}
+		done <- err
+	}()
+	if err := netlink.LinkSetNsPid(peer, <-thread); err != nil {
+		t.Error(err)
+	}
+	close(moved)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// What the firewall of the tap drops before, and what is refused without it: a
+// guest that asks with another guest's address, on its own device.
+func TestAGuestWithAnothersAddressIsNotAnswered(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	srv := New(hclog.NewNullLogger(), time.Now)
+	sinks := map[string]*sink{"fe80::a": {}, "fe80::b": {}}
+	for n, addr := range []string{"fe80::a", "fe80::b"} {
+		name := fmt.Sprintf("na0000000%d", n+1)
+		giveAddress(t, device(t, name))
+		x := testSession(sinks[addr])
+		x.ID, x.Device, x.Peer, x.Manifest = name, name, netip.MustParseAddr(addr), []byte(addr)
+		if err := srv.Open(t.Context(), x); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ask := func(from, zone string) string {
+		local := &net.TCPAddr{IP: net.ParseIP(from), Zone: zone}
+		conn, err := (&net.Dialer{LocalAddr: local, Timeout: 5 * time.Second}).DialContext(t.Context(), "tcp", "[fe80::1%"+zone+"]:80")
+		if err != nil {
+			return err.Error()
+		}
+		defer conn.Close() //nolint:errcheck // a client's end
+		if _, err = io.WriteString(conn, "GET /v1/manifest HTTP/1.1\r\nHost: a\r\n"+contract.MetadataHeader+": 1\r\nConnection: close\r\n\r\n"); err != nil {
+			return err.Error()
+		}
+		answer, err := io.ReadAll(conn)
+		if err != nil {
+			return err.Error()
+		}
+		return string(answer)
+	}
+	for n, own := range []string{"fe80::a", "fe80::b"} {
+		guestEnd(t, fmt.Sprintf("na0000000%d", n+1), []string{"fe80::a", "fe80::b", "fe80::c"}, func(zone string) error {
+			for _, from := range []string{"fe80::a", "fe80::b", "fe80::c"} {
+				answer := ask(from, zone)
+				if strings.HasSuffix(answer, "\r\n\r\n"+own) != (from == own) || (from != own && strings.Contains(answer, "HTTP/1.1")) {
+					t.Errorf("on the device of %s, %s is answered %q", own, from, answer)
+				}
+			}
+			return nil
+		})
+	}
+	if err := srv.Shutdown(); err != nil {
+		t.Error(err)
 	}
 }

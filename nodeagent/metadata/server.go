@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"slices"
 	"sync"
 	"syscall"
@@ -32,6 +33,9 @@ const (
 	// twenty requests in all, and a poll every 20 s).
 	requestRate, requestBurst = 20, 60
 	maxChallenges             = 8
+	// acceptRate and acceptBurst bound the connections that are taken at all;
+	// those beyond wait in the kernel, which costs nothing here.
+	acceptRate, acceptBurst = 50, 100
 	// headerTimeout and bodyTimeout end slow senders.
 	headerTimeout = 5 * time.Second
 	bodyTimeout   = 15 * time.Second
@@ -65,8 +69,10 @@ type Sink interface {
 type Session struct {
 	// ID is the guest's.
 	ID string
-	// Device is its tap on the host.
+	// Device is the host's end of its network, and Peer the guest's address
+	// there: whoever else asks is not answered.
 	Device string
+	Peer   netip.Addr
 	// Manifest is served byte for byte.
 	Manifest []byte
 	// Network and Endorsements are asked at each request.
@@ -163,7 +169,7 @@ func (s *Server) Open(ctx context.Context, x Session) error {
 	}
 	go func() {
 		defer close(sess.done)
-		err := sess.server.Serve(newLimited(listener, maxConnections))
+		err := sess.server.Serve(newLimited(listener, x.Peer, maxConnections))
 		if !errors.Is(err, http.ErrServerClosed) {
 			s.log.Error("metadata listener ended", "guest_id", x.ID, "err", err)
 		}
@@ -173,8 +179,8 @@ func (s *Server) Open(ctx context.Context, x Session) error {
 }
 
 func (x Session) validate() error {
-	if x.ID == "" || x.Device == "" || x.Network == nil || x.Endorsements == nil || x.Sink == nil {
-		return fmt.Errorf("opening metadata session: guest %q lacks an id, device, facts or sink", x.ID)
+	if x.ID == "" || x.Device == "" || !x.Peer.IsValid() || x.Network == nil || x.Endorsements == nil || x.Sink == nil {
+		return fmt.Errorf("opening metadata session: guest %q lacks an id, device, peer, facts or sink", x.ID)
 	}
 	if len(x.Manifest) == 0 || len(x.Manifest) > contract.MaxManifestBytes || len(x.Results) > contract.MaxResults {
 		return fmt.Errorf("opening metadata session: manifest of %d bytes, %d results", len(x.Manifest), len(x.Results))
@@ -329,20 +335,33 @@ func listenOnce(ctx context.Context, device string) (net.Listener, error) {
 	return l, nil
 }
 
-// limited closes connections beyond a number at once, so that a guest which
-// hoards them hurts itself only and holds no descriptors.
+// limited closes connections of others than the peer and those beyond a number
+// at once, and takes no more than its rate, so that a guest which hoards or
+// floods hurts itself only and holds no descriptors.
 type limited struct {
 	net.Listener
+	peer  netip.Addr
+	pace  *rate.Limiter
 	slots chan struct{}
 }
 
-func newLimited(l net.Listener, n int) *limited { return &limited{l, make(chan struct{}, n)} }
+func newLimited(l net.Listener, peer netip.Addr, n int) *limited {
+	return &limited{l, peer, rate.NewLimiter(acceptRate, acceptBurst), make(chan struct{}, n)}
+}
 
 func (l *limited) Accept() (net.Conn, error) {
 	for {
+		// At most the time of one connection: Close waits no longer.
+		if err := l.pace.Wait(context.Background()); err != nil {
+			return nil, err
+		}
 		conn, err := l.Listener.Accept()
 		if err != nil {
 			return nil, err
+		}
+		if from, ok := conn.RemoteAddr().(*net.TCPAddr); !ok || from.AddrPort().Addr().WithZone("").Unmap() != l.peer {
+			_ = conn.Close()
+			continue
 		}
 		select {
 		case l.slots <- struct{}{}:

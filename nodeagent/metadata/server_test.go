@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 	"testing"
@@ -41,6 +42,11 @@ func (p *pipes) Close() error {
 
 func (p *pipes) Addr() net.Addr { return &net.TCPAddr{} }
 
+// fromPeer is a connection of the guest's.
+type fromPeer struct{ net.Conn }
+
+func (fromPeer) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)} }
+
 func TestSlowSendersAreCut(t *testing.T) {
 	t.Parallel()
 	token := contract.MetadataHeader + ": 1\r\n"
@@ -63,7 +69,7 @@ func TestSlowSendersAreCut(t *testing.T) {
 				t.Fatal(err)
 			}
 			client, server := net.Pipe()
-			l.conns <- server
+			l.conns <- fromPeer{server}
 			begin := time.Now()
 			go io.WriteString(client, c.sent) //nolint:errcheck // the server may cut it
 			_, err := io.Copy(io.Discard, client)
@@ -258,6 +264,7 @@ func TestMalformedSessionIsNotOpened(t *testing.T) {
 	for name, change := range map[string]func(*Session){
 		"no id":          func(x *Session) { x.ID = "" },
 		"no device":      func(x *Session) { x.Device = "" },
+		"no peer":        func(x *Session) { x.Peer = netip.Addr{} },
 		"no sink":        func(x *Session) { x.Sink = nil },
 		"no facts":       func(x *Session) { x.Network = nil },
 		"no manifest":    func(x *Session) { x.Manifest = nil },

@@ -228,7 +228,7 @@ func (h *Host) Status(ctx context.Context) (admin.Status, error) {
 func (h *Host) Leftovers(ctx context.Context) ([]string, error) {
 	const script = `set -e
 virsh -q -c ` + rig.LibvirtURI + ` list --all --name | sed '/^$/d; s/^/domain /'
-ip -o link | sed -n 's/^[0-9]*: \(na[^:@]*\).*/link \1/p'
+ip -o link | sed -n 's/^[0-9]*: \(n[atv][0-9a-f]\{8\}\).*/link \1/p'
 ls -A ` + GuestsDir + ` 2>/dev/null | sed 's/^/boot copies /'
 find ` + CacheDir + ` -type f 2>/dev/null | sed 's/^/cached /'
 ls -A ` + StateDir + `/spool 2>/dev/null | sed 's/^/spool /'

@@ -405,28 +405,33 @@ type Net struct{ *World }
 
 var _ lifecycle.Network = Net{}
 
-// Adopt implements lifecycle.Network.
+// Adopt implements lifecycle.Network. A guest that fails, also by Fail with
+// "adopt" and its id, is left out.
 func (w Net) Adopt(ctx context.Context, guests []network.Guest) error {
 	if err := w.enter(ctx, "adopt"); err != nil {
 		return err
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	var errs []error
 	for _, g := range guests {
-		if _, err := network.Describe(w.cfg, g); err != nil {
-			return err
-		}
+		_, err := network.Describe(w.cfg, g)
+		err = errors.Join(err, w.fail["adopt "+g.ID])
 		for id, other := range w.taps {
 			if id != g.ID && other.Index == g.Index {
-				return fmt.Errorf("slot %d is guest %s's", g.Index, id)
+				err = errors.Join(err, fmt.Errorf("slot %d is guest %s's", g.Index, id))
 			}
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
 		}
 		if !w.forwarding {
 			w.brokenLocked("tap of %s without forwarding", g.ID)
 		}
 		w.taps[g.ID] = g
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // Remove implements lifecycle.Network.
@@ -528,7 +533,8 @@ func (w Service) Open(ctx context.Context, s metadata.Session) error {
 	if _, open := w.sessions[s.ID]; open {
 		return fmt.Errorf("guest %s has a session", s.ID)
 	}
-	if !slices.ContainsFunc(w.tapsLocked(), func(t network.Tap) bool { return t.Name == s.Device }) {
+	link, err := network.Describe(w.cfg, w.taps[s.ID])
+	if err != nil || link.Device != s.Device {
 		return fmt.Errorf("no device %s", s.Device)
 	}
 	w.sessions[s.ID] = s
