@@ -28,4 +28,7 @@
 //     again with the names of what changed (changed). Commands are as before.
 //   - 3 (2026-11-25): ResultGivenUp; a further StopGuest ends the wait for an
 //     object store.
+//   - 4 (2026-11-26): Heartbeat says which instance speaks (instance, beat,
+//     boot_id), what needs attention (warnings) and how far the audit log is
+//     (audit). Commands are as before.
 package api

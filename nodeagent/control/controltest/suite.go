@@ -86,6 +86,8 @@ type Node struct {
 	*control.Link
 	Inbox  *Receiver
 	Outbox *inboxtest.Journal
+	// Stop ends the link, as the test's end does.
+	Stop func()
 }
 
 // StartNode runs a link until the test's end.
@@ -108,12 +110,13 @@ func StartNode(t *testing.T, transport control.Transport, edit func(*control.Dep
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	done := make(chan error, 1)
 	go func() { done <- n.Run(ctx) }()
-	t.Cleanup(func() {
+	n.Stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Errorf("running link: %v", err)
 		}
 	})
+	t.Cleanup(n.Stop)
 	return n
 }
 
@@ -178,6 +181,8 @@ func Suite(t *testing.T, run func(t *testing.T, body func(t *testing.T, s Server
 		"a wiped event stream is named, and heals":       loseStream,
 		"an event too large is answered for by another":  oversize,
 		"a guest that lives while the link is down":      outage,
+		"two hosts with one identity both see it":        clone,
+		"a host that starts again is no clone":           reborn,
 	} {
 		t.Run(name, func(t *testing.T) { run(t, body) })
 	}
