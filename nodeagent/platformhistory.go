@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -23,10 +24,12 @@ type platformHistory struct {
 }
 
 func (f *platformFlags) historyFile() string {
-	return filepath.Join(f.root, f.stateDir, "platform-history.jsonl")
+	return filepath.Join(f.stateFolder(), "platform-history.jsonl")
 }
 
-// note writes down where a change stands.
+func (f *platformFlags) stateFolder() string { return filepath.Join(f.root, f.stateDir) }
+
+// note writes down where a change stands, in the history and the audit log.
 func (f *platformFlags) note(log *history.Log, doc platformChange, outcome string, failure error) error {
 	e := history.Entry{At: time.Now().UTC(), Command: doc.Command, UID: os.Getuid(), Outcome: outcome}
 	var err error
@@ -41,7 +44,7 @@ func (f *platformFlags) note(log *history.Log, doc platformChange, outcome strin
 	if failure != nil {
 		e.Error = failure.Error()
 	}
-	return log.Append(e)
+	return errors.Join(log.Append(e), f.audit(doc.Command, outcome))
 }
 
 func newPlatformHistory(f *platformFlags) *cobra.Command {

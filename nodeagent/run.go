@@ -17,6 +17,7 @@ import (
 	"github.com/confidential-node/agent/network"
 	"github.com/confidential-node/agent/nodeagent/admin"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/audit"
 	"github.com/confidential-node/agent/nodeagent/blob"
 	"github.com/confidential-node/agent/nodeagent/config"
 	"github.com/confidential-node/agent/nodeagent/control"
@@ -83,6 +84,8 @@ type agent struct {
 	started time.Time
 
 	store        *store.Store
+	audit        *audit.Log
+	records      *audited // the store, behind the audit log
 	driver       *libvirt.Driver
 	network      *network.Host
 	endorsements *endorsements.Provider
@@ -100,7 +103,7 @@ func runAgent(ctx context.Context, cfg config.Config, logger hclog.Logger) (err 
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, a.metadata.Shutdown(), a.store.Close()) }()
+	defer func() { err = errors.Join(err, a.metadata.Shutdown(), a.close()) }()
 	tasks := supervise.New(ctx, logger)
 	tasks.Go("hypervisor", a.driver.Run)
 	tasks.Go("network", a.network.Run)
@@ -185,10 +188,17 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	if a.store, err = store.Open(storeFile(cfg), time.Now, logger); err != nil {
 		return nil, err
 	}
+	if a.audit, err = openAudit(cfg, time.Now, logger); err != nil {
+		return nil, errors.Join(err, a.store.Close())
+	}
+	if err := a.audit.Append(audit.Entry{Kind: audit.KindStarted, Detail: buildVersion().Version + " on boot " + a.host.bootID}); err != nil {
+		logger.Error("the agent's start is not in the audit log; see that the disk of state_dir has space and can be written", "err", err)
+	}
+	a.records = newAudited(a.store, a.audit, time.Now)
 	a.driver = libvirt.New(cfg.Libvirt.URI, logger)
 	a.metadata = metadata.New(logger, time.Now)
 	a.guests, err = lifecycle.New(lifecycle.Deps{
-		Records: a.store, Hypervisor: a.driver, Network: a.network, Metadata: a.metadata,
+		Records: a.records, Hypervisor: a.driver, Network: a.network, Metadata: a.metadata,
 		Blobs: blobs{cache}, Spools: spoolsOf{spools}, Images: a.images, Measure: lifecycle.Predict, TEE: tee, GPURule: gpu.Rule,
 		Endorsements: a.endorsements.Endorsements, Logger: logger, Hook: failpoint.FromEnvironment().Hit,
 	}, lifecycle.Config{
@@ -196,24 +206,28 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 		Network: networkConfig, TapUser: a.host.qemuUID, TapGroup: a.host.qemuGID, DNS: dnsOf(cfg), Emulated: cfg.TEE == config.TEEEmulated,
 	})
 	if err != nil {
-		return nil, errors.Join(err, a.store.Close())
+		return nil, errors.Join(err, a.close())
 	}
+	executor := gate{Executor: a.guests, closed: a.closed, known: func(id string) bool { _, err := a.store.Guest(id); return err == nil }}
 	a.inbox, err = inbox.New(inbox.Deps{
-		Journal: a.store, Executor: a.guests, Ready: a.guests.Ready(), Keys: issuers, HostID: cfg.HostID, Features: api.Features(), Logger: logger,
+		Journal: a.records, Executor: executor, Ready: a.guests.Ready(), Keys: issuers, HostID: cfg.HostID, Features: api.Features(), Logger: logger,
 	})
 	if err != nil {
-		return nil, errors.Join(err, a.store.Close())
+		return nil, errors.Join(err, a.close())
 	}
 	a.link, err = control.New(control.Deps{
-		Transport: transport, Inbox: a.inbox, Outbox: a.store, HostID: cfg.HostID, Heartbeat: a.heartbeat, Capability: a.capability,
+		Transport: transport, Inbox: a.inbox, Outbox: a.store, HostID: cfg.HostID, Heartbeat: a.heartbeat, Confirmed: a.confirmAudit, Capability: a.capability,
 		Interval: time.Duration(cfg.Control.Heartbeat), DeadMan: time.Duration(cfg.Control.DeadMan), Logger: logger,
 	})
 	if err != nil {
-		return nil, errors.Join(err, a.store.Close())
+		return nil, errors.Join(err, a.close())
 	}
 	a.socket = admin.New(socketFile(cfg), a.status)
 	return a, nil
 }
+
+// close releases what is on disk.
+func (a *agent) close() error { return errors.Join(a.audit.Close(), a.store.Close()) }
 
 // prune forgets commands once nobody could replay them.
 func (a *agent) prune(ctx context.Context) error {

@@ -56,7 +56,7 @@ func shown(t *testing.T, w *Witness, l *Log) *contract.Refusal {
 	o := offer(t, l)
 	_, alarm := w.Observe(o)
 	if alarm == nil {
-		done(t, l.Confirmed(o.Size))
+		done(t, l.Confirmed(o.Checkpoint))
 	}
 	return alarm
 }
@@ -164,7 +164,7 @@ func TestADiskRolledBackIsSeenByTheWitness(t *testing.T) {
 	// It grows beyond what was seen before anybody looks.
 	again := w
 	fill(t, restored, 9)
-	done(t, restored.Confirmed(offer(t, restored).Size))
+	done(t, restored.Confirmed(offer(t, restored).Checkpoint))
 	_, alarm = again.Observe(offer(t, restored))
 	wantCode(t, alarm, CodeUnproven)
 }
@@ -197,7 +197,7 @@ func TestAForkIsSeenByTheWitness(t *testing.T) {
 	_, alarm := w.Observe(offer(t, fork))
 	wantCode(t, alarm, CodeForked) // as long, other entries
 	fill(t, fork, 5)
-	done(t, fork.Confirmed(fork.State().Checkpoint))
+	done(t, fork.Confirmed(offer(t, fork).Checkpoint))
 	longer := offer(t, fork)
 	_, alarm = w.Observe(longer)
 	wantCode(t, alarm, CodeForked) // longer, and the proof is of the fork
@@ -217,7 +217,7 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "log")
 	l := open(t, dir)
 	fill(t, l, 2)
-	done(t, l.Confirmed(offer(t, l).Size))
+	done(t, l.Confirmed(offer(t, l).Checkpoint))
 	fill(t, l, 1)
 	offer(t, l)
 	fill(t, l, 2) // not signed for yet
@@ -255,7 +255,7 @@ func TestMissingFilesAreFound(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "log")
 	l := open(t, dir)
 	fill(t, l, 2)
-	done(t, l.Confirmed(offer(t, l).Size))
+	done(t, l.Confirmed(offer(t, l).Checkpoint))
 	done(t, l.Close())
 	for _, name := range []string{keyFile, entriesFile, hashesFile, checkpointFile} {
 		broken := copyDir(t, dir)

@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -155,15 +156,13 @@ func checkTrees(hashes tlog.HashReader, trees ...tree) error {
 // last: it cuts off an append that was never confirmed and writes the hashes
 // that are missing.
 func (l *Log) catchUp() error {
-	entries, errEntries := l.entries.Stat()
-	hashes, errHashes := l.hashes.Stat()
-	if err := errors.Join(errEntries, errHashes); err != nil {
-		return fmt.Errorf("looking at the audit log: %w", err)
+	s := scanner{entries: l.entries, hashes: l.hashes, from: l.at, signed: l.checkpoint.size}
+	if err := s.measure(); err != nil {
+		return err
 	}
-	if l.at.size > 0 && entries.Size() == l.at.bytes && hashes.Size() == tlog.StoredHashCount(l.at.size)*tlog.HashSize {
+	if l.at.size > 0 && s.entryBytes == l.at.bytes && s.hashBytes == tlog.StoredHashCount(l.at.size)*tlog.HashSize {
 		return nil
 	}
-	s := scanner{entries: l.entries, hashes: l.hashes, from: l.at, signed: l.checkpoint.size}
 	found, err := s.scan()
 	if err != nil {
 		return err
@@ -305,10 +304,10 @@ func (l *Log) sign() error {
 	return nil
 }
 
-// Confirmed notes that the witness has the checkpoint of this size.
-func (l *Log) Confirmed(size int64) error {
+// Confirmed notes that the witness has a checkpoint that was offered.
+func (l *Log) Confirmed(checkpoint []byte) error {
 	return l.exclusively(func() error {
-		if size != l.checkpoint.size || size == l.witnessed.size {
+		if !bytes.Equal(checkpoint, l.checkpoint.text) || l.checkpoint.size == l.witnessed.size {
 			return nil
 		}
 		if err := writeFile(filepath.Join(l.dir, witnessedFile), l.checkpoint.text); err != nil {

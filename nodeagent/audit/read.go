@@ -53,7 +53,7 @@ func (s *snapshot) open(dir, name string) (*os.File, error) {
 }
 
 // read opens a log for reading, checks all of it and gives every entry to
-// visit. Appends wait meanwhile.
+// visit. It reads what was there when it began; appends go on meanwhile.
 func read(dir string, visit func(e Entry, line []byte, signed bool) error) (*snapshot, scanned, error) {
 	s := &snapshot{}
 	fail := func(err error) (*snapshot, scanned, error) {
@@ -90,6 +90,9 @@ func read(dir string, visit func(e Entry, line []byte, signed bool) error) (*sna
 	}
 	if s.hashes, err = s.open(dir, hashesFile); err != nil {
 		return fail(missing(err))
+	}
+	if err := errors.Join(s.measure(), unix.Flock(int(lock.Fd()), unix.LOCK_UN)); err != nil {
+		return fail(err)
 	}
 	found, err := s.scan()
 	if err == nil {

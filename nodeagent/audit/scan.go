@@ -64,7 +64,9 @@ func (h *hashFile) stored(index, length int64) (hash tlog.Hash, ok bool, err err
 // to the end.
 type scanner struct {
 	entries, hashes *os.File
-	from            place
+	// entryBytes and hashBytes are how much of the files is read: measure.
+	entryBytes, hashBytes int64
+	from                  place
 	// signed is how many entries a checkpoint covers.
 	signed int64
 	// visit, unless nil, is given every entry.
@@ -79,17 +81,23 @@ type scanned struct {
 	torn int64
 }
 
-func (s *scanner) scan() (found scanned, err error) {
+// measure takes the files as they are now.
+func (s *scanner) measure() error {
 	entries, errEntries := s.entries.Stat()
 	hashes, errHashes := s.hashes.Stat()
 	if err := errors.Join(errEntries, errHashes); err != nil {
-		return found, fmt.Errorf("reading the audit log: %w", err)
+		return fmt.Errorf("reading the audit log: %w", err)
 	}
-	if entries.Size() < s.from.bytes {
+	s.entryBytes, s.hashBytes = entries.Size(), hashes.Size()
+	return nil
+}
+
+func (s *scanner) scan() (found scanned, err error) {
+	if s.entryBytes < s.from.bytes {
 		return found, damage("entries were cut off")
 	}
 	found = scanned{place: s.from, hashes: &hashFile{file: s.hashes, known: tlog.StoredHashCount(s.from.size)}}
-	lines := bufio.NewReaderSize(io.NewSectionReader(s.entries, s.from.bytes, entries.Size()-s.from.bytes), maxEntry)
+	lines := bufio.NewReaderSize(io.NewSectionReader(s.entries, s.from.bytes, s.entryBytes-s.from.bytes), maxEntry)
 	for {
 		line, err := lines.ReadSlice('\n')
 		if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, bufio.ErrBufferFull) {
@@ -98,8 +106,8 @@ func (s *scanner) scan() (found scanned, err error) {
 		if len(line) == 0 {
 			break
 		}
-		left := entries.Size() - found.bytes
-		torn, err := s.one(&found, line, hashes.Size(), left)
+		left := s.entryBytes - found.bytes
+		torn, err := s.one(&found, line, left)
 		if err != nil {
 			return found, err
 		}
@@ -108,12 +116,12 @@ func (s *scanner) scan() (found scanned, err error) {
 			break
 		}
 	}
-	return found, s.end(found, hashes.Size())
+	return found, s.end(found)
 }
 
 // one takes a line. An append that a crash cut short is the last line, not
 // signed for, and its hash was not written.
-func (s *scanner) one(found *scanned, line []byte, hashBytes, left int64) (torn bool, err error) {
+func (s *scanner) one(found *scanned, line []byte, left int64) (torn bool, err error) {
 	i := found.size
 	text, whole := bytes.CutSuffix(line, []byte{'\n'})
 	var e Entry
@@ -125,7 +133,7 @@ func (s *scanner) one(found *scanned, line []byte, hashBytes, left int64) (torn 
 	}
 	first := tlog.StoredHashIndex(0, i)
 	if err != nil {
-		_, written, errRead := found.hashes.stored(first, hashBytes)
+		_, written, errRead := found.hashes.stored(first, s.hashBytes)
 		if errRead != nil {
 			return false, errRead
 		}
@@ -139,7 +147,7 @@ func (s *scanner) one(found *scanned, line []byte, hashBytes, left int64) (torn 
 		return false, err
 	}
 	for at, want := range made {
-		got, written, err := found.hashes.stored(first+int64(at), hashBytes)
+		got, written, err := found.hashes.stored(first+int64(at), s.hashBytes)
 		if err != nil {
 			return false, err
 		}
@@ -160,8 +168,8 @@ func (s *scanner) one(found *scanned, line []byte, hashBytes, left int64) (torn 
 }
 
 // end checks that the hashes are of these entries and no more.
-func (s *scanner) end(found scanned, hashBytes int64) error {
-	if hashBytes > tlog.StoredHashCount(found.size)*tlog.HashSize {
+func (s *scanner) end(found scanned) error {
+	if s.hashBytes > tlog.StoredHashCount(found.size)*tlog.HashSize {
 		return damage("there are hashes of entries that are not there")
 	}
 	if found.size < s.signed {
