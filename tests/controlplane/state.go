@@ -38,6 +38,7 @@ type hostState struct {
 	BeginID   string    `json:"begin_id,omitempty"`
 	BegunAt   time.Time `json:"begun_at,omitzero"`
 	Cordoning bool      `json:"cordoning,omitempty"`
+	Watched   watched   `json:"watched,omitzero"`
 }
 
 // guestState is one guest that was asked for.

@@ -97,6 +97,9 @@ func (a *app) nodes() *cobra.Command {
 						if n.Cordoned {
 							admission = "closed"
 						}
+						if len(n.Alarms) > 0 {
+							admission = "ALARM " + n.Alarms[0].Code
+						}
 						fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%d\t%d\n", n.ID, seen, n.NodeEpoch, admission, n.Guests, n.Outbox)
 					}
 				})
@@ -130,6 +133,17 @@ func (a *app) uncordon() *cobra.Command {
 				return err
 			}
 			return a.sent(cmd, s)
+		}),
+	}
+}
+
+func (a *app) resolve() *cobra.Command {
+	return &cobra.Command{
+		Use: "resolve NODE", Short: "End a host's alarms, after you looked into them", Args: exactArgs("NODE"),
+		Long: `End a host's alarms, after you looked into them. Its audit log and the agent that speaks
+for it count from the next heartbeat on, as if they were seen for the first time.`,
+		RunE: a.with(func(ctx context.Context, _ *cobra.Command, c *client.Client, args []string) error {
+			return c.Resolve(ctx, args[0])
 		}),
 	}
 }
