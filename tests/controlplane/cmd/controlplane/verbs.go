@@ -87,25 +87,29 @@ func (a *app) nodes() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.format.Print(cmd.OutOrStdout(), nodeList{header("NodeList"), nodes}, func(w io.Writer) error {
-				return table(w, "NODE\tSEEN\tEPOCH\tADMISSION\tGUESTS\tOUTBOX", func(w io.Writer) {
-					for _, n := range nodes {
-						seen, admission := "never", "open"
-						if n.LastSeen != nil {
-							seen = time.Since(*n.LastSeen).Round(time.Second).String() + " ago"
-						}
-						if n.Cordoned {
-							admission = "closed"
-						}
-						if len(n.Alarms) > 0 {
-							admission = "ALARM " + n.Alarms[0].Code
-						}
-						fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%d\t%d\n", n.ID, seen, n.NodeEpoch, admission, n.Guests, n.Outbox)
-					}
-				})
-			})
+			return a.printNodes(cmd, nodes)
 		}),
 	}
+}
+
+func (a *app) printNodes(cmd *cobra.Command, nodes []client.Node) error {
+	return a.format.Print(cmd.OutOrStdout(), nodeList{header("NodeList"), nodes}, func(w io.Writer) error {
+		return table(w, "NODE\tSEEN\tEPOCH\tADMISSION\tGUESTS\tOUTBOX", func(w io.Writer) {
+			for _, n := range nodes {
+				seen, admission := "never", "open"
+				if n.LastSeen != nil {
+					seen = time.Since(*n.LastSeen).Round(time.Second).String() + " ago"
+				}
+				if n.Cordoned {
+					admission = "closed"
+				}
+				if len(n.Alarms) > 0 {
+					admission = "ALARM " + n.Alarms[0].Code
+				}
+				fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%d\t%d\n", n.ID, seen, n.NodeEpoch, admission, n.Guests, n.Outbox)
+			}
+		})
+	})
 }
 
 func (a *app) cordon() *cobra.Command {
