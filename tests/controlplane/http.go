@@ -35,6 +35,7 @@ func (s *Server) handler() http.Handler {
 		"POST /v1/nodes/{id}/cordon":    s.postCordon,
 		"POST /v1/nodes/{id}/uncordon":  s.postUncordon,
 		"POST /v1/nodes/{id}/resolve":   s.postResolve,
+		"POST /v1/nodes/{id}/revoke":    s.postRevoke,
 		"POST /v1/launches":             s.postLaunch,
 		"GET /v1/guests/{id}":           s.getGuest,
 		"POST /v1/guests/{id}/stop":     s.postStop,
@@ -183,6 +184,10 @@ func (s *Server) postUncordon(r *http.Request) (any, error) {
 
 func (s *Server) postResolve(r *http.Request) (any, error) {
 	return struct{}{}, s.Resolve(r.PathValue("id"))
+}
+
+func (s *Server) postRevoke(r *http.Request) (any, error) {
+	return struct{}{}, s.Revoke(r.PathValue("id"))
 }
 
 func (s *Server) postLaunch(r *http.Request) (any, error) {

@@ -146,6 +146,16 @@ func (f *Fake) LoseStream(testing.TB) {
 // Restore implements Server.
 func (f *Fake) Restore(testing.TB) { f.set(func() { f.noQueue, f.noStream = false, false }) }
 
+// Revoke implements Server.
+func (f *Fake) Revoke(tb testing.TB) {
+	tb.Helper()
+	f.Refuse(&control.LinkError{State: control.StateAuthRefused, Remedy: "enrol again", Err: errors.New("revoked")})
+	f.Cut(tb)
+}
+
+// Renew implements Server.
+func (f *Fake) Renew(testing.TB) { f.Refuse(nil) }
+
 // LoseAcks loses the next n acknowledgements on their way.
 func (f *Fake) LoseAcks(n int) { f.set(func() { f.loseAcks = n }) }
 

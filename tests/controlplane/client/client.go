@@ -280,6 +280,11 @@ func (c *Client) Resolve(ctx context.Context, node string) error {
 	return c.call(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(node)+"/resolve", struct{}{}, &struct{}{})
 }
 
+// Revoke ends every identity a node was given; Enrol gives it another.
+func (c *Client) Revoke(ctx context.Context, node string) error {
+	return c.call(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(node)+"/revoke", struct{}{}, &struct{}{})
+}
+
 // Launch sends a launch to a node, or to one the control plane chooses.
 func (c *Client) Launch(ctx context.Context, node string, l *api.LaunchGuest, features ...string) (*Sent, error) {
 	raw, err := protojson.Marshal(l)

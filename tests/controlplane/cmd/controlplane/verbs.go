@@ -152,6 +152,15 @@ for it count from the next heartbeat on, as if they were seen for the first time
 	}
 }
 
+func (a *app) revoke() *cobra.Command {
+	return &cobra.Command{
+		Use: "revoke NODE", Short: "End every identity a host was given; enrol it again for another", Args: exactArgs("NODE"),
+		RunE: a.with(func(ctx context.Context, _ *cobra.Command, c *client.Client, args []string) error {
+			return c.Revoke(ctx, args[0])
+		}),
+	}
+}
+
 func (a *app) launch() *cobra.Command {
 	var node, file string
 	var features []string
