@@ -52,10 +52,11 @@ func (a *agent) attention() []*contract.Refusal {
 
 func outboxFinding(s interface{ OutboxShare() (int, error) }) *contract.Refusal {
 	share, err := s.OutboxShare()
+	if err != nil {
+		share = 0 // the store's own finding
+	}
 	const remedy = "see why the control plane confirms nothing (nodeagent status, control); events leave by themselves when it does"
 	switch {
-	case err != nil:
-		return nil // the store's own finding
 	case share >= store.OutboxWhole:
 		return contract.Refuse(codeOutboxFull, remedy,
 			"the outbox is full: nothing new is taken on; what runs goes on, and can be stopped")

@@ -185,16 +185,9 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	if a.endorsements, err = openEndorsements(cfg, logger); err != nil {
 		return nil, err
 	}
-	if a.store, err = store.Open(storeFile(cfg), time.Now, logger); err != nil {
+	if err := a.open(); err != nil {
 		return nil, err
 	}
-	if a.audit, err = openAudit(cfg, time.Now, logger); err != nil {
-		return nil, errors.Join(err, a.store.Close())
-	}
-	if err := a.audit.Append(audit.Entry{Kind: audit.KindStarted, Detail: buildVersion().Version + " on boot " + a.host.bootID}); err != nil {
-		logger.Error("the agent's start is not in the audit log; see that the disk of state_dir has space and can be written", "err", err)
-	}
-	a.records = newAudited(a.store, a.audit, time.Now)
 	a.driver = libvirt.New(cfg.Libvirt.URI, logger)
 	a.metadata = metadata.New(logger, time.Now)
 	a.guests, err = lifecycle.New(lifecycle.Deps{
@@ -226,7 +219,22 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	return a, nil
 }
 
-// close releases what is on disk.
+// open opens the store and the audit log before it.
+func (a *agent) open() (err error) {
+	if a.store, err = store.Open(storeFile(a.cfg), time.Now, a.log); err != nil {
+		return err
+	}
+	if a.audit, err = openAudit(a.cfg, time.Now, a.log); err != nil {
+		return errors.Join(err, a.store.Close())
+	}
+	a.records = newAudited(a.store, a.audit, time.Now)
+	if err := a.audit.Append(audit.Entry{Kind: audit.KindStarted, Detail: buildVersion().Version + " on boot " + a.host.bootID}); err != nil {
+		a.log.Error("the agent's start is not in the audit log; see that the disk of state_dir has space and can be written", "err", err)
+	}
+	return nil
+}
+
+// close releases what open opened.
 func (a *agent) close() error { return errors.Join(a.audit.Close(), a.store.Close()) }
 
 // prune forgets commands once nobody could replay them.

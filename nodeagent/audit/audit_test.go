@@ -448,7 +448,9 @@ func FuzzObserve(f *testing.F) {
 	f.Add(o.Key, o.Checkpoint, int64(0), []byte{})
 	f.Add("", []byte("a\n1\n\n"), int64(1), make([]byte, 64))
 	var pinned Witness
-	pinned.Observe(o)
+	if _, alarm := pinned.Observe(o); alarm != nil {
+		f.Fatal(alarm)
+	}
 	f.Fuzz(func(t *testing.T, key string, checkpoint []byte, from int64, proof []byte) {
 		var parts [][]byte
 		for len(proof) >= tlog.HashSize {
@@ -463,7 +465,9 @@ func FuzzObserve(f *testing.F) {
 			t.Error("somebody without the key moved the witness on")
 		}
 		var fresh Witness
-		fresh.Observe(Offer{Key: key, Checkpoint: checkpoint, From: from, Proof: hashes})
+		if changed, alarm := fresh.Observe(Offer{Key: key, Checkpoint: checkpoint, From: from, Proof: hashes}); changed == (alarm != nil) {
+			t.Errorf("changed %v, alarm %v", changed, alarm)
+		}
 	})
 }
 

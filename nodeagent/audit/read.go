@@ -150,7 +150,7 @@ func Export(dir, to string) (Report, error) {
 	}
 	var bundle []byte
 	var width, number int64
-	put := func(size int64) error {
+	put := func() error {
 		if width == 0 {
 			return nil
 		}
@@ -164,7 +164,7 @@ func Export(dir, to string) (Report, error) {
 		}
 		bundle = append(binary.BigEndian.AppendUint16(bundle, uint16(len(line))), line...) //nolint:gosec // shorter than maxEntry
 		if width++; width == 1<<tileHeight {
-			return put(width)
+			return put()
 		}
 		return nil
 	})
@@ -175,7 +175,7 @@ func Export(dir, to string) (Report, error) {
 	if s.checkpoint.size == 0 {
 		return Report{}, ErrUnsigned
 	}
-	if err := put(width); err != nil {
+	if err := put(); err != nil {
 		return Report{}, err
 	}
 	for _, t := range tlog.NewTiles(tileHeight, 0, s.checkpoint.size) {

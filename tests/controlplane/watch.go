@@ -58,7 +58,7 @@ func (w *watched) observe(h *api.Heartbeat, at time.Time) (changed bool, raised 
 		if w.Alarms == nil {
 			w.Alarms = map[string]client.Alarm{}
 		}
-		w.Alarms[r.Code] = client.Alarm{Refusal: *r, Since: at}
+		w.Alarms[r.Code] = client.Alarm{Code: r.Code, Message: r.Message, Remedy: r.Remedy, Since: at}
 		fresh = append(fresh, r)
 	}
 	return changed || len(fresh) > 0, fresh

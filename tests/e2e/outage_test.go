@@ -2,6 +2,7 @@ package e2e_test
 
 import (
 	"encoding/json"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -49,7 +50,9 @@ func TestAGuestLivesItsWholeLifeWithoutTheControlPlane(t *testing.T) {
 	if s := w.ended(d.GuestID); s.GetStatus() != api.GuestStatus_GUEST_STATUS_FINISHED {
 		t.Fatalf("ended as %v", s)
 	}
-	u.results("job")
+	// Nobody could challenge the guest meanwhile: its results are there, and
+	// the tenant does not believe them.
+	says(t, u.run(5, "results", "job", "--out", filepath.Join(u.Dir, "opened")), "tenant.evidence-missing")
 	w.inOrder(d.GuestID)
 	w.audited(h, d.GuestID)
 	w.clean(h)

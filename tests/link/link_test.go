@@ -67,12 +67,12 @@ func TestASlowPathCostsTimeOnly(t *testing.T) { //nolint:paralleltest // see abo
 func TestAPathThatGoesSilentIsGivenUpAndComesBack(t *testing.T) { //nolint:paralleltest // see above
 	w := newWorld(t, 0)
 	w.traffic(5, 100)
-	controltest.Eventually(t, "connected", w.state(control.StateConnected))
+	controltest.Eventually(t, "connected", w.connected)
 	w.rules("198.51.100.2", "drop") // no reset, no FIN: either side is alone
 	w.traffic(5, 100)
 	controltest.Eventually(t, "the dead man", func() bool { return !w.node.Status().Connected })
 	w.rules("198.51.100.2")
-	controltest.Eventually(t, "connected again", w.state(control.StateConnected))
+	controltest.Eventually(t, "connected again", w.connected)
 	// Half of it: what the server says does not arrive.
 	w.rules("198.51.100.2", "ip saddr "+here+" drop")
 	w.traffic(5, 100)
@@ -84,7 +84,7 @@ func TestAPathThatGoesSilentIsGivenUpAndComesBack(t *testing.T) { //nolint:paral
 func TestAPathThatSwallowsLargePacketsIsNamedAndOutlasted(t *testing.T) { //nolint:paralleltest // see above
 	w := newWorld(t, 0)
 	w.traffic(2, 100)
-	controltest.Eventually(t, "connected", w.state(control.StateConnected))
+	controltest.Eventually(t, "connected", w.connected)
 	w.rules("198.51.100.2", "meta length > 900 drop") // and nobody is told
 	w.traffic(5, 20_000)
 	controltest.Eventually(t, "the loss noticed", func() bool { return w.node.Status().State != control.StateConnected })
@@ -96,7 +96,7 @@ func TestAPathThatSwallowsLargePacketsIsNamedAndOutlasted(t *testing.T) { //noli
 func TestAServerThatMovesIsFoundByItsName(t *testing.T) { //nolint:paralleltest // see above
 	w := newWorld(t, 0)
 	w.traffic(3, 100)
-	controltest.Eventually(t, "connected", w.state(control.StateConnected))
+	controltest.Eventually(t, "connected", w.connected)
 	w.resolve("") // the name is gone before the server is
 	w.unlisten()
 	w.traffic(3, 100)
@@ -124,7 +124,7 @@ func evidence(size int) *api.Event {
 // A day's worth of a busy host in one outage: what waits is on disk.
 func TestAnOutageIsHeldOnDiskAndNotInMemory(t *testing.T) { //nolint:paralleltest // see above
 	w := newWorld(t, 0)
-	controltest.Eventually(t, "connected", w.state(control.StateConnected))
+	controltest.Eventually(t, "connected", w.connected)
 	w.rules("198.51.100.2", "drop")
 	before := heap()
 	const events, size = 80, 400_000

@@ -252,7 +252,7 @@ func (w *world) pipe(to, from net.Conn) {
 		<-time.After(time.Until(p.due))
 		if _, err := to.Write(p.data); err != nil {
 			_ = from.Close()
-			for range pieces { //nolint:revive // the reader must end
+			for range pieces {
 			}
 			return
 		}
@@ -316,9 +316,7 @@ func (w *world) traffic(n, size int) {
 	}
 }
 
-func (w *world) state(want control.State) func() bool {
-	return func() bool { return w.node.Status().State == want }
-}
+func (w *world) connected() bool { return w.node.Status().State == control.StateConnected }
 
 // settled waits until everything arrived, and looks whether each command took
 // effect once and has one outcome, and each event was stored once, in order.

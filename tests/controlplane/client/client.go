@@ -58,8 +58,10 @@ type Node struct {
 
 // Alarm is something about a node that somebody has to look into.
 type Alarm struct {
-	contract.Refusal
-	Since time.Time `json:"since"`
+	Code    string    `json:"code"`
+	Message string    `json:"message"`
+	Remedy  string    `json:"remedy"`
+	Since   time.Time `json:"since"`
 }
 
 // Command outcomes.

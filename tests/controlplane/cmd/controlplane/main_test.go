@@ -161,7 +161,7 @@ func TestEveryDocumentSaysWhatItIs(t *testing.T) {
 		"NodeList": func(a *app, cmd *cobra.Command) error {
 			return a.printNodes(cmd, []client.Node{{
 				ID: "x", LastSeen: &seen, StoreID: "00", Capability: proto,
-				Alarms: []client.Alarm{{Refusal: *refusal, Since: seen}}, Warnings: []contract.Refusal{*refusal},
+				Alarms: []client.Alarm{{Code: "a.b", Message: "why", Remedy: "do", Since: seen}}, Warnings: []contract.Refusal{*refusal},
 			}})
 		},
 		"EventList": func(a *app, cmd *cobra.Command) error {
