@@ -231,6 +231,9 @@ func TestEveryFlippedBitIsFound(t *testing.T) {
 		done(t, err)
 		for bit := range len(whole) * 8 {
 			at := bit / 8
+			if underRace && bit%8 != at%8 { // checking signatures is ten times slower then
+				continue
+			}
 			put := func(b byte) {
 				_, err := f.WriteAt([]byte{b}, int64(at))
 				done(t, err)
