@@ -30,5 +30,5 @@
 //     object store.
 //   - 4 (2026-11-26): Heartbeat says which instance speaks (instance, beat,
 //     boot_id), what needs attention (warnings) and how far the audit log is
-//     (audit). Commands are as before.
+//     (audit). Commands are as before; the feature audit.log.
 package api
