@@ -290,6 +290,7 @@ func TestADeathBetweenAppendAndCheckpointLosesNothing(t *testing.T) {
 	die := func(entries, hashes int64) {
 		t.Helper()
 		crashed := copyDir(t, dir)
+		done(t, os.WriteFile(filepath.Join(crashed, ".checkpoint123"), []byte("half"), 0o600))
 		done(t, os.Truncate(filepath.Join(crashed, entriesFile), entries))
 		done(t, os.Truncate(filepath.Join(crashed, hashesFile), hashes))
 		if _, err := Verify(crashed); err != nil {
@@ -299,6 +300,9 @@ func TestADeathBetweenAppendAndCheckpointLosesNothing(t *testing.T) {
 		want := before.size
 		if entries >= after.bytes {
 			want++
+		}
+		if left, err := filepath.Glob(filepath.Join(crashed, ".*")); err != nil || len(left) > 0 {
+			t.Errorf("left over: %v %v", left, err)
 		}
 		if got := back.State().Size; got != want {
 			t.Errorf("at %d, %d: %d entries, want %d", entries, hashes, got, want)

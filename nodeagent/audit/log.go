@@ -67,6 +67,9 @@ func Open(dir, hostID string) (l *Log, err error) {
 		return l, err
 	}
 	defer l.unlock()
+	if err := sweep(dir); err != nil {
+		return l, err
+	}
 	if err := l.begin(hostID); err != nil {
 		return l, err
 	}
@@ -114,6 +117,15 @@ func (l *Log) begin(hostID string) error {
 		return damage("%w", err)
 	}
 	l.verifier, err = note.NewVerifier(l.vkey)
+	return err
+}
+
+// sweep removes what a death left of a file that was to replace another.
+func sweep(dir string) error {
+	left, err := filepath.Glob(filepath.Join(dir, ".*"))
+	for _, path := range left {
+		err = errors.Join(err, os.Remove(path))
+	}
 	return err
 }
 
