@@ -203,6 +203,11 @@ func (a *agent) heartbeat() *api.Heartbeat {
 		return h
 	}
 	h.IssuerEpoch, h.StoreId, h.Cordoned, h.Outbox = epoch.Number, epoch.StoreID[:], cordoned, uint64(waiting)
+	h.BootId = a.started.BootID
+	for _, r := range a.attention() {
+		h.Warnings = append(h.Warnings, api.RefusalToWire(r))
+	}
+	a.offerAudit(h)
 	return h
 }
 
@@ -248,6 +253,11 @@ func (a *agent) status(ctx context.Context) (admin.Status, error) {
 	if err := a.relay.Trouble(); err != nil {
 		warn("%v", err)
 	}
+	for _, r := range a.attention() {
+		warn("%s: %s; %s", r.Code, r.Message, r.Remedy)
+	}
+	log := a.audit.State()
+	s.Audit = admin.Audit{Name: log.Name, Entries: log.Size, Signed: log.Checkpoint, Witnessed: log.Witnessed}
 	for _, f := range a.endorsements.Findings() {
 		warn("%s: %s; %s", f.Code, f.Message, f.Remedy)
 	}

@@ -127,7 +127,7 @@ Exit codes: 0 success, 1 failed, 2 usage, 3 agent unreachable, 4 not found,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError("%w; see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(newRunCommand(), newStatusCommand(), newClockCommand(), newMeasureCommand(), newFirmwareCommand(), newVerifyCommand(), newCapabilityCommand(), newEndorsementsCommand(), newPlatformCommand("/", host.Linux{}), newVersionCommand(), newSchemaCommand())
+	root.AddCommand(newRunCommand(), newStatusCommand(), newClockCommand(), newMeasureCommand(), newFirmwareCommand(), newVerifyCommand(), newCapabilityCommand(), newEndorsementsCommand(), newPlatformCommand("/", host.Linux{}), newAuditCommand(), newVersionCommand(), newSchemaCommand())
 	return root
 }
 

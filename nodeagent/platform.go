@@ -179,29 +179,28 @@ func (f *platformFlags) change(cmd *cobra.Command, command psp.Command, conseque
 	if err != nil {
 		return err
 	}
-	file, err := f.historyFile(cmd)
-	if err != nil {
+	d := diary{}
+	if d.stateDir, err = f.stateFolder(cmd); err != nil {
 		return err
 	}
-	log, err := history.Open(file)
-	if err != nil {
+	if d.log, err = history.Open(historyFile(d.stateDir)); err != nil {
 		return err
 	}
-	defer log.Close() //nolint:errcheck // each entry is on disk before it counts
+	defer d.log.Close() //nolint:errcheck // each entry is on disk before it counts
 	doc := platformChange{Header: output.NewHeader("PlatformChange"), Command: command.String(), Before: stateOf(before)}
-	if err := f.note(log, doc, history.Unknown, nil); err != nil {
+	if err := d.note(doc, history.Unknown, nil); err != nil {
 		return err
 	}
 	if err := f.give(before, act); err != nil {
-		return errors.Join(err, f.note(log, doc, history.Failed, err))
+		return errors.Join(err, d.note(doc, history.Failed, err))
 	}
 	after, err := f.observe()
 	if err != nil {
 		err = fmt.Errorf("%s was carried out, but reading the platform back: %w", command, err)
-		return errors.Join(err, f.note(log, doc, history.Done, err))
+		return errors.Join(err, d.note(doc, history.Done, err))
 	}
 	doc.After = stateOf(after)
-	if err := f.note(log, doc, history.Done, nil); err != nil {
+	if err := d.note(doc, history.Done, nil); err != nil {
 		return err
 	}
 	return f.format.Print(cmd.OutOrStdout(), doc, func(w io.Writer) error { return printPlatform(w, doc) })

@@ -17,6 +17,8 @@ import (
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp/host/hosttest"
 	"github.com/confidential-node/agent/firmware/snp/host/psp"
+	"github.com/confidential-node/agent/nodeagent/audit"
+	"github.com/confidential-node/agent/nodeagent/config"
 )
 
 // platformVerb runs `nodeagent platform` on a machine.
@@ -189,6 +191,12 @@ func (d dying) Ioctl(file *os.File, request uint, arg uintptr) (int, error) {
 func TestWhatIsDoneToThePlatformIsNotedBeforeItIsDone(t *testing.T) {
 	t.Parallel()
 	m := hosttest.Boot(t, hosttest.Genoa())
+	agents := auditDir(filepath.Join(m.Root, config.Default().StateDir))
+	log, err := audit.Open(agents, "node-a") // an agent runs beside the verbs
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close() //nolint:errcheck // every entry is on disk
 	if code, _, _, err := platformVerb(t, m, "configure", "--mask-chip-id", "--accept-consequences"); code != exitOK {
 		t.Fatal(err)
 	}
@@ -221,6 +229,14 @@ func TestWhatIsDoneToThePlatformIsNotedBeforeItIsDone(t *testing.T) {
 	}
 	if want := []string{"SNP_SET_CONFIG done", "SNP_SET_CONFIG failed", "SNP_COMMIT unknown"}; !slices.Equal(got, want) {
 		t.Errorf("history %q, want %q", got, want)
+	}
+	got = nil
+	if err := audit.List(agents, func(e audit.Entry) error { got = append(got, e.Detail+" "+e.Status); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"SNP_SET_CONFIG unknown", "SNP_SET_CONFIG done", "SNP_SET_CONFIG unknown", "SNP_SET_CONFIG failed", "SNP_COMMIT unknown"}
+	if !slices.Equal(got[1:], want) {
+		t.Errorf("audit log %q, want %q", got, want)
 	}
 	if _, table, _, _ := platformVerb(t, m, "history"); !strings.Contains(table, "SNP_COMMIT") || !strings.Contains(table, "may have happened") {
 		t.Errorf("table\n%s", table)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -22,7 +23,10 @@ type platformHistory struct {
 	Damaged int             `json:"damaged"`
 }
 
-func (f *platformFlags) historyFile(cmd *cobra.Command) (string, error) {
+func historyFile(stateDir string) string { return filepath.Join(stateDir, "platform-history.jsonl") }
+
+// stateFolder is the one that --state-dir names, or the configuration.
+func (f *platformFlags) stateFolder(cmd *cobra.Command) (string, error) {
 	dir := f.stateDir
 	if dir == "" {
 		cfg, err := configOrDefaults(cmd, f.configFile)
@@ -31,11 +35,17 @@ func (f *platformFlags) historyFile(cmd *cobra.Command) (string, error) {
 		}
 		dir = cfg.StateDir
 	}
-	return filepath.Join(f.root, dir, "platform-history.jsonl"), nil
+	return filepath.Join(f.root, dir), nil
 }
 
-// note writes down where a change stands.
-func (f *platformFlags) note(log *history.Log, doc platformChange, outcome string, failure error) error {
+// diary is where changes of the platform are noted.
+type diary struct {
+	stateDir string
+	log      *history.Log
+}
+
+// note writes down where a change stands, in the history and the audit log.
+func (d diary) note(doc platformChange, outcome string, failure error) error {
 	e := history.Entry{At: time.Now().UTC(), Command: doc.Command, UID: os.Getuid(), Outcome: outcome}
 	var err error
 	if e.Before, err = json.Marshal(doc.Before); err != nil {
@@ -49,7 +59,7 @@ func (f *platformFlags) note(log *history.Log, doc platformChange, outcome strin
 	if failure != nil {
 		e.Error = failure.Error()
 	}
-	return log.Append(e)
+	return errors.Join(d.log.Append(e), auditPlatform(d.stateDir, doc.Command, outcome))
 }
 
 func newPlatformHistory(f *platformFlags) *cobra.Command {
@@ -59,11 +69,11 @@ func newPlatformHistory(f *platformFlags) *cobra.Command {
 first. "unknown" means that the command or the host died before the outcome could be noted;
 ` + "`nodeagent capability` shows what the firmware is now.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			file, err := f.historyFile(cmd)
+			dir, err := f.stateFolder(cmd)
 			if err != nil {
 				return err
 			}
-			entries, damaged, err := history.Read(file)
+			entries, damaged, err := history.Read(historyFile(dir))
 			if err != nil {
 				return err
 			}

@@ -104,7 +104,7 @@ func (a *agent) watchCapability(ctx context.Context) error {
 	tick := time.NewTicker(reportEvery)
 	defer tick.Stop()
 	for {
-		changed, err := capability.Tell(a.store, a.cfg.HostID, a.clock.Wall(), a.lookAtHost(ctx))
+		changed, err := capability.Tell(a.records, a.cfg.HostID, a.clock.Wall(), a.lookAtHost(ctx))
 		switch {
 		case err != nil:
 			a.log.Error("telling what changed about the host; it is tried again", "err", err)

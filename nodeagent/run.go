@@ -18,6 +18,7 @@ import (
 	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/admin"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/audit"
 	"github.com/confidential-node/agent/nodeagent/blob"
 	"github.com/confidential-node/agent/nodeagent/clock"
 	"github.com/confidential-node/agent/nodeagent/config"
@@ -89,6 +90,8 @@ type agent struct {
 	watchdog     *watchdog.Watchdog
 	store        *store.Store
 	clock        *clock.Clock
+	audit        *audit.Log
+	records      *audited // the store, behind the audit log
 	driver       *libvirt.Driver
 	network      *network.Host
 	relay        *relay.Router
@@ -108,7 +111,7 @@ func runAgent(ctx context.Context, cfg config.Config, logger hclog.Logger) (err 
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, a.metadata.Shutdown(), a.store.Close()) }()
+	defer func() { err = errors.Join(err, a.metadata.Shutdown(), a.close()) }()
 	tasks := supervise.New(ctx, logger)
 	tasks.Go("clock", a.clock.Run)
 	tasks.Go("watchdog", a.watchdog.Run)
@@ -189,17 +192,17 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 		return nil, err
 	}
 	a.relay = newRelay(cfg, logger)
-	if err := a.openStore(); err != nil {
+	if err := a.open(); err != nil {
 		return nil, err
 	}
 	if a.endorsements, err = openEndorsements(cfg, a.clock.Wall, logger); err != nil {
-		return nil, errors.Join(err, a.store.Close())
+		return nil, errors.Join(err, a.close())
 	}
 	a.headroom = headroom.New("/", writtenFolders(cfg), logger)
 	a.driver = libvirt.New(cfg.Libvirt.URI, logger)
 	a.metadata = metadata.New(logger, a.clock.Wall)
 	a.guests, err = lifecycle.New(lifecycle.Deps{
-		Records: a.store, Hypervisor: a.driver, Network: a.network, Relay: a.relay, Metadata: a.metadata,
+		Records: a.records, Hypervisor: a.driver, Network: a.network, Relay: a.relay, Metadata: a.metadata,
 		Blobs: blobs{cache}, Spools: spoolsOf{spools}, Images: a.images, Measure: lifecycle.Predict, Headroom: a.headroom.Left, TEE: tee, GPURule: gpu.Rule,
 		Endorsements: a.endorsements.Endorsements, Logger: logger, Hook: failpoint.FromEnvironment().Hit,
 		Clock: a.clock.Now, Doubt: a.clock.Doubt, Turned: a.watchdog.Loop("guests", guestsPatience),
@@ -208,21 +211,22 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 		Network: networkConfig, SharedTLS: cfg.Network.TLS, TapUser: a.host.qemuUID, TapGroup: a.host.qemuGID, DNS: dnsOf(cfg), Emulated: cfg.TEE == config.TEEEmulated,
 	})
 	if err != nil {
-		return nil, errors.Join(err, a.store.Close())
+		return nil, errors.Join(err, a.close())
 	}
+	executor := gate{Executor: a.guests, closed: a.closed, known: func(id string) bool { _, err := a.store.Guest(id); return err == nil }}
 	a.inbox, err = inbox.New(inbox.Deps{
-		Journal: a.store, Executor: a.guests, Ready: a.guests.Ready(), Keys: issuers, HostID: cfg.HostID, Features: api.Features(), Logger: logger,
+		Journal: a.records, Executor: executor, Ready: a.guests.Ready(), Keys: issuers, HostID: cfg.HostID, Features: api.Features(), Logger: logger,
 		Clock: a.clock.Now, Doubt: a.clock.Doubt,
 	})
 	if err != nil {
-		return nil, errors.Join(err, a.store.Close())
+		return nil, errors.Join(err, a.close())
 	}
 	a.link, err = control.New(control.Deps{
-		Transport: watched{transport, a.watchdog.Loop("link", linkPatience(cfg))}, Clock: a.clock.Wall, Inbox: a.inbox, Outbox: a.store, HostID: cfg.HostID, Heartbeat: a.heartbeat, Capability: a.capability,
+		Transport: watched{transport, a.watchdog.Loop("link", linkPatience(cfg))}, Clock: a.clock.Wall, Inbox: a.inbox, Outbox: a.store, HostID: cfg.HostID, Heartbeat: a.heartbeat, Confirmed: a.confirmAudit, Capability: a.capability,
 		Interval: time.Duration(cfg.Control.Heartbeat), DeadMan: time.Duration(cfg.Control.DeadMan), Logger: logger,
 	})
 	if err != nil {
-		return nil, errors.Join(err, a.store.Close())
+		return nil, errors.Join(err, a.close())
 	}
 	a.socket = admin.New(socketFile(cfg), a.status, a.clock.Accept)
 	return a, nil
@@ -233,6 +237,24 @@ func newRelay(cfg config.Config, logger hclog.Logger) *relay.Router {
 		PerGuest: cfg.Network.MaxPortConnections, PerSource: cfg.Network.MaxSourceConnections,
 	}}, logger)
 }
+
+// open opens the store and the audit log before it.
+func (a *agent) open() (err error) {
+	if err := a.openStore(); err != nil {
+		return err
+	}
+	if a.audit, err = openAudit(a.cfg, a.clock.Wall, a.log); err != nil {
+		return errors.Join(err, a.store.Close())
+	}
+	a.records = newAudited(a.store, a.audit, a.clock.Wall)
+	if err := a.audit.Append(audit.Entry{Kind: audit.KindStarted, Detail: buildVersion().Version + " on boot " + a.started.BootID}); err != nil {
+		a.log.Error("the agent's start is not in the audit log; see that the disk of state_dir has space and can be written", "err", err)
+	}
+	return nil
+}
+
+// close releases what open opened.
+func (a *agent) close() error { return errors.Join(a.audit.Close(), a.store.Close()) }
 
 // prune forgets commands once nobody could replay them.
 func (a *agent) prune(ctx context.Context) error {

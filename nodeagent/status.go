@@ -83,6 +83,7 @@ func printStatus(out io.Writer, s admin.Status, now time.Time) error {
 	}
 	fmt.Fprintf(w, "clock\t%s, %s\n", s.Clock.Now.UTC().Format(time.RFC3339), trusted)
 	fmt.Fprintf(w, "outbox\t%d events waiting\n", s.Outbox)
+	fmt.Fprintf(w, "audit log\t%d entries, the control plane has confirmed %d\n", s.Audit.Entries, s.Audit.Witnessed)
 	fmt.Fprintf(w, "guests\t%d\n", len(s.Guests))
 	for _, warning := range s.Warnings {
 		fmt.Fprintf(w, "warning\t%s\n", warning)

@@ -50,6 +50,7 @@ type Status struct {
 	// with its remedy; while there is one, admission is closed.
 	Shortages []string `json:"shortages,omitempty"`
 	Clock     Clock    `json:"clock"`
+	Audit     Audit    `json:"audit"`
 	// Warnings are findings that need an operator, each with its remedy.
 	Warnings []string `json:"warnings"`
 }
@@ -72,6 +73,16 @@ type Control struct {
 	// never since the agent started.
 	LastRoundTrip time.Time `json:"last_round_trip"`
 	LastError     string    `json:"last_error,omitempty"`
+}
+
+// Audit is how far the audit log is.
+type Audit struct {
+	Name    string `json:"name"`
+	Entries int64  `json:"entries"`
+	// Signed entries are covered by a checkpoint, Witnessed ones by one that
+	// the control plane has confirmed.
+	Signed    int64 `json:"signed"`
+	Witnessed int64 `json:"witnessed"`
 }
 
 // Guest is one guest as the agent knows it.

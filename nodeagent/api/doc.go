@@ -29,6 +29,8 @@
 //   - 3 (2026-11-25): ResultGivenUp; a further StopGuest ends the wait for an
 //     object store.
 //   - 4 (2026-11-26): Heartbeat says why the host's clock cannot be believed
-//     (clock_doubt); commands issued before the BeginEpoch of their epoch are
-//     refused as replays.
+//     (clock_doubt), which instance speaks (instance, beat, boot_id), what needs
+//     attention (warnings) and how far the audit log is (audit); commands issued
+//     before the BeginEpoch of their epoch are refused as replays; published
+//     ports may have a server name. The features audit.log, ports.server-name.
 package api

@@ -7,6 +7,9 @@ const CapabilityVersion = 4
 // Features a command may require by name. A name means the whole behaviour:
 // a node that does it in part does not list it.
 const (
+	// FeatureAuditLog: commands, refusals, launches and their ends are in a log
+	// that only grows, whose signed checkpoint leaves in every heartbeat.
+	FeatureAuditLog = "audit.log"
 	// FeatureLaunchDirectBoot: guests boot from firmware, kernel and initrd
 	// whose digests are part of the predicted launch digest.
 	FeatureLaunchDirectBoot = "launch.direct-boot"
@@ -26,11 +29,11 @@ const (
 )
 
 // Features returns the features every node of this build has, sorted.
-// "audit.log" and "compliance.hipaa" are names the platform uses; they are
-// missing on purpose, so that a job that needs them is refused.
+// "compliance.hipaa" is a name the platform uses; it is missing on purpose, so
+// that a job that needs it is refused.
 func Features() []string {
 	return []string{
-		FeatureEvidenceRelay, FeatureInputsAge, FeatureLaunchDirectBoot, FeatureLaunchIDBlock,
+		FeatureAuditLog, FeatureEvidenceRelay, FeatureInputsAge, FeatureLaunchDirectBoot, FeatureLaunchIDBlock,
 		FeaturePortsAttestedTLS, FeaturePortsServerName, FeatureResultsPresignedPut,
 	}
 }

@@ -2758,7 +2758,18 @@ type Heartbeat struct {
 	// Why the host's clock cannot be believed, as a refusal's code
 	// ("clock.jumped", "clock.behind", "clock.before-build"); empty when it can.
 	// Launches are refused with it until the clock can be believed again.
-	ClockDoubt    string `protobuf:"bytes,7,opt,name=clock_doubt,json=clockDoubt,proto3" json:"clock_doubt,omitempty"`
+	ClockDoubt string `protobuf:"bytes,7,opt,name=clock_doubt,json=clockDoubt,proto3" json:"clock_doubt,omitempty"`
+	// Random id of the process that speaks, 16 bytes. A former one that speaks
+	// again means that two hosts use one identity.
+	Instance []byte `protobuf:"bytes,16,opt,name=instance,proto3" json:"instance,omitempty"`
+	// Heartbeats of the instance, from 1.
+	Beat uint64 `protobuf:"varint,17,opt,name=beat,proto3" json:"beat,omitempty"`
+	// Boot id of the host's kernel.
+	BootId string `protobuf:"bytes,18,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
+	// What needs somebody's attention, as "outbox.nearly-full".
+	Warnings []*Refusal `protobuf:"bytes,19,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	// The host's audit log; absent when it cannot be read.
+	Audit         *AuditCheckpoint `protobuf:"bytes,20,opt,name=audit,proto3" json:"audit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2840,6 +2851,115 @@ func (x *Heartbeat) GetClockDoubt() string {
 		return x.ClockDoubt
 	}
 	return ""
+}
+
+func (x *Heartbeat) GetInstance() []byte {
+	if x != nil {
+		return x.Instance
+	}
+	return nil
+}
+
+func (x *Heartbeat) GetBeat() uint64 {
+	if x != nil {
+		return x.Beat
+	}
+	return 0
+}
+
+func (x *Heartbeat) GetBootId() string {
+	if x != nil {
+		return x.BootId
+	}
+	return ""
+}
+
+func (x *Heartbeat) GetWarnings() []*Refusal {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
+}
+
+func (x *Heartbeat) GetAudit() *AuditCheckpoint {
+	if x != nil {
+		return x.Audit
+	}
+	return nil
+}
+
+// AuditCheckpoint is how far a host's audit log is, with the proof that it
+// contains what was confirmed before: from is the size of that tree, 0 for none.
+type AuditCheckpoint struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Verifier key of the log (C2SP signed-note). It is pinned when first seen.
+	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
+	// C2SP tlog-checkpoint, signed by key.
+	Checkpoint []byte `protobuf:"bytes,2,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	// Size of the tree that proof starts at.
+	From uint64 `protobuf:"varint,3,opt,name=from,proto3" json:"from,omitempty"`
+	// Consistency proof (RFC 6962), 32 bytes each.
+	Proof         [][]byte `protobuf:"bytes,4,rep,name=proof,proto3" json:"proof,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditCheckpoint) Reset() {
+	*x = AuditCheckpoint{}
+	mi := &file_node_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditCheckpoint) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditCheckpoint) ProtoMessage() {}
+
+func (x *AuditCheckpoint) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditCheckpoint.ProtoReflect.Descriptor instead.
+func (*AuditCheckpoint) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *AuditCheckpoint) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *AuditCheckpoint) GetCheckpoint() []byte {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
+func (x *AuditCheckpoint) GetFrom() uint64 {
+	if x != nil {
+		return x.From
+	}
+	return 0
+}
+
+func (x *AuditCheckpoint) GetProof() [][]byte {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
 }
 
 var File_node_proto protoreflect.FileDescriptor
@@ -3080,7 +3200,7 @@ const file_node_proto_rawDesc = "" +
 	"\x15certificate_not_after\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x13certificateNotAfter\x12A\n" +
 	"\x0frevocation_list\x18\x03 \x01(\x0e2\x18.nodeagent.v1.ConclusionR\x0erevocationList\x12Y\n" +
 	"\x1brevocation_list_next_update\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x18revocationListNextUpdate\x121\n" +
-	"\bfindings\x18\x05 \x03(\v2\x15.nodeagent.v1.FindingR\bfindings\"\xdd\x01\n" +
+	"\bfindings\x18\x05 \x03(\v2\x15.nodeagent.v1.FindingR\bfindings\"\x8e\x03\n" +
 	"\tHeartbeat\x12%\n" +
 	"\x0euptime_seconds\x18\x01 \x01(\x04R\ruptimeSeconds\x12\x1a\n" +
 	"\bcordoned\x18\x02 \x01(\bR\bcordoned\x12\x16\n" +
@@ -3089,7 +3209,19 @@ const file_node_proto_rawDesc = "" +
 	"\bstore_id\x18\x05 \x01(\fR\astoreId\x12\x16\n" +
 	"\x06outbox\x18\x06 \x01(\x04R\x06outbox\x12\x1f\n" +
 	"\vclock_doubt\x18\a \x01(\tR\n" +
-	"clockDoubt*\x80\x02\n" +
+	"clockDoubt\x12\x1a\n" +
+	"\binstance\x18\x10 \x01(\fR\binstance\x12\x12\n" +
+	"\x04beat\x18\x11 \x01(\x04R\x04beat\x12\x17\n" +
+	"\aboot_id\x18\x12 \x01(\tR\x06bootId\x121\n" +
+	"\bwarnings\x18\x13 \x03(\v2\x15.nodeagent.v1.RefusalR\bwarnings\x123\n" +
+	"\x05audit\x18\x14 \x01(\v2\x1d.nodeagent.v1.AuditCheckpointR\x05audit\"m\n" +
+	"\x0fAuditCheckpoint\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x1e\n" +
+	"\n" +
+	"checkpoint\x18\x02 \x01(\fR\n" +
+	"checkpoint\x12\x12\n" +
+	"\x04from\x18\x03 \x01(\x04R\x04from\x12\x14\n" +
+	"\x05proof\x18\x04 \x03(\fR\x05proof*\x80\x02\n" +
 	"\vGuestStatus\x12\x1c\n" +
 	"\x18GUEST_STATUS_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15GUEST_STATUS_ACCEPTED\x10\x01\x12\x18\n" +
@@ -3119,7 +3251,7 @@ func file_node_proto_rawDescGZIP() []byte {
 }
 
 var file_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_node_proto_goTypes = []any{
 	(GuestStatus)(0),              // 0: nodeagent.v1.GuestStatus
 	(Conclusion)(0),               // 1: nodeagent.v1.Conclusion
@@ -3152,14 +3284,15 @@ var file_node_proto_goTypes = []any{
 	(*Component)(nil),             // 28: nodeagent.v1.Component
 	(*EndorsementState)(nil),      // 29: nodeagent.v1.EndorsementState
 	(*Heartbeat)(nil),             // 30: nodeagent.v1.Heartbeat
-	nil,                           // 31: nodeagent.v1.LaunchGuest.HostsEntry
-	nil,                           // 32: nodeagent.v1.GuestState.StepMsEntry
-	(*timestamppb.Timestamp)(nil), // 33: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 34: google.protobuf.Duration
+	(*AuditCheckpoint)(nil),       // 31: nodeagent.v1.AuditCheckpoint
+	nil,                           // 32: nodeagent.v1.LaunchGuest.HostsEntry
+	nil,                           // 33: nodeagent.v1.GuestState.StepMsEntry
+	(*timestamppb.Timestamp)(nil), // 34: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 35: google.protobuf.Duration
 }
 var file_node_proto_depIdxs = []int32{
-	33, // 0: nodeagent.v1.Command.not_before:type_name -> google.protobuf.Timestamp
-	33, // 1: nodeagent.v1.Command.expires_at:type_name -> google.protobuf.Timestamp
+	34, // 0: nodeagent.v1.Command.not_before:type_name -> google.protobuf.Timestamp
+	34, // 1: nodeagent.v1.Command.expires_at:type_name -> google.protobuf.Timestamp
 	3,  // 2: nodeagent.v1.Command.launch_guest:type_name -> nodeagent.v1.LaunchGuest
 	10, // 3: nodeagent.v1.Command.stop_guest:type_name -> nodeagent.v1.StopGuest
 	11, // 4: nodeagent.v1.Command.request_evidence:type_name -> nodeagent.v1.RequestEvidence
@@ -3170,13 +3303,13 @@ var file_node_proto_depIdxs = []int32{
 	5,  // 9: nodeagent.v1.LaunchGuest.machine:type_name -> nodeagent.v1.Machine
 	6,  // 10: nodeagent.v1.LaunchGuest.inputs:type_name -> nodeagent.v1.InputBlob
 	7,  // 11: nodeagent.v1.LaunchGuest.results:type_name -> nodeagent.v1.ResultTarget
-	34, // 12: nodeagent.v1.LaunchGuest.start_timeout:type_name -> google.protobuf.Duration
-	34, // 13: nodeagent.v1.LaunchGuest.run_timeout:type_name -> google.protobuf.Duration
+	35, // 12: nodeagent.v1.LaunchGuest.start_timeout:type_name -> google.protobuf.Duration
+	35, // 13: nodeagent.v1.LaunchGuest.run_timeout:type_name -> google.protobuf.Duration
 	9,  // 14: nodeagent.v1.LaunchGuest.ports:type_name -> nodeagent.v1.PublishedPort
-	31, // 15: nodeagent.v1.LaunchGuest.hosts:type_name -> nodeagent.v1.LaunchGuest.HostsEntry
+	32, // 15: nodeagent.v1.LaunchGuest.hosts:type_name -> nodeagent.v1.LaunchGuest.HostsEntry
 	8,  // 16: nodeagent.v1.ResultTarget.uploads:type_name -> nodeagent.v1.ResultUpload
-	34, // 17: nodeagent.v1.StopGuest.grace:type_name -> google.protobuf.Duration
-	33, // 18: nodeagent.v1.Event.at:type_name -> google.protobuf.Timestamp
+	35, // 17: nodeagent.v1.StopGuest.grace:type_name -> google.protobuf.Duration
+	34, // 18: nodeagent.v1.Event.at:type_name -> google.protobuf.Timestamp
 	17, // 19: nodeagent.v1.Event.command_refused:type_name -> nodeagent.v1.CommandRefused
 	19, // 20: nodeagent.v1.Event.guest_state:type_name -> nodeagent.v1.GuestState
 	20, // 21: nodeagent.v1.Event.evidence:type_name -> nodeagent.v1.EvidenceReady
@@ -3188,7 +3321,7 @@ var file_node_proto_depIdxs = []int32{
 	16, // 27: nodeagent.v1.CommandRefused.refusal:type_name -> nodeagent.v1.Refusal
 	0,  // 28: nodeagent.v1.GuestState.status:type_name -> nodeagent.v1.GuestStatus
 	16, // 29: nodeagent.v1.GuestState.refusal:type_name -> nodeagent.v1.Refusal
-	32, // 30: nodeagent.v1.GuestState.step_ms:type_name -> nodeagent.v1.GuestState.StepMsEntry
+	33, // 30: nodeagent.v1.GuestState.step_ms:type_name -> nodeagent.v1.GuestState.StepMsEntry
 	9,  // 31: nodeagent.v1.GuestState.ports:type_name -> nodeagent.v1.PublishedPort
 	16, // 32: nodeagent.v1.ResultGivenUp.refusal:type_name -> nodeagent.v1.Refusal
 	4,  // 33: nodeagent.v1.Capability.images:type_name -> nodeagent.v1.BootImage
@@ -3202,15 +3335,17 @@ var file_node_proto_depIdxs = []int32{
 	1,  // 41: nodeagent.v1.Component.meets:type_name -> nodeagent.v1.Conclusion
 	1,  // 42: nodeagent.v1.Component.meets_gpu:type_name -> nodeagent.v1.Conclusion
 	1,  // 43: nodeagent.v1.EndorsementState.certificate:type_name -> nodeagent.v1.Conclusion
-	33, // 44: nodeagent.v1.EndorsementState.certificate_not_after:type_name -> google.protobuf.Timestamp
+	34, // 44: nodeagent.v1.EndorsementState.certificate_not_after:type_name -> google.protobuf.Timestamp
 	1,  // 45: nodeagent.v1.EndorsementState.revocation_list:type_name -> nodeagent.v1.Conclusion
-	33, // 46: nodeagent.v1.EndorsementState.revocation_list_next_update:type_name -> google.protobuf.Timestamp
+	34, // 46: nodeagent.v1.EndorsementState.revocation_list_next_update:type_name -> google.protobuf.Timestamp
 	27, // 47: nodeagent.v1.EndorsementState.findings:type_name -> nodeagent.v1.Finding
-	48, // [48:48] is the sub-list for method output_type
-	48, // [48:48] is the sub-list for method input_type
-	48, // [48:48] is the sub-list for extension type_name
-	48, // [48:48] is the sub-list for extension extendee
-	0,  // [0:48] is the sub-list for field type_name
+	16, // 48: nodeagent.v1.Heartbeat.warnings:type_name -> nodeagent.v1.Refusal
+	31, // 49: nodeagent.v1.Heartbeat.audit:type_name -> nodeagent.v1.AuditCheckpoint
+	50, // [50:50] is the sub-list for method output_type
+	50, // [50:50] is the sub-list for method input_type
+	50, // [50:50] is the sub-list for extension type_name
+	50, // [50:50] is the sub-list for extension extendee
+	0,  // [0:50] is the sub-list for field type_name
 }
 
 func init() { file_node_proto_init() }
@@ -3244,7 +3379,7 @@ func file_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_node_proto_rawDesc), len(file_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   31,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -15,6 +15,7 @@ package control
 
 import (
 	"context"
+	cryptorand "crypto/rand"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -79,6 +80,8 @@ type Deps struct {
 	// after every connect and Announce.
 	Heartbeat  func() *api.Heartbeat
 	Capability func() *api.Capability
+	// Confirmed, unless nil, is given every heartbeat that the server stored.
+	Confirmed func(*api.Heartbeat)
 	// Interval between heartbeats.
 	Interval time.Duration
 	// DeadMan is how long nothing need be confirmed before the connection is
@@ -99,12 +102,15 @@ type Status struct {
 	LastRoundTrip time.Time
 	// LastError is why State is not StateConnected, with what to do.
 	LastError string
+	// Cloned says that somebody else speaks as this host.
+	Cloned bool
 }
 
 // Link is the node's side of the control link.
 type Link struct {
 	d        Deps
 	announce chan struct{}
+	pulse    pulse // beats only
 
 	mu       sync.Mutex // guards below
 	status   Status
@@ -124,7 +130,11 @@ func New(d Deps) (*Link, error) {
 		d.Clock = time.Now
 	}
 	d.Logger = d.Logger.Named("control")
-	return &Link{d: d, announce: make(chan struct{}, 1), status: Status{State: StateConnecting}}, nil
+	l := &Link{d: d, announce: make(chan struct{}, 1), status: Status{State: StateConnecting}}
+	if _, err := cryptorand.Read(l.pulse.instance[:]); err != nil {
+		return nil, fmt.Errorf("making control link: %w", err)
+	}
+	return l, nil
 }
 
 // Status returns a copy of the link's state.
@@ -366,12 +376,12 @@ func (l *Link) publishBatch(ctx context.Context, conn Conn) (int, error) {
 		return 0, fmt.Errorf("reading outbox: %w", err)
 	}
 	for i, e := range events {
-		err := l.publish(ctx, conn, e)
+		_, err := l.publish(ctx, conn, e, 0)
 		if errors.Is(err, ErrTooLarge) {
 			// It can never leave, and would hold back all others for ever. Its
 			// command must not stay without an outcome.
 			l.d.Logger.Error("event too large, told so instead", keyEvent, e.GetEventId(), "kind", api.EventKind(e), keyError, err)
-			err = l.publish(ctx, conn, l.tooLarge(e))
+			_, err = l.publish(ctx, conn, l.tooLarge(e), 0)
 		}
 		if err != nil {
 			return i, err
@@ -393,51 +403,12 @@ func (l *Link) tooLarge(e *api.Event) *api.Event {
 	return said
 }
 
-func (l *Link) publish(ctx context.Context, conn Conn, e *api.Event) error {
+func (l *Link) publish(ctx context.Context, conn Conn, e *api.Event, after uint64) (uint64, error) {
 	data, err := api.MarshalEvent(e)
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrTooLarge, err)
+		return 0, fmt.Errorf("%w: %w", ErrTooLarge, err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
-	return conn.Publish(ctx, api.EventSubject(l.d.HostID, api.EventKind(e)), e.GetEventId(), data)
-}
-
-// beats says what the host can do, then that it is alive.
-func (l *Link) beats(ctx context.Context, conn Conn) error {
-	introduced := false
-	for failures := 0; ; {
-		err := l.beat(ctx, conn, !introduced)
-		if over(ctx) {
-			return nil
-		}
-		l.report(loopBeats, err)
-		delay := l.d.Interval
-		if err != nil {
-			delay = min(delay, backoff(failures))
-			failures++
-		} else {
-			introduced, failures = true, 0
-		}
-		timer := time.NewTimer(delay)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return nil
-		case <-l.announce:
-			introduced = false
-		case <-timer.C:
-		}
-		timer.Stop()
-	}
-}
-
-func (l *Link) beat(ctx context.Context, conn Conn, introduce bool) error {
-	if introduce {
-		body := &api.Event_Capability{Capability: l.d.Capability()}
-		if err := l.publish(ctx, conn, api.NewEvent(l.d.HostID, "", l.d.Clock(), body)); err != nil {
-			return err
-		}
-	}
-	return l.publish(ctx, conn, api.NewEvent(l.d.HostID, "", l.d.Clock(), &api.Event_Heartbeat{Heartbeat: l.d.Heartbeat()}))
+	return conn.Publish(ctx, Outgoing{Subject: api.EventSubject(l.d.HostID, api.EventKind(e)), ID: e.GetEventId(), Data: data, After: after})
 }

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/url"
+	"strconv"
 	"sync"
 	"time"
 
@@ -299,40 +300,54 @@ func (c *natsConn) consumerMissing(text string) error {
 }
 
 // Publish implements Conn.
-func (c *natsConn) Publish(ctx context.Context, subject, id string, data []byte) error {
-	msg := nats.NewMsg(subject)
-	msg.Header.Set(nats.MsgIdHdr, id)
-	msg.Data = data
+func (c *natsConn) Publish(ctx context.Context, o Outgoing) (uint64, error) {
+	msg := nats.NewMsg(o.Subject)
+	msg.Header.Set(nats.MsgIdHdr, o.ID)
+	if o.After > 0 {
+		msg.Header.Set(nats.ExpectedLastSubjSeqHdr, strconv.FormatUint(o.After, 10))
+	}
+	msg.Data = o.Data
 	answer, err := c.nc.RequestMsgWithContext(ctx, msg)
 	switch {
 	case errors.Is(err, nats.ErrNoResponders):
-		return &LinkError{StateStreamMissing, "let the control plane make stream " + EventStream, errors.New("publishing event: nobody stores it")}
+		return 0, &LinkError{StateStreamMissing, "let the control plane make stream " + EventStream, errors.New("publishing event: nobody stores it")}
 	case errors.Is(err, nats.ErrMaxPayload):
-		return fmt.Errorf("publishing event: %w", ErrTooLarge)
+		return 0, fmt.Errorf("publishing event: %w", ErrTooLarge)
 	case err != nil:
-		return fmt.Errorf("publishing event: %w", err)
+		return 0, fmt.Errorf("publishing event: %w", err)
 	}
 	return parseStored(answer.Data)
 }
 
+// Error codes of a server that holds another last event than expected
+// (nats-server, server/errors.json); the second is a cluster's.
+const (
+	codeWrongLast        = 10071
+	codeWrongLastCluster = 10164
+)
+
 // parseStored judges a stream's answer to a publish.
-func parseStored(data []byte) error {
+func parseStored(data []byte) (uint64, error) {
 	var ack struct {
-		Stream string `json:"stream"`
-		Error  *struct {
+		Stream   string `json:"stream"`
+		Sequence uint64 `json:"seq"`
+		Error    *struct {
+			Code        int    `json:"err_code"`
 			Description string `json:"description"`
 		} `json:"error"`
 	}
 	if err := json.Unmarshal(data, &ack); err != nil {
-		return fmt.Errorf("publishing event: reading the answer: %w", err)
+		return 0, fmt.Errorf("publishing event: reading the answer: %w", err)
 	}
-	if ack.Error != nil {
-		return fmt.Errorf("publishing event: not stored: %.200q", ack.Error.Description)
+	switch {
+	case ack.Error != nil && (ack.Error.Code == codeWrongLast || ack.Error.Code == codeWrongLastCluster):
+		return 0, fmt.Errorf("publishing event: %w", ErrOvertaken)
+	case ack.Error != nil:
+		return 0, fmt.Errorf("publishing event: not stored: %.200q", ack.Error.Description)
+	case ack.Stream == "":
+		return 0, errors.New("publishing event: not stored: no stream answered")
 	}
-	if ack.Stream == "" {
-		return errors.New("publishing event: not stored: no stream answered")
-	}
-	return nil
+	return ack.Sequence, nil
 }
 
 type natsMessage struct {

@@ -21,13 +21,23 @@ type Conn interface {
 	// Next waits for a command. It returns ErrIdle when the server confirmed
 	// within about idle that there is none; that is a round trip.
 	Next(ctx context.Context, idle time.Duration) (Message, error)
-	// Publish returns nil after the server stored the event. The same id is
-	// stored once within the server's window of duplicates.
-	Publish(ctx context.Context, subject, id string, data []byte) error
+	// Publish returns where the server stored the event: a number that grows
+	// for as long as the server remembers. The same id is stored once within
+	// the server's window of duplicates.
+	Publish(ctx context.Context, o Outgoing) (at uint64, err error)
 	// Failed is closed when the connection is broken; Err then says why.
 	Failed() <-chan struct{}
 	Err() error
 	Close()
+}
+
+// Outgoing is one event on its way.
+type Outgoing struct {
+	Subject, ID string
+	Data        []byte
+	// After, unless 0, is where the last event of Subject has to be stored;
+	// when it is not, nothing is, and the error is ErrOvertaken.
+	After uint64
 }
 
 // Message is one delivery of a command. Without Ack it comes again.
@@ -47,6 +57,8 @@ var (
 	ErrIdle = errors.New("no command waiting")
 	// ErrTooLarge means that the event can never be published.
 	ErrTooLarge = errors.New("event is larger than the server accepts")
+	// ErrOvertaken means that an event of the subject was stored meanwhile.
+	ErrOvertaken = errors.New("another event was stored before this one")
 )
 
 // State is what the link is doing, or why it cannot.

@@ -164,5 +164,16 @@ func (s *Store) OutboxLen() (n int, err error) {
 	return n, err
 }
 
+// OutboxWhole is the share of a full outbox.
+const OutboxWhole = 100
+
+// OutboxShare is how full the outbox is, in percent of its limit in events or
+// bytes, whichever is nearer. From OutboxWhole on nothing new is taken on;
+// the outcomes of what was taken on before go up to a tenth beyond.
+func (s *Store) OutboxShare() (int, error) {
+	n, err := s.OutboxLen()
+	return int(max(int64(n)*OutboxWhole/int64(s.limit), s.outboxBytes.Load()*OutboxWhole/s.limitBytes)), err
+}
+
 // OutboxChanged receives after events were appended.
 func (s *Store) OutboxChanged() <-chan struct{} { return s.changed }

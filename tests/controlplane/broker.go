@@ -45,7 +45,7 @@ type broker struct {
 	js     jetstream.JetStream
 }
 
-func startBroker(ctx context.Context, dir, listen string, cert tls.Certificate, id *identities, logger hclog.Logger) (b *broker, err error) {
+func startBroker(ctx context.Context, dir, listen string, cert tls.Certificate, id *identities, revoked map[string]time.Time, logger hclog.Logger) (b *broker, err error) {
 	options, err := serverOptions(dir, listen, cert)
 	if err != nil {
 		return nil, fmt.Errorf("starting message server: %w", err)
@@ -54,11 +54,11 @@ func startBroker(ctx context.Context, dir, listen string, cert tls.Certificate, 
 	if err != nil {
 		return nil, fmt.Errorf("making operator: %w", err)
 	}
-	system, systemJWT, err := id.accountJWT(id.system, false)
+	system, systemJWT, err := id.accountJWT(id.system, false, nil)
 	if err != nil {
 		return nil, fmt.Errorf("making system account: %w", err)
 	}
-	account, accountJWT, err := id.accountJWT(id.account, true)
+	account, accountJWT, err := id.accountJWT(id.account, true, revoked)
 	if err != nil {
 		return nil, fmt.Errorf("making account: %w", err)
 	}
@@ -142,6 +142,25 @@ func (b *broker) consumer(ctx context.Context, hostID string) error {
 	if err != nil {
 		return fmt.Errorf("making queue of host %s: %w", hostID, err)
 	}
+	return nil
+}
+
+// revoke makes the server refuse identities from now on, and ends their
+// connections.
+func (b *broker) revoke(id *identities, revoked map[string]time.Time) error {
+	pub, token, err := id.accountJWT(id.account, true, revoked)
+	if err != nil {
+		return fmt.Errorf("revoking: %w", err)
+	}
+	claims, err := jwt.DecodeAccountClaims(token)
+	if err != nil {
+		return fmt.Errorf("revoking: %w", err)
+	}
+	account, err := b.server.LookupAccount(pub)
+	if err != nil {
+		return fmt.Errorf("revoking: %w", err)
+	}
+	b.server.UpdateAccountClaims(account, claims)
 	return nil
 }
 

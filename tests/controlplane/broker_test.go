@@ -9,6 +9,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/control"
 )
 
 func TestTheMessageServerStoresOnDiskBeforeItAnswers(t *testing.T) {
@@ -74,7 +75,7 @@ func TestAnEventPublishedTwiceIsStoredOnce(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		if err := conn.Publish(t.Context(), subject, e.GetEventId(), data); err != nil {
+		if _, err := conn.Publish(t.Context(), control.Outgoing{Subject: subject, ID: e.GetEventId(), Data: data}); err != nil {
 			t.Fatal(err)
 		}
 	}

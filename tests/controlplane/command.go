@@ -131,6 +131,11 @@ func (s *Server) launch(ctx context.Context, node string, l *api.LaunchGuest, fe
 			return nil, contract.Refuse(codeNoNode, "wait, uncordon a node, or give one the image", "no open node has that boot image")
 		}
 	}
+	if h := s.state.Hosts[node]; h != nil {
+		if r := h.alarmed(node); r != nil {
+			return nil, r
+		}
+	}
 	if l.GetGuestId() == "" {
 		l.GuestId = newUUID()
 	}

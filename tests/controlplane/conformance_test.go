@@ -2,7 +2,10 @@ package controlplane
 
 import (
 	"errors"
+	"path/filepath"
 	"testing"
+
+	"github.com/google/renameio/v2"
 
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/control"
@@ -13,6 +16,7 @@ import (
 type realServer struct {
 	w         *world
 	transport control.Transport
+	creds     string // file of transport
 	// wiped streams are read from the server itself: the control plane
 	// follows the one it began with.
 	wiped bool
@@ -95,12 +99,37 @@ func (s *realServer) Restore(tb testing.TB) {
 	}
 }
 
+func (s *realServer) Revoke(tb testing.TB) {
+	tb.Helper()
+	if err := s.w.Server.Revoke(host); err != nil {
+		tb.Fatal(err)
+	}
+}
+
+func (s *realServer) Renew(tb testing.TB) {
+	tb.Helper()
+	creds, _, _, err := s.w.Server.EnrolHost(tb.Context(), host)
+	if err == nil {
+		err = renameio.WriteFile(s.creds, creds, 0o600)
+	}
+	if err != nil {
+		tb.Fatal(err)
+	}
+}
+
 func TestTheRealTransportConforms(t *testing.T) {
 	t.Parallel()
 	controltest.Suite(t, func(t *testing.T, body func(*testing.T, controltest.Server)) {
 		t.Helper()
 		t.Parallel()
 		w := newWorld(t)
-		body(t, &realServer{w: w, transport: w.enrol(host)})
+		s := &realServer{w: w, creds: filepath.Join(w.dir, "host.creds")}
+		s.Renew(t)
+		var err error
+		s.transport, err = control.NewNATS(control.NATSConfig{Servers: []string{w.Server.NATSURL()}, CAFile: w.ca, CredsFile: s.creds, HostID: host})
+		if err != nil {
+			t.Fatal(err)
+		}
+		body(t, s)
 	})
 }

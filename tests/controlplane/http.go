@@ -34,6 +34,8 @@ func (s *Server) handler() http.Handler {
 		"POST /v1/nodes/{id}/enrol":     s.postEnrol,
 		"POST /v1/nodes/{id}/cordon":    s.postCordon,
 		"POST /v1/nodes/{id}/uncordon":  s.postUncordon,
+		"POST /v1/nodes/{id}/resolve":   s.postResolve,
+		"POST /v1/nodes/{id}/revoke":    s.postRevoke,
 		"POST /v1/launches":             s.postLaunch,
 		"GET /v1/guests/{id}":           s.getGuest,
 		"POST /v1/guests/{id}/stop":     s.postStop,
@@ -125,7 +127,14 @@ func (s *Server) getNodes(*http.Request) (any, error) {
 	for _, id := range slices.Sorted(maps.Keys(s.state.Hosts)) {
 		h := s.state.Hosts[id]
 		out := client.Node{ID: id, Epoch: h.Epoch, Cordoned: h.Cordoning, StoreID: h.StoreID}
+		for _, code := range slices.Sorted(maps.Keys(h.Watched.Alarms)) {
+			out.Alarms = append(out.Alarms, h.Watched.Alarms[code])
+		}
+		out.AuditEntries = h.Watched.Audit.Size
 		if n := s.view.nodes[id]; n != nil {
+			for _, w := range n.heartbeat.GetWarnings() {
+				out.Warnings = append(out.Warnings, *api.RefusalFromWire(w))
+			}
 			seen := n.lastSeen
 			out.LastSeen = &seen
 			out.Guests, out.Outbox = n.heartbeat.GetGuests(), n.heartbeat.GetOutbox()
@@ -171,6 +180,14 @@ func (s *Server) postCordon(r *http.Request) (any, error) {
 
 func (s *Server) postUncordon(r *http.Request) (any, error) {
 	return s.cordon(r.Context(), r.PathValue("id"), false, "")
+}
+
+func (s *Server) postResolve(r *http.Request) (any, error) {
+	return struct{}{}, s.Resolve(r.PathValue("id"))
+}
+
+func (s *Server) postRevoke(r *http.Request) (any, error) {
+	return struct{}{}, s.Revoke(r.PathValue("id"))
 }
 
 func (s *Server) postLaunch(r *http.Request) (any, error) {

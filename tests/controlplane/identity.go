@@ -99,13 +99,16 @@ func (id *identities) operatorClaims() (*jwt.OperatorClaims, error) {
 	return jwt.DecodeOperatorClaims(token)
 }
 
-func (id *identities) accountJWT(pair nkeys.KeyPair, storage bool) (pub, token string, err error) {
+func (id *identities) accountJWT(pair nkeys.KeyPair, storage bool, revoked map[string]time.Time) (pub, token string, err error) {
 	if pub, err = pair.PublicKey(); err != nil {
 		return "", "", err
 	}
 	claims := jwt.NewAccountClaims(pub)
 	if storage {
 		claims.Limits.DiskStorage, claims.Limits.Streams, claims.Limits.Consumer = jwt.NoLimit, jwt.NoLimit, jwt.NoLimit
+	}
+	for user, at := range revoked {
+		claims.RevokeAt(user, at)
 	}
 	token, err = claims.Encode(id.operator)
 	return pub, token, err
@@ -122,13 +125,18 @@ func permissions(hostID string) jwt.Permissions {
 
 // credentials makes an identity in the account: a credentials file.
 func (id *identities) credentials(name string, p jwt.Permissions, expires time.Time, connections ...string) ([]byte, error) {
+	_, creds, err := id.identity(name, p, expires, connections...)
+	return creds, err
+}
+
+// identity is credentials with the public key that names it.
+func (id *identities) identity(name string, p jwt.Permissions, expires time.Time, connections ...string) (pub string, creds []byte, err error) {
 	user, err := nkeys.CreateUser()
 	if err != nil {
-		return nil, err
+		return "", nil, err
 	}
-	pub, err := user.PublicKey()
-	if err != nil {
-		return nil, err
+	if pub, err = user.PublicKey(); err != nil {
+		return "", nil, err
 	}
 	claims := jwt.NewUserClaims(pub)
 	claims.Name, claims.Permissions = name, p
@@ -138,11 +146,12 @@ func (id *identities) credentials(name string, p jwt.Permissions, expires time.T
 	}
 	token, err := claims.Encode(id.account)
 	if err != nil {
-		return nil, err
+		return "", nil, err
 	}
 	seed, err := user.Seed()
 	if err != nil {
-		return nil, err
+		return "", nil, err
 	}
-	return jwt.FormatUserConfig(token, seed)
+	creds, err = jwt.FormatUserConfig(token, seed)
+	return pub, creds, err
 }

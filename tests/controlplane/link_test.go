@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/jwt/v2"
 	"github.com/nats-io/nats.go"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -323,14 +324,55 @@ func TestAWipedServerIsFoundAgain(t *testing.T) {
 	w := newWorld(t)
 	n := w.node(host)
 	w.ready(host)
+	before, raw := w.send(host, nil)
+	controltest.Eventually(t, "executed", func() bool { return slices.Contains(n.ids(), before.GetCommandId()) })
 	w.stop()
 	if err := os.RemoveAll(filepath.Join(w.cfg.Dir, "jetstream")); err != nil {
 		t.Fatal(err)
 	}
 	w.start()
 	w.ready(host)
+	w.publish(host, raw) // whoever restores a backup of the queue sends it again
 	cmd, _ := w.send(host, nil)
 	controltest.Eventually(t, "executed", func() bool { return slices.Contains(n.ids(), cmd.GetCommandId()) })
+	if got := n.ids(); !slices.Equal(got, []string{before.GetCommandId(), cmd.GetCommandId()}) {
+		t.Errorf("executed %v", got)
+	}
+	if n.link.Status().Cloned {
+		t.Error("a stream that counts anew was taken for a clone")
+	}
+	if _, codes := w.look(); len(codes) != 0 {
+		t.Errorf("alarms %v", codes)
+	}
+}
+
+func TestAnIdentityThatEndedIsRenewedFromItsFile(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.enrol(host)
+	creds := func(expires time.Time) []byte {
+		t.Helper()
+		out, err := w.Server.id.credentials(host, permissions(host), expires, jwt.ConnectionTypeStandard)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	path := w.file("host.creds", creds(time.Now().Add(3*time.Second)))
+	transport, err := control.NewNATS(control.NATSConfig{Servers: []string{w.Server.NATSURL()}, CAFile: w.ca, CredsFile: path, HostID: host})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := controltest.StartNode(t, transport, func(d *control.Deps) { d.Interval = 200 * time.Millisecond })
+	controltest.Eventually(t, "the end named", func() bool { return n.Status().State == control.StateAuthExpired })
+	if err := n.Outbox.AppendEvents(api.NewDone(host, "", time.Now())); err != nil {
+		t.Fatal(err)
+	}
+	w.file("host.creds", creds(time.Time{}))
+	controltest.Eventually(t, "connected by the new one", func() bool {
+		left, err := n.Outbox.OutboxLen()
+		return err == nil && left == 0 && n.Status().State == control.StateConnected
+	})
 }
 
 // frozen is a TCP proxy that can stop forwarding without closing anything.

@@ -97,7 +97,7 @@ func Start(ctx context.Context, cfg Config) (s *Server, err error) {
 	if s.state, err = loadState(cfg.Dir); err != nil {
 		return nil, err
 	}
-	if s.broker, err = startBroker(ctx, cfg.Dir, cfg.ListenNATS, cfg.Cert, s.id, cfg.Logger); err != nil {
+	if s.broker, err = startBroker(ctx, cfg.Dir, cfg.ListenNATS, cfg.Cert, s.id, s.state.Revoked, cfg.Logger); err != nil {
 		return nil, err
 	}
 	running, stop := context.WithCancel(context.WithoutCancel(ctx))
@@ -187,18 +187,39 @@ func (s *Server) EnrolHost(ctx context.Context, hostID string) (creds []byte, is
 	if err := s.broker.consumer(ctx, hostID); err != nil {
 		return nil, nil, nil, err
 	}
-	if s.state.Hosts[hostID] == nil {
-		s.state.Hosts[hostID] = &hostState{}
-		if err := s.state.save(s.cfg.Dir, s.cfg.Clock()); err != nil {
-			delete(s.state.Hosts, hostID)
-			return nil, nil, nil, err
-		}
-	}
-	creds, err = s.id.credentials(hostID, permissions(hostID), time.Time{}, jwt.ConnectionTypeStandard)
+	user, creds, err := s.id.identity(hostID, permissions(hostID), time.Time{}, jwt.ConnectionTypeStandard)
 	if err != nil {
 		return nil, nil, nil, fmt.Errorf("making identity of host %s: %w", hostID, err)
 	}
+	h := s.state.Hosts[hostID]
+	if h == nil {
+		h = &hostState{}
+		s.state.Hosts[hostID] = h
+	}
+	h.Identities = append(h.Identities, user)
+	if err := s.state.save(s.cfg.Dir, s.cfg.Clock()); err != nil {
+		return nil, nil, nil, err
+	}
 	return creds, s.IssuerKey(), s.CAPEM(), nil
+}
+
+// Revoke ends every identity a host was given so far; enrolling it again
+// gives it another.
+func (s *Server) Revoke(hostID string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h := s.state.Hosts[hostID]
+	if h == nil {
+		return errNodeNotFound(hostID)
+	}
+	for _, user := range h.Identities {
+		s.state.Revoked[user] = s.cfg.Clock()
+	}
+	h.Identities = nil
+	if err := s.state.save(s.cfg.Dir, s.cfg.Clock()); err != nil {
+		return err
+	}
+	return s.broker.revoke(s.id, s.state.Revoked)
 }
 
 // Sniff calls see with every message on the server from now on, in one

@@ -25,6 +25,8 @@ type state struct {
 	Hosts    map[string]*hostState     `json:"hosts"`
 	Guests   map[string]*guestState    `json:"guests"`
 	Commands map[string]*issuedCommand `json:"commands"`
+	// Revoked identities, by their public key, and when.
+	Revoked map[string]time.Time `json:"revoked,omitempty"`
 }
 
 // hostState is one enrolled host.
@@ -38,6 +40,9 @@ type hostState struct {
 	BeginID   string    `json:"begin_id,omitempty"`
 	BegunAt   time.Time `json:"begun_at,omitzero"`
 	Cordoning bool      `json:"cordoning,omitempty"`
+	// Identities it was given and that are not revoked, by their public key.
+	Identities []string `json:"identities,omitempty"`
+	Watched    watched  `json:"watched,omitzero"`
 }
 
 // guestState is one guest that was asked for.
@@ -62,7 +67,7 @@ const (
 )
 
 func loadState(dir string) (*state, error) {
-	s := &state{Version: stateVersion, Hosts: map[string]*hostState{}, Guests: map[string]*guestState{}, Commands: map[string]*issuedCommand{}}
+	s := &state{Version: stateVersion, Hosts: map[string]*hostState{}, Guests: map[string]*guestState{}, Commands: map[string]*issuedCommand{}, Revoked: map[string]time.Time{}}
 	data, err := os.ReadFile(filepath.Join(dir, stateFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		return s, nil

@@ -70,6 +70,7 @@ func (s *Server) follow(ctx, running context.Context) error {
 		return fmt.Errorf("opening event stream: %w", err)
 	}
 	last := stream.CachedInfo().State.LastSeq
+	s.rewound(last)
 	consumer, err := s.broker.js.OrderedConsumer(ctx, EventStream, jetstream.OrderedConsumerConfig{})
 	if err != nil {
 		return fmt.Errorf("reading event stream: %w", err)
@@ -135,7 +136,13 @@ func (s *Server) apply(ctx context.Context, subject string, data []byte, meta *j
 		s.cfg.Logger.Warn("event ignored: the guest is another host's", "subject", subject, "host_id", host)
 		return
 	}
-	if !s.view.apply(e, host, command, meta) || !live {
+	if !s.view.apply(e, host, command, meta) {
+		return
+	}
+	if h := e.GetHeartbeat(); h != nil {
+		s.watch(host, h, meta.Timestamp, meta.Sequence.Stream)
+	}
+	if !live {
 		return
 	}
 	switch b := e.GetBody().(type) {
@@ -262,7 +269,7 @@ func (v *view) pick(image *api.BootImage, hosts map[string]*hostState) string {
 	var fit []string
 	for id, h := range hosts {
 		n := v.nodes[id]
-		if n == nil || h.Epoch == 0 || h.Cordoning || n.heartbeat.GetCordoned() || n.heartbeat.GetClockDoubt() != "" {
+		if n == nil || h.Epoch == 0 || h.Cordoning || h.alarmed(id) != nil || n.heartbeat.GetCordoned() || n.heartbeat.GetClockDoubt() != "" {
 			continue
 		}
 		if slices.ContainsFunc(n.capability.GetImages(), func(i *api.BootImage) bool { return proto.Equal(i, image) }) {

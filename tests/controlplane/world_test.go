@@ -17,6 +17,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/audit"
 	"github.com/confidential-node/agent/nodeagent/clock/clocktest"
 	"github.com/confidential-node/agent/nodeagent/control"
 	"github.com/confidential-node/agent/nodeagent/control/controltest"
@@ -123,6 +124,7 @@ type node struct {
 	mu       sync.Mutex
 	executed []*api.Command
 	execute  func(cmd *api.Command) ([]*api.Event, error)
+	audit    *audit.Log // in heartbeats, unless nil
 }
 
 func (w *world) node(hostID string) *node {
@@ -159,8 +161,13 @@ func (n *node) start() {
 		Transport: n.transport, Inbox: in, Outbox: n.store, HostID: n.hostID, Interval: 100 * time.Millisecond, DeadMan: 10 * time.Second,
 		Heartbeat: func() *api.Heartbeat {
 			number, id := epoch()
-			return &api.Heartbeat{IssuerEpoch: number, StoreId: id}
+			h := &api.Heartbeat{IssuerEpoch: number, StoreId: id, BootId: "boot of " + n.path, Audit: n.offer()}
+			if h.GetAudit() != nil {
+				h.Warnings = []*api.Refusal{api.RefusalToWire(contract.Refuse("outbox.nearly-full", "look", "80 percent"))}
+			}
+			return h
 		},
+		Confirmed: n.confirm,
 		Capability: func() *api.Capability {
 			number, id := epoch()
 			return &api.Capability{
@@ -177,6 +184,35 @@ func (n *node) start() {
 	n.cancel, n.done = cancel, make(chan error, 2)
 	go func() { n.done <- in.Run(ctx) }()
 	go func() { n.done <- n.link.Run(ctx) }()
+}
+
+// offer is what a heartbeat says of the audit log.
+func (n *node) offer() *api.AuditCheckpoint {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.audit == nil {
+		return nil
+	}
+	o, err := n.audit.Offer()
+	if err != nil {
+		n.t.Error(err)
+	}
+	out := &api.AuditCheckpoint{Key: o.Key, Checkpoint: o.Checkpoint, From: uint64(o.From)}
+	for _, h := range o.Proof {
+		out.Proof = append(out.Proof, h[:])
+	}
+	return out
+}
+
+func (n *node) confirm(h *api.Heartbeat) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.audit == nil {
+		return
+	}
+	if err := n.audit.Confirmed(h.GetAudit().GetCheckpoint()); err != nil {
+		n.t.Error(err)
+	}
 }
 
 func (n *node) stop() {

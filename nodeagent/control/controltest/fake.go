@@ -33,7 +33,8 @@ type Fake struct {
 	mu       sync.Mutex
 	commands []*queued
 	events   []*api.Event
-	ids      map[string]time.Time // stored at
+	ids      map[string]put
+	last     map[string]uint64 // by subject
 	conns    map[*conn]bool
 	dials    int
 	changed  chan struct{}
@@ -48,6 +49,12 @@ type Fake struct {
 	maxEvents int // bytes of one event; 0 means no limit
 }
 
+// put is when and where an event was stored.
+type put struct {
+	when time.Time
+	at   uint64
+}
+
 type queued struct {
 	data     []byte
 	attempts uint64
@@ -56,7 +63,7 @@ type queued struct {
 
 // NewFake returns a running server for a host.
 func NewFake(host string) *Fake {
-	return &Fake{host: host, ids: map[string]time.Time{}, conns: map[*conn]bool{}, changed: make(chan struct{})}
+	return &Fake{host: host, ids: map[string]put{}, last: map[string]uint64{}, conns: map[*conn]bool{}, changed: make(chan struct{})}
 }
 
 // set changes the server under its lock and wakes everybody who waits.
@@ -133,11 +140,21 @@ func (f *Fake) LoseQueue(testing.TB) { f.RemoveQueue(true) }
 
 // LoseStream implements Server.
 func (f *Fake) LoseStream(testing.TB) {
-	f.set(func() { f.noStream, f.events, f.ids = true, nil, map[string]time.Time{} })
+	f.set(func() { f.noStream, f.events, f.ids, f.last = true, nil, map[string]put{}, map[string]uint64{} })
 }
 
 // Restore implements Server.
 func (f *Fake) Restore(testing.TB) { f.set(func() { f.noQueue, f.noStream = false, false }) }
+
+// Revoke implements Server.
+func (f *Fake) Revoke(tb testing.TB) {
+	tb.Helper()
+	f.Refuse(&control.LinkError{State: control.StateAuthRefused, Remedy: "enrol again", Err: errors.New("revoked")})
+	f.Cut(tb)
+}
+
+// Renew implements Server.
+func (f *Fake) Renew(testing.TB) { f.Refuse(nil) }
 
 // LoseAcks loses the next n acknowledgements on their way.
 func (f *Fake) LoseAcks(n int) { f.set(func() { f.loseAcks = n }) }
@@ -270,34 +287,46 @@ func (c *conn) Next(ctx context.Context, idle time.Duration) (control.Message, e
 	}
 }
 
-func (c *conn) Publish(ctx context.Context, subject, id string, data []byte) error {
+func (c *conn) Publish(ctx context.Context, o control.Outgoing) (uint64, error) {
 	if err := c.usable(ctx); err != nil {
-		return err
+		return 0, err
 	}
 	c.f.mu.Lock()
 	defer c.f.mu.Unlock()
 	if c.f.noStream {
-		return &control.LinkError{State: control.StateStreamMissing, Remedy: "make it", Err: errors.New("no stream")}
+		return 0, &control.LinkError{State: control.StateStreamMissing, Remedy: "make it", Err: errors.New("no stream")}
 	}
-	if c.f.maxEvents > 0 && len(data) > c.f.maxEvents {
-		return control.ErrTooLarge
+	if c.f.maxEvents > 0 && len(o.Data) > c.f.maxEvents {
+		return 0, control.ErrTooLarge
 	}
-	e, err := api.ParseEvent(data)
+	e, err := api.ParseEvent(o.Data)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	if want := api.EventSubject(c.f.host, api.EventKind(e)); subject != want || !strings.HasPrefix(subject, "evt.") || e.GetEventId() != id {
-		return fmt.Errorf("published on %s with id %s, want %s, %s", subject, id, want, e.GetEventId())
+	if want := api.EventSubject(c.f.host, api.EventKind(e)); o.Subject != want || !strings.HasPrefix(o.Subject, "evt.") || e.GetEventId() != o.ID {
+		return 0, fmt.Errorf("published on %s with id %s, want %s, %s", o.Subject, o.ID, want, e.GetEventId())
 	}
-	if at, stored := c.f.ids[id]; !stored || time.Since(at) > duplicates {
-		c.f.ids[id] = time.Now()
-		c.f.events = append(c.f.events, e)
-	}
-	if c.f.losePuts > 0 {
+	at, err := c.f.storeLocked(o, e)
+	if err == nil && c.f.losePuts > 0 {
 		c.f.losePuts--
-		return errors.New("timeout")
+		return 0, errors.New("timeout")
 	}
-	return nil
+	return at, err
+}
+
+// storeLocked stores an event unless it is there, or not the next of its
+// subject.
+func (f *Fake) storeLocked(o control.Outgoing, e *api.Event) (uint64, error) {
+	if put, stored := f.ids[o.ID]; stored && time.Since(put.when) <= duplicates {
+		return put.at, nil
+	}
+	if o.After > 0 && f.last[o.Subject] != o.After {
+		return 0, control.ErrOvertaken
+	}
+	f.events = append(f.events, e)
+	at := uint64(len(f.events))
+	f.ids[o.ID], f.last[o.Subject] = put{time.Now(), at}, at
+	return at, nil
 }
 
 type message struct {

@@ -100,3 +100,71 @@ func outage(t *testing.T, s Server) {
 		t.Errorf("told %v", told)
 	}
 }
+
+func revoked(t *testing.T, s Server) {
+	t.Helper()
+	n := StartNode(t, s.Transport(), nil)
+	Eventually(t, "connected", isIn(n, control.StateConnected))
+	s.Revoke(t)
+	Eventually(t, "the refusal named", func() bool { return n.Status().State == control.StateAuthRefused && !n.Status().Connected })
+	if st := n.Status(); !strings.Contains(st.LastError, "enrol") {
+		t.Errorf("no remedy in %q", st.LastError)
+	}
+	appendDone(t, n.Outbox, 5)
+	s.Send(t, numbered(1))
+	s.Renew(t)
+	Eventually(t, "everything through", func() bool { return n.Inbox.Taken() == 1 && empty(t, n.Outbox) && s.Unsettled(t) == 0 })
+	if got := count(s.Events(t), api.KindCommandDone); got != 5 {
+		t.Errorf("%d events stored, want 5", got)
+	}
+}
+
+// replaced renews an identity as an operator should: the new one is in the
+// file before the old one ends.
+func replaced(t *testing.T, s Server) {
+	t.Helper()
+	n := StartNode(t, s.Transport(), nil)
+	Eventually(t, "connected", isIn(n, control.StateConnected))
+	s.Renew(t)
+	appendDone(t, n.Outbox, 5)
+	Eventually(t, "events by the old one", func() bool { return empty(t, n.Outbox) })
+	s.Cut(t)
+	s.Send(t, numbered(1))
+	appendDone(t, n.Outbox, 5)
+	Eventually(t, "everything by the new one", func() bool { return n.Inbox.Taken() == 1 && empty(t, n.Outbox) && s.Unsettled(t) == 0 })
+	if got := count(s.Events(t), api.KindCommandDone); got != 10 {
+		t.Errorf("%d events stored, want 10", got)
+	}
+}
+
+// calamity does everything to the link, one after the other, under commands
+// and events.
+func calamity(t *testing.T, s Server) {
+	t.Helper()
+	n := StartNode(t, s.Transport(), nil)
+	sent := 0
+	for _, fault := range []struct{ harm, heal func(testing.TB) }{
+		{s.Cut, s.Cut}, {s.LoseQueue, s.Restore}, {s.Stop, s.Start}, {s.Revoke, s.Renew}, {s.Cut, s.Cut},
+	} {
+		fault.harm(t)
+		appendDone(t, n.Outbox, 20)
+		fault.heal(t)
+		appendDone(t, n.Outbox, 20)
+		s.Send(t, numbered(sent))
+		sent++
+	}
+	Eventually(t, "everything through", func() bool { return n.Inbox.Taken() == sent && empty(t, n.Outbox) && s.Unsettled(t) == 0 })
+	last := uint64(0)
+	for _, e := range s.Events(t) {
+		if e.GetSequence() == 0 {
+			continue
+		}
+		if e.GetSequence() != last+1 {
+			t.Fatalf("event %d after %d", e.GetSequence(), last)
+		}
+		last = e.GetSequence()
+	}
+	if last != 200 {
+		t.Errorf("%d events stored, want 200", last)
+	}
+}

@@ -35,6 +35,10 @@ type Server interface {
 	LoseQueue(t testing.TB)
 	LoseStream(t testing.TB)
 	Restore(t testing.TB)
+	// Revoke ends the identity that Transport uses, also where it is in use;
+	// Renew puts another in its place, where Transport finds it.
+	Revoke(t testing.TB)
+	Renew(t testing.TB)
 }
 
 // Receiver remembers what it took.
@@ -86,6 +90,8 @@ type Node struct {
 	*control.Link
 	Inbox  *Receiver
 	Outbox *inboxtest.Journal
+	// Stop ends the link, as the test's end does.
+	Stop func()
 }
 
 // StartNode runs a link until the test's end.
@@ -108,12 +114,13 @@ func StartNode(t *testing.T, transport control.Transport, edit func(*control.Dep
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	done := make(chan error, 1)
 	go func() { done <- n.Run(ctx) }()
-	t.Cleanup(func() {
+	n.Stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Errorf("running link: %v", err)
 		}
 	})
+	t.Cleanup(n.Stop)
 	return n
 }
 
@@ -178,6 +185,11 @@ func Suite(t *testing.T, run func(t *testing.T, body func(t *testing.T, s Server
 		"a wiped event stream is named, and heals":       loseStream,
 		"an event too large is answered for by another":  oversize,
 		"a guest that lives while the link is down":      outage,
+		"a revoked identity is named, a new one heals":   revoked,
+		"an identity replaced in time is not noticed":    replaced,
+		"everything that waits is told after all of it":  calamity,
+		"two hosts with one identity both see it":        clone,
+		"a host that starts again is no clone":           reborn,
 	} {
 		t.Run(name, func(t *testing.T) { run(t, body) })
 	}

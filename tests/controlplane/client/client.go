@@ -46,8 +46,22 @@ type Node struct {
 	Epoch     uint64 `json:"epoch"`
 	NodeEpoch uint64 `json:"node_epoch"`
 	StoreID   string `json:"store_id,omitempty"`
+	// AuditEntries of the node's audit log are witnessed.
+	AuditEntries int64 `json:"audit_entries"`
+	// Alarms are the control plane's, until they are resolved; nothing is
+	// launched on the node meanwhile. Warnings are the node's own.
+	Alarms   []Alarm            `json:"alarms,omitempty"`
+	Warnings []contract.Refusal `json:"warnings,omitempty"`
 	// Capability is protojson of api.Capability.
 	Capability json.RawMessage `json:"capability,omitempty"`
+}
+
+// Alarm is something about a node that somebody has to look into.
+type Alarm struct {
+	Code    string    `json:"code"`
+	Message string    `json:"message"`
+	Remedy  string    `json:"remedy"`
+	Since   time.Time `json:"since"`
 }
 
 // Command outcomes.
@@ -265,6 +279,16 @@ func (c *Client) Cordon(ctx context.Context, node, reason string) (*Sent, error)
 func (c *Client) Uncordon(ctx context.Context, node string) (*Sent, error) {
 	reply := &Sent{}
 	return reply, c.call(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(node)+"/uncordon", struct{}{}, reply)
+}
+
+// Resolve ends a node's alarms: somebody looked into them.
+func (c *Client) Resolve(ctx context.Context, node string) error {
+	return c.call(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(node)+"/resolve", struct{}{}, &struct{}{})
+}
+
+// Revoke ends every identity a node was given; Enrol gives it another.
+func (c *Client) Revoke(ctx context.Context, node string) error {
+	return c.call(ctx, http.MethodPost, "/v1/nodes/"+url.PathEscape(node)+"/revoke", struct{}{}, &struct{}{})
 }
 
 // Launch sends a launch to a node, or to one the control plane chooses.

@@ -112,7 +112,7 @@ Exit codes: 0 success, 1 failed, 2 usage, 3 control plane unreachable,
 	f.StringVar(&a.tokenFile, "token-file", "", "`FILE` with the API's token (default: from --dir)")
 	f.VarP(&a.format, "output", "o", "how to print")
 	f.DurationVar(&a.timeout, "timeout", 0, "give up after this time; 0 waits")
-	root.AddCommand(a.serve(), a.enrol(), a.nodes(), a.cordon(), a.uncordon(), a.launch(), a.guest(), a.stop(), a.evidence(), a.events())
+	root.AddCommand(a.serve(), a.enrol(), a.nodes(), a.cordon(), a.uncordon(), a.resolve(), a.revoke(), a.launch(), a.guest(), a.stop(), a.evidence(), a.events(), a.schema())
 	return root
 }
 

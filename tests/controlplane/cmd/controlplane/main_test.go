@@ -10,8 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/santhosh-tekuri/jsonschema/v6"
 	"github.com/spf13/cobra"
 
+	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/config"
 	"github.com/confidential-node/agent/nodeagent/output"
 	"github.com/confidential-node/agent/tests/controlplane"
@@ -110,6 +112,10 @@ func TestTheToolDrivesAServedControlPlane(t *testing.T) {
 		{"launch of nonsense", []string{"launch", "-f", filepath.Join(dir, controlplane.TokenFile)}, exitUsage, "LaunchGuest"},
 		{"launch from standard input", []string{"launch", "-f", "-", "--node", "node-a"}, exitPrecondition, "control.node-not-ready"},
 		{"cordon nobody", []string{"cordon", "node-z"}, exitNotFound, "control.node-not-found"},
+		{"resolve", []string{"resolve", "node-a"}, exitOK, ""},
+		{"resolve nobody", []string{"resolve", "node-z"}, exitNotFound, "control.node-not-found"},
+		{"revoke", []string{"revoke", "node-a"}, exitOK, ""},
+		{"revoke nobody", []string{"revoke", "node-z"}, exitNotFound, "control.node-not-found"},
 		{"uncordon unready", []string{"uncordon", "node-a"}, exitPrecondition, "remedy"},
 		{"guest nobody", []string{"guest", "x"}, exitNotFound, "control.guest-unknown"},
 		{"stop nobody", []string{"stop", "x"}, exitNotFound, "control.guest-unknown"},
@@ -142,10 +148,25 @@ func TestEveryDocumentSaysWhatItIs(t *testing.T) {
 			t.Errorf("%v: %d %s", args, code, stderr)
 		}
 		identified(t, stdout, kind)
+		matchesSchema(t, stdout)
 	}
+	refusal := &contract.Refusal{Code: "a.b", Message: "why", Remedy: "do"}
+	proto := json.RawMessage(`{}`)
+	seen := time.Now()
 	for kind, printed := range map[string]func(*app, *cobra.Command) error{
-		"Guest": func(a *app, cmd *cobra.Command) error { return a.printGuest(cmd, &client.Guest{GuestID: "x"}) },
-		"Sent":  func(a *app, cmd *cobra.Command) error { return a.sent(cmd, &client.Sent{GuestID: "x"}) },
+		"Guest": func(a *app, cmd *cobra.Command) error {
+			return a.printGuest(cmd, &client.Guest{GuestID: "x", Outcome: client.OutcomeRefused, Refusal: refusal, State: proto, Results: []json.RawMessage{proto}})
+		},
+		"Sent": func(a *app, cmd *cobra.Command) error { return a.sent(cmd, &client.Sent{GuestID: "x"}) },
+		"NodeList": func(a *app, cmd *cobra.Command) error {
+			return a.printNodes(cmd, []client.Node{{
+				ID: "x", LastSeen: &seen, StoreID: "00", Capability: proto,
+				Alarms: []client.Alarm{{Code: "a.b", Message: "why", Remedy: "do", Since: seen}}, Warnings: []contract.Refusal{*refusal},
+			}})
+		},
+		"EventList": func(a *app, cmd *cobra.Command) error {
+			return a.printEvents(cmd, []client.Event{{Seq: 1, Kind: "heartbeat", Event: proto}}, true)
+		},
 	} {
 		var out bytes.Buffer
 		cmd := &cobra.Command{}
@@ -154,9 +175,71 @@ func TestEveryDocumentSaysWhatItIs(t *testing.T) {
 			t.Error(err)
 		}
 		identified(t, out.String(), kind)
-		if !strings.Contains(out.String(), `"guest_id": "x"`) {
-			t.Errorf("%s does not carry its fields: %s", kind, out.String())
+		matchesSchema(t, out.String())
+	}
+}
+
+// matchesSchema validates a document against the schema its kind publishes,
+// and that this says of every field what it is.
+func matchesSchema(t *testing.T, document string) {
+	t.Helper()
+	var doc map[string]any
+	if err := json.Unmarshal([]byte(document), &doc); err != nil {
+		t.Fatalf("%v in %s", err, document)
+	}
+	kind, _ := doc["kind"].(string)
+	code, text, stderr := call(t, t.TempDir(), "schema", kind)
+	if code != exitOK {
+		t.Fatalf("no schema of kind %q: %s", kind, stderr)
+	}
+	parsed, err := jsonschema.UnmarshalJSON(strings.NewReader(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	compiler := jsonschema.NewCompiler()
+	if err := compiler.AddResource(kind+".json", parsed); err != nil {
+		t.Fatal(err)
+	}
+	schema, err := compiler.Compile(kind + ".json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := schema.Validate(doc); err != nil {
+		t.Errorf("%s breaks its schema: %v\n%s", kind, err, document)
+	}
+	described(t, kind, parsed, doc)
+}
+
+// described fails for a field that the schema does not know.
+func described(t *testing.T, path string, schema, doc any) {
+	t.Helper()
+	s, _ := schema.(map[string]any)
+	properties, closed := s["properties"].(map[string]any)
+	switch d := doc.(type) {
+	case map[string]any:
+		for name, value := range d {
+			if closed && properties[name] == nil {
+				t.Errorf("%s.%s is not in the schema", path, name)
+			}
+			described(t, path+"."+name, properties[name], value)
 		}
+	case []any:
+		for _, value := range d {
+			described(t, path+"[]", s["items"], value)
+		}
+	}
+}
+
+func TestASchemaIsListedAndAnUnknownOneRefused(t *testing.T) {
+	t.Parallel()
+	if code, out, _ := call(t, t.TempDir(), "schema"); code != exitOK || out != "Enrolment\nEventList\nGuest\nNodeList\nSent\n" {
+		t.Errorf("%d %q", code, out)
+	}
+	if code, _, stderr := call(t, t.TempDir(), "schema", "Nothing"); code != exitNotFound || !strings.Contains(stderr, "NodeList") {
+		t.Errorf("%d %q", code, stderr)
+	}
+	if code, _, _ := call(t, t.TempDir(), "schema", "a", "b"); code != exitUsage {
+		t.Errorf("exit %d", code)
 	}
 }
 

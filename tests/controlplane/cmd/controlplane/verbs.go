@@ -87,22 +87,29 @@ func (a *app) nodes() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.format.Print(cmd.OutOrStdout(), nodeList{header("NodeList"), nodes}, func(w io.Writer) error {
-				return table(w, "NODE\tSEEN\tEPOCH\tADMISSION\tGUESTS\tOUTBOX", func(w io.Writer) {
-					for _, n := range nodes {
-						seen, admission := "never", "open"
-						if n.LastSeen != nil {
-							seen = time.Since(*n.LastSeen).Round(time.Second).String() + " ago"
-						}
-						if n.Cordoned {
-							admission = "closed"
-						}
-						fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%d\t%d\n", n.ID, seen, n.NodeEpoch, admission, n.Guests, n.Outbox)
-					}
-				})
-			})
+			return a.printNodes(cmd, nodes)
 		}),
 	}
+}
+
+func (a *app) printNodes(cmd *cobra.Command, nodes []client.Node) error {
+	return a.format.Print(cmd.OutOrStdout(), nodeList{header("NodeList"), nodes}, func(w io.Writer) error {
+		return table(w, "NODE\tSEEN\tEPOCH\tADMISSION\tGUESTS\tOUTBOX", func(w io.Writer) {
+			for _, n := range nodes {
+				seen, admission := "never", "open"
+				if n.LastSeen != nil {
+					seen = time.Since(*n.LastSeen).Round(time.Second).String() + " ago"
+				}
+				if n.Cordoned {
+					admission = "closed"
+				}
+				if len(n.Alarms) > 0 {
+					admission = "ALARM " + n.Alarms[0].Code
+				}
+				fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%d\t%d\n", n.ID, seen, n.NodeEpoch, admission, n.Guests, n.Outbox)
+			}
+		})
+	})
 }
 
 func (a *app) cordon() *cobra.Command {
@@ -130,6 +137,26 @@ func (a *app) uncordon() *cobra.Command {
 				return err
 			}
 			return a.sent(cmd, s)
+		}),
+	}
+}
+
+func (a *app) resolve() *cobra.Command {
+	return &cobra.Command{
+		Use: "resolve NODE", Short: "End a host's alarms, after you looked into them", Args: exactArgs("NODE"),
+		Long: `End a host's alarms, after you looked into them. Its audit log and the agent that speaks
+for it count from the next heartbeat on, as if they were seen for the first time.`,
+		RunE: a.with(func(ctx context.Context, _ *cobra.Command, c *client.Client, args []string) error {
+			return c.Resolve(ctx, args[0])
+		}),
+	}
+}
+
+func (a *app) revoke() *cobra.Command {
+	return &cobra.Command{
+		Use: "revoke NODE", Short: "End every identity a host was given; enrol it again for another", Args: exactArgs("NODE"),
+		RunE: a.with(func(ctx context.Context, _ *cobra.Command, c *client.Client, args []string) error {
+			return c.Revoke(ctx, args[0])
 		}),
 	}
 }

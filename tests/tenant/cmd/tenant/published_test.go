@@ -158,7 +158,6 @@ func TestWhatIsForbiddenEndsInItsRefusalWithARemedy(t *testing.T) {
 		{[]string{"--gpu", "H100", "--count", "4"}, "gpu.unsupported-count", "ask for 1, or for 8 under PPCIe"},
 		{[]string{"--gpu", "V100"}, "gpu.unknown-model", "ask for H100"},
 		{[]string{"--compliance", "hipaa"}, api.CodeFeatureUnknown, ""},
-		{[]string{"--audit-logging"}, api.CodeFeatureUnknown, ""},
 		{[]string{"--compliance", "hipaa", "--audit-logging"}, api.CodeFeatureUnknown, ""},
 		{[]string{"--key-management", "hsm"}, "tenant.key-management-unsupported", "--key-management file"},
 		{[]string{"--confidential=false"}, "tenant.confidential-mandatory", "--confidential"},

@@ -1,0 +1,89 @@
+package main
+
+import (
+	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/store"
+)
+
+// Codes of what needs an operator's attention.
+const (
+	// codeCloned: somebody else speaks as this host. Launches are refused.
+	codeCloned = "identity.cloned"
+	// codeAuditDamaged: a damaged audit log was set aside. Launches are refused
+	// until somebody took it away.
+	codeAuditDamaged = "audit.damaged"
+	// codeAuditUnread: how far the audit log is cannot be told.
+	codeAuditUnread = "audit.unreadable"
+	// codeOutboxNearlyFull and codeOutboxFull: the control plane has not
+	// confirmed events for long.
+	codeOutboxNearlyFull = "outbox.nearly-full"
+	codeOutboxFull       = "outbox.full"
+)
+
+// outboxWarning is the share of the outbox, in percent, from which on its
+// filling is told. A day's outage of a busy host is a few percent.
+const outboxWarning = 80
+
+// closed says why this host must not begin any guest, whoever asks.
+func (a *agent) closed() *contract.Refusal {
+	if a.link.Status().Cloned {
+		return contract.Refuse(codeCloned, "find the other host or agent with this identity, stop it, and enrol it under a name of its own",
+			"another host speaks as %s", a.cfg.HostID)
+	}
+	if aside := damagedAudit(a.cfg); aside != "" {
+		return contract.Refuse(codeAuditDamaged, "keep "+aside+" for whoever looks into it, elsewhere; launches are taken again when it is gone from there",
+			"the host's audit log was damaged")
+	}
+	return nil
+}
+
+// attention is what needs somebody's attention, for status and heartbeats.
+func (a *agent) attention() []*contract.Refusal {
+	var out []*contract.Refusal
+	if r := a.closed(); r != nil {
+		out = append(out, r)
+	}
+	if r := outboxFinding(a.store); r != nil {
+		out = append(out, r)
+	}
+	return out
+}
+
+func outboxFinding(s interface{ OutboxShare() (int, error) }) *contract.Refusal {
+	share, err := s.OutboxShare()
+	if err != nil {
+		share = 0 // the store's own finding
+	}
+	const remedy = "see why the control plane confirms nothing (nodeagent status, control); events leave by themselves when it does"
+	switch {
+	case share >= store.OutboxWhole:
+		return contract.Refuse(codeOutboxFull, remedy,
+			"the outbox is full: nothing new is taken on; what runs goes on, and can be stopped")
+	case share >= outboxWarning:
+		return contract.Refuse(codeOutboxNearlyFull, remedy,
+			"the outbox is filled to %d percent; when it is full nothing new is taken on", share)
+	}
+	return nil
+}
+
+// offerAudit fills in how far the audit log is.
+func (a *agent) offerAudit(h *api.Heartbeat) {
+	offer, err := a.audit.Offer()
+	if err != nil {
+		a.log.Error("making a checkpoint of the audit log", "err", err)
+		h.Warnings = append(h.Warnings, api.RefusalToWire(contract.Refuse(codeAuditUnread, "look at the agent's log on the host", "the audit log has no checkpoint to show")))
+		return
+	}
+	h.Audit = &api.AuditCheckpoint{Key: offer.Key, Checkpoint: offer.Checkpoint, From: uint64(offer.From)}
+	for _, hash := range offer.Proof {
+		h.Audit.Proof = append(h.Audit.Proof, hash[:])
+	}
+}
+
+// confirmAudit notes what the control plane has of the audit log.
+func (a *agent) confirmAudit(h *api.Heartbeat) {
+	if err := a.audit.Confirmed(h.GetAudit().GetCheckpoint()); err != nil {
+		a.log.Error("noting what the control plane has of the audit log; it is shown again", "err", err)
+	}
+}
