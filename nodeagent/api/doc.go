@@ -28,4 +28,6 @@
 //     again with the names of what changed (changed). Commands are as before.
 //   - 3 (2026-11-25): ResultGivenUp; a further StopGuest ends the wait for an
 //     object store.
+//   - 4 (2026-11-26): results of more than 5 GiB: upload grants with part URLs
+//     in a launch, GrantUpload, SettleUpload; UploadGrantWanted, UploadReady.
 package api

@@ -2,7 +2,7 @@ package api
 
 // CapabilityVersion is this build's protocol integer. The diary in the
 // package comment says what each value added.
-const CapabilityVersion = 3
+const CapabilityVersion = 4
 
 // Features a command may require by name. A name means the whole behaviour:
 // a node that does it in part does not list it.
@@ -16,6 +16,8 @@ const (
 	FeatureInputsAge = "inputs.age"
 	// FeatureResultsPresignedPut: results leave by presigned PUT.
 	FeatureResultsPresignedPut = "results.presigned-put"
+	// FeatureResultsPartGrants: results leave in parts, by upload grants.
+	FeatureResultsPartGrants = "results.part-grants"
 	// FeaturePortsAttestedTLS: ports served by TLS that ends in the guest.
 	FeaturePortsAttestedTLS = "ports.attested-tls"
 	// FeatureEvidenceRelay: RequestEvidence reaches a running guest.
@@ -28,6 +30,6 @@ const (
 func Features() []string {
 	return []string{
 		FeatureEvidenceRelay, FeatureInputsAge, FeatureLaunchDirectBoot, FeatureLaunchIDBlock,
-		FeaturePortsAttestedTLS, FeatureResultsPresignedPut,
+		FeaturePortsAttestedTLS, FeatureResultsPartGrants, FeatureResultsPresignedPut,
 	}
 }

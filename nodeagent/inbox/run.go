@@ -250,7 +250,7 @@ func (x *Inbox) execute(ctx context.Context, cmd *api.Command) (events []*api.Ev
 		if x.expired(cmd, x.d.Clock()) {
 			return nil, contract.Refuse(api.CodeExpired, "issue it again", "the node was down until the command had expired")
 		}
-	case *api.Command_StopGuest, *api.Command_Cordon, *api.Command_Uncordon:
+	case *api.Command_StopGuest, *api.Command_Cordon, *api.Command_Uncordon, *api.Command_GrantUpload, *api.Command_SettleUpload:
 	}
 	events, err = x.d.Executor.Execute(ctx, cmd)
 	if err != nil {
