@@ -149,7 +149,8 @@ type Blob struct {
 	// SpoolMaxBytes bounds the results of all guests that wait for their
 	// object stores. Default 100 GiB.
 	SpoolMaxBytes int64 `toml:"spool_max_bytes"`
-	// Parts fetched at a time for one blob, 1 to 64. Default 8.
+	// Parts fetched at a time for one blob, or sent at a time for one guest, 1
+	// to 64. Default 8.
 	Parts int `toml:"parts"`
 	// CAFile adds a CA for object stores to the system's roots. Default none.
 	CAFile string `toml:"ca_file"`
