@@ -57,7 +57,7 @@ func TestAFloodOfResultsEndsTypedAndBounded(t *testing.T) {
 	t.Parallel()
 	head := seal(t, 1000)
 	const quota = 4 << 20
-	names := upTo(1<<30, contract.ResultsManifestName)
+	names := unlimited(contract.ResultsManifestName)
 	for i := range contract.MaxResults {
 		names[fmt.Sprintf("r%d", i)] = 1 << 30
 	}
@@ -164,7 +164,7 @@ func TestResultsLeaveTheDiskItsReserve(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			spool, err := s.Open("guest-1", upTo(1<<30, "a"), 64<<20)
+			spool, err := s.Open("guest-1", unlimited("a"), 64<<20)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -30,11 +30,11 @@ func spools(t *testing.T) *blob.Spools {
 	return s
 }
 
-// upTo allows files of so many bytes each.
-func upTo(most int64, names ...string) map[string]int64 {
+// unlimited allows files of any size a test makes.
+func unlimited(names ...string) map[string]int64 {
 	out := map[string]int64{}
 	for _, name := range names {
-		out[name] = most
+		out[name] = 1 << 30
 	}
 	return out
 }
@@ -43,7 +43,7 @@ func TestResultsAreTakenWholeSealedAndUnderTheQuota(t *testing.T) {
 	t.Parallel()
 	s := spools(t)
 	data := seal(t, 10_000)
-	names := upTo(1<<30, "a", "b", contract.ResultsManifestName)
+	names := unlimited("a", "b", contract.ResultsManifestName)
 	spool, err := s.Open("guest-1", names, int64(len(data))+100)
 	if err != nil {
 		t.Fatal(err)
@@ -96,7 +96,7 @@ func TestAllSpoolsTogetherAreBounded(t *testing.T) {
 	limit := int64(len(data))*2 + 500
 	var s *blob.Spools
 	receive := func(guest, name string, r io.Reader) error {
-		spool, err := s.Open(guest, upTo(1<<30, "a", "b"), 1<<20)
+		spool, err := s.Open(guest, unlimited("a", "b"), 1<<20)
 		if err == nil {
 			_, err = spool.Receive(t.Context(), name, r)
 		}
@@ -143,7 +143,7 @@ func TestAnUploadIsDoneOnlyWhenTheStoreTookAllOfIt(t *testing.T) {
 	t.Parallel()
 	s := spools(t)
 	data := seal(t, 8<<20)
-	spool, err := s.Open("guest-1", upTo(1<<30, "a"), 16<<20)
+	spool, err := s.Open("guest-1", unlimited("a"), 16<<20)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -198,7 +198,7 @@ func TestUploadsSendTheFileAndSayWhatIsFinal(t *testing.T) {
 	t.Parallel()
 	s := spools(t)
 	data := seal(t, 100_000)
-	spool, err := s.Open("guest-1", upTo(1<<30, "a"), 1<<20)
+	spool, err := s.Open("guest-1", unlimited("a"), 1<<20)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -244,7 +244,7 @@ func BenchmarkUpload(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	spool, err := s.Open("guest-1", upTo(1<<30, "a"), 1<<30)
+	spool, err := s.Open("guest-1", unlimited("a"), 1<<30)
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -111,7 +111,9 @@ func (m *Manager) grantUpload(v *api.GrantUpload) error {
 			return false, false
 		}
 		old, news := uploadOf(launch, v.GetUpload().GetName()), v.GetUpload()
-		if refused = contradicts(old, news); refused != nil || isSettled(*r, news.GetName()) {
+		w := r.Wish
+		completed := w != nil && w.Name == news.GetName() && w.Settled
+		if refused = contradicts(old, news); refused != nil || completed || isSettled(*r, news.GetName()) {
 			return false, false
 		}
 		old.PutUrl, old.Parts = news.GetPutUrl(), news.GetParts()
@@ -121,8 +123,8 @@ func (m *Manager) grantUpload(v *api.GrantUpload) error {
 			return false, false
 		}
 		r.Launch = raw
-		if r.Wish != nil && r.Wish.Name == news.GetName() && !r.Wish.Settled {
-			wish := *r.Wish
+		if w != nil && w.Name == news.GetName() {
+			wish := *w
 			wish.Granted = true
 			r.Wish = &wish
 		}

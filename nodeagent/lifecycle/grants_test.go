@@ -105,7 +105,12 @@ func TestAResultGoesUpInPartsAndIsThereWhenItsUploadIsCompleted(t *testing.T) {
 		t.Errorf("uploaded before it was completed: %v", done)
 	}
 	h.complete(t.Context(), m, ready)
+	// One that comes too late changes nothing.
+	late := h.execute(t.Context(), m, granting(grantOf("u-2", 1, 128, "")))
 	h.ends(t.Context(), finished, "")
+	if late != nil {
+		t.Error(late)
+	}
 	if !bytes.Equal(h.world.Uploaded(outURL), sealedBytes()) || h.world.Uploaded(listURL) == nil {
 		t.Error("the results are not there")
 	}

@@ -135,17 +135,17 @@ func ResetAfterReading(n int64) Fault {
 	}
 }
 
-// Sip reads a byte of the request whenever next returns true, and is the store
+// SlowReader reads a byte of the request whenever next returns true, and is the store
 // for what is left when it returns false.
-func Sip(next func() bool) Fault {
+func SlowReader(next func() bool) Fault {
 	return func(w http.ResponseWriter, r *http.Request, store http.Handler) {
-		var sipped bytes.Buffer
+		var slowly bytes.Buffer
 		for next() {
-			if n, err := io.CopyN(&sipped, r.Body, 1); n == 0 || err != nil {
+			if n, err := io.CopyN(&slowly, r.Body, 1); n == 0 || err != nil {
 				break
 			}
 		}
-		r.Body = io.NopCloser(io.MultiReader(&sipped, r.Body))
+		r.Body = io.NopCloser(io.MultiReader(&slowly, r.Body))
 		store.ServeHTTP(w, r)
 	}
 }

@@ -170,7 +170,7 @@ func TestFaultsOfAnUploadInPartsThatPassAreOutlasted(t *testing.T) {
 		"an ETag with XML":  func(u *unreliable) { u.faults.Inject(0, all(), outside.Header("ETag", `"</ETag>"`)) },
 		"an answer at once": func(u *unreliable) { u.faults.Inject(1, all(), outside.Early) },
 		"a slow reader": func(u *unreliable) {
-			u.faults.Inject(1, all(), outside.Sip(u.ticking()))
+			u.faults.Inject(1, all(), outside.SlowReader(u.ticking()))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -456,7 +456,7 @@ func TestFaultsOfAnUpload(t *testing.T) {
 		"slow down":         {always(outside.Status(503)), ""},
 		"error document":    {always(outside.Say(200, errorDocument)), ""},
 		"answered at once":  {always(outside.Early), ""},
-		"a slow reader":     {func(u *unreliable) outside.Fault { return outside.Sip(u.ticking()) }, ""},
+		"a slow reader":     {func(u *unreliable) outside.Fault { return outside.SlowReader(u.ticking()) }, ""},
 		"expired":           {always(outside.Status(403)), "blob.url-expired"},
 		"no bucket":         {always(outside.Status(404)), "blob.not-found"},
 		"another host":      {always(outside.Status(307, "Location", "https://elsewhere.example/")), "blob.redirected"},

@@ -86,6 +86,12 @@ func (t *Tenant) await(ctx context.Context, name string, enough func(*Guest) boo
 			w.last = g.Status
 			t.report.Step("guest is " + stateWord(g.Status))
 		}
+		if g.ended() {
+			// Parts of what was never completed cost as much as objects.
+			if err := t.abortUploads(ctx, d); err != nil {
+				t.report.Step("parts may be left in the object store: " + err.Error())
+			}
+		}
 		if enough(g) && (w.attested || g.ended()) {
 			return g, t.outcome(ctx, d, g)
 		}

@@ -87,7 +87,7 @@ func (t *Tenant) beginUpload(ctx context.Context, r *DeployedObject, partSize in
 	return nil
 }
 
-// abortUploads forgets the parts of a deployment that did not come to be.
+// abortUploads forgets the parts of what was not completed.
 func (t *Tenant) abortUploads(ctx context.Context, d *Deployment) error {
 	for _, r := range d.Results {
 		if r.Upload == nil {

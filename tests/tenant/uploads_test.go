@@ -193,17 +193,36 @@ func TestUploadsThatNoGrantCarriesAreUsage(t *testing.T) {
 	}
 }
 
-// What was begun at the store is forgotten there when the launch is refused.
-func TestARefusedLaunchLeavesNoUploadBehind(t *testing.T) {
+// What was begun at the store is forgotten there when the launch is refused,
+// and when the guest ends without it.
+func TestNoUploadIsLeftBehind(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
-	w.node.onLaunch = func() { w.node.fail = contract.Refuse("control.no-node", "r", "none") }
-	ref, _ := w.push(0)
-	if _, err := w.tenant.Deploy(t.Context(), DeployOptions{
-		Name: "job", Image: ref, Results: []string{"large"}, PartSize: fiveMiB, Confidential: true, AttestationRequired: true,
-	}); code(err) != "control.no-node" {
-		t.Fatal(err)
+	for name, fails := range map[string]func(*fakeNode){
+		"control.no-node":     func(n *fakeNode) { n.onLaunch = func() { n.fail = contract.Refuse("control.no-node", "r", "none") } },
+		"tenant.guest-failed": func(n *fakeNode) { n.status = api.GuestStatus_GUEST_STATUS_FAILED },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorld(t)
+			fails(w.node)
+			ref, _ := w.push(0)
+			_, err := w.tenant.Deploy(t.Context(), DeployOptions{
+				Name: "job", Image: ref, Results: []string{"large"}, PartSize: fiveMiB, Confidential: true, AttestationRequired: true,
+			})
+			if name == "tenant.guest-failed" {
+				_, err = w.tenant.Wait(t.Context(), "job")
+			}
+			if code(err) != name {
+				t.Fatal(err)
+			}
+			w.noUploads()
+		})
 	}
+}
+
+func (w *world) noUploads() {
+	t := w.t
+	t.Helper()
 	s, ok := w.tenant.store.(*s3Store)
 	if !ok {
 		t.Fatal("another store")
