@@ -15,6 +15,7 @@
 //
 //	spool/GUEST/NAME          a result, complete
 //	spool/GUEST/.NAME.partial being received
+//	spool/GUEST/.NAME.sums    its digest, as it was received
 //	spool/GUEST/.NAME.parts   which parts of it are in the store
 package blob
 

@@ -31,11 +31,11 @@ func (c counted) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// used are the bytes of all files below a folder.
+// used are the bytes of all results below a folder, complete or not.
 func used(t *testing.T, dir string) (size int64, files int) {
 	t.Helper()
 	err := filepath.WalkDir(dir, func(_ string, e os.DirEntry, err error) error {
-		if err != nil || e.IsDir() {
+		if err != nil || e.IsDir() || strings.HasSuffix(e.Name(), ".sums") {
 			return err
 		}
 		info, err := e.Info()
@@ -133,6 +133,73 @@ func TestAResultLargerThanItsUploadCarriesIsRefused(t *testing.T) {
 	}
 	if _, err := spool.Receive(t.Context(), "parts", bytes.NewReader(data)); err != nil {
 		t.Error(err)
+	}
+}
+
+// A digest is known from the receipt; without it, or when it is another file's,
+// the file is read. What the disk damaged does not leave as if it were whole.
+func TestTheDigestOfAResultIsKeptFromItsReceipt(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		harm    func(sums string) error
+		trusted bool
+	}{
+		"kept": {func(string) error { return nil }, true},
+		"lost": {os.Remove, false},
+		"torn": {func(sums string) error { return os.Truncate(sums, 10) }, false},
+		"of other size": {func(sums string) error {
+			return os.WriteFile(sums, fmt.Appendf(nil, `{"sha256":"%064d","crc32c":1,"size":7}`, 0), 0o600)
+		}, false},
+		"no digest": {func(sums string) error {
+			return os.WriteFile(sums, []byte(`{"sha256":"00","crc32c":1,"size":7}`), 0o600)
+		}, false},
+		"endless": {func(sums string) error { return os.WriteFile(sums, make([]byte, 1<<20), 0o600) }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir, data := t.TempDir(), seal(t, 100_000)
+			open := func() (*blob.Spools, *blob.Spool) {
+				s, err := blob.OpenSpools(dir, blob.SpoolConfig{MaxBytes: 1 << 30, CheckHeader: sealed.CheckHeader}, client(t), hclog.NewNullLogger())
+				if err != nil {
+					t.Fatal(err)
+				}
+				spool, err := s.Open("guest-1", unlimited("a"), 1<<30)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return s, spool
+			}
+			_, spool := open()
+			received, err := spool.Receive(t.Context(), "a", bytes.NewReader(data))
+			if err != nil {
+				t.Fatal(err)
+			}
+			path := filepath.Join(dir, "guest-1", "a")
+			flipped := bytes.Clone(data)
+			flipped[len(flipped)/2] ^= 1
+			if err := errors.Join(c.harm(filepath.Join(dir, "guest-1", ".a.sums")), os.WriteFile(path, flipped, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+			s, spool := open()
+			entries, err := spool.Entries()
+			if err != nil || len(entries) != 1 || (entries[0] == received) != c.trusted {
+				t.Fatalf("%+v, %v", entries, err)
+			}
+			if err := s.Upload(t.Context(), "guest-1", received, sink(t)); contract.AsRefusal(err).Code != "results.spool-damaged" {
+				t.Errorf("damaged: %v", err)
+			}
+			// One that is delivered again has its own digest.
+			again, err := spool.Receive(t.Context(), "a", bytes.NewReader(flipped))
+			if err != nil || again == received {
+				t.Fatal(again, err)
+			}
+			if entries, err := spool.Entries(); err != nil || len(entries) != 1 || entries[0] != again {
+				t.Errorf("delivered again: %+v, %v", entries, err)
+			}
+			if err := s.Upload(t.Context(), "guest-1", again, sink(t)); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 

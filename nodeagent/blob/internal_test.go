@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"io"
 	"net/http"
@@ -222,6 +223,17 @@ func FuzzParsePartsJournal(f *testing.F) {
 		}
 		if k, err := parsePartsJournal(again); err != nil || !slices.Equal(j.ETags, k.ETags) || len(j.ETags) > 10_000 {
 			t.Errorf("%+v became %+v, %v", j, k, err)
+		}
+	})
+}
+
+func FuzzParseSums(f *testing.F) {
+	f.Add([]byte(`{"sha256":"0000000000000000000000000000000000000000000000000000000000000000","crc32c":4294967295,"size":9}`))
+	f.Add([]byte(`{"sha256":"00","crc32c":-1,"size":-9}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		s, digest, err := parseSums(raw)
+		if err == nil && (s.Size < 0 || !strings.EqualFold(s.SHA256, hex.EncodeToString(digest[:]))) {
+			t.Errorf("%+v, %x", s, digest)
 		}
 	})
 }

@@ -50,7 +50,8 @@ func (e *WantedError) Error() string {
 // yet, some at a time, and returns the ETags of all in order once they are.
 // What was put is not put again, also after a restart. A *WantedError wants
 // another grant, a *contract.Refusal is final, any other error may pass. Parts
-// are not hashed: whoever wants to know the file hashes it before (Entries).
+// are not checked: what the disk damages is found by the tenant, whose guest has
+// signed the digest of the whole.
 func (s *Spools) UploadParts(ctx context.Context, guestID string, e Entry, g Grant) ([]string, error) {
 	if g.PartSize <= 0 || e.Size > g.PartSize*api.MaxParts {
 		return nil, contract.Refuse("results.grant-too-small", "grant parts of more bytes, with another upload_id",

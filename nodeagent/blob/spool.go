@@ -188,8 +188,8 @@ func (s *Spool) Receive(_ context.Context, name string, r io.Reader) (entry Entr
 		}
 	}()
 	limit := min(room, most)
-	sum := sha256.New()
-	size, err := io.CopyBuffer(io.MultiWriter(taken, file, sum), io.LimitReader(r, limit+1), make([]byte, 256<<10))
+	sum, crc := sha256.New(), newCRC()
+	size, err := io.CopyBuffer(io.MultiWriter(taken, file, sum, crc), io.LimitReader(r, limit+1), make([]byte, 256<<10))
 	s.received += size
 	if err != nil {
 		return Entry{}, diskError(fmt.Errorf("receiving result: %w", err))
@@ -208,12 +208,13 @@ func (s *Spool) Receive(_ context.Context, name string, r io.Reader) (entry Entr
 	if err != nil {
 		return Entry{}, fmt.Errorf("receiving result: %w", err)
 	}
-	if err := os.Rename(path, filepath.Join(s.dir, name)); err != nil {
+	if err := errors.Join(forgetSums(s.dir, name), os.Rename(path, filepath.Join(s.dir, name))); err != nil {
 		return Entry{}, fmt.Errorf("receiving result: %w", err)
 	}
 	taken.n = 0 // now the file's
 	s.s.budget.giveBack(replaced)
-	return Entry{name, [32]byte(sum.Sum(nil)), size}, syncDir(s.dir)
+	entry = Entry{name, [32]byte(sum.Sum(nil)), size}
+	return entry, errors.Join(keepSums(s.dir, name, sumsOf(entry, crc)), syncDir(s.dir))
 }
 
 // admit refuses what is one delivery too many, and a disk that is full.
@@ -239,7 +240,7 @@ func (s *Spool) room(name string) (int64, error) {
 	return max(room, 0), nil
 }
 
-// Entries are the complete files, hashed anew.
+// Entries are the complete files. One that has lost its sums is hashed anew.
 func (s *Spool) Entries() ([]Entry, error) {
 	found, err := os.ReadDir(s.dir)
 	if err != nil {
@@ -250,16 +251,11 @@ func (s *Spool) Entries() ([]Entry, error) {
 		if _, known := s.most[e.Name()]; !known {
 			continue
 		}
-		sum := sha256.New()
-		file, err := os.Open(filepath.Join(s.dir, e.Name()))
+		entry, err := digestOf(s.dir, e.Name())
 		if err != nil {
 			return nil, fmt.Errorf("reading spool: %w", err)
 		}
-		size, err := io.Copy(sum, file)
-		if err := errors.Join(err, file.Close()); err != nil {
-			return nil, fmt.Errorf("reading spool: %w", err)
-		}
-		entries = append(entries, Entry{e.Name(), [32]byte(sum.Sum(nil)), size})
+		entries = append(entries, entry)
 	}
 	return entries, nil
 }

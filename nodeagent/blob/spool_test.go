@@ -289,7 +289,7 @@ func BenchmarkPlainPut(b *testing.B) {
 }
 
 // sink takes whatever is put.
-func sink(b *testing.B) (url string) {
+func sink(b testing.TB) (url string) {
 	b.Helper()
 	server := httptest.NewTLSServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }))
 	b.Cleanup(server.Close)

@@ -3,7 +3,6 @@ package blob
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"encoding/hex"
 	"encoding/xml"
 	"errors"
@@ -28,12 +27,13 @@ func (s *Spools) Upload(ctx context.Context, guestID string, e Entry, putURL str
 		return err
 	}
 	defer file.Close() //nolint:errcheck // read only
-	body := &sending{r: io.LimitReader(file, e.Size), sum: sha256.New()}
+	sum, want := checker(filepath.Join(s.dir, guestID), e)
+	body := &sending{r: io.LimitReader(file, e.Size), sum: sum}
 	if _, err := s.put(ctx, putURL, body, e.Size); err != nil {
 		return fmt.Errorf("uploading result %s: %w", e.Name, err)
 	}
-	if got, _ := body.sent(); !bytes.Equal(got, e.SHA256[:]) {
-		return damaged(e, "has another SHA-256: "+hex.EncodeToString(got))
+	if got, _ := body.sent(); !bytes.Equal(got, want) {
+		return damaged(e, "has another checksum: "+hex.EncodeToString(got))
 	}
 	return nil
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -40,9 +39,7 @@ type delivery struct {
 	Size     int64    `json:"size"`
 	URLs     []string `json:"urls"`
 	PartSize int64    `json:"part_size"`
-	// Hash says that the file is hashed before, as each delivery begins.
-	Hash   bool   `json:"hash"`
-	CAFile string `json:"ca_file"`
+	CAFile   string   `json:"ca_file"`
 }
 
 // uploadChild delivers one result as the agent does.
@@ -60,14 +57,13 @@ func uploadChild(ctx context.Context, in io.Reader) error {
 		return err
 	}
 	e := blob.Entry{Name: uploadName, SHA256: d.SHA256, Size: d.Size}
-	if d.Hash {
-		spool, err := spools.Open(uploadGuest, map[string]int64{uploadName: d.Size}, d.Size)
-		if err != nil {
-			return err
-		}
-		if entries, err := spool.Entries(); err != nil || len(entries) != 1 || entries[0] != e {
-			return fmt.Errorf("the spool has %v: %w", entries, err)
-		}
+	// As a delivery begins: the digest is known from the receipt.
+	spool, err := spools.Open(uploadGuest, map[string]int64{uploadName: d.Size}, d.Size)
+	if err != nil {
+		return err
+	}
+	if entries, err := spool.Entries(); err != nil || len(entries) != 1 || entries[0] != e {
+		return fmt.Errorf("the spool has %v: %w", entries, err)
 	}
 	if d.PartSize == 0 {
 		return spools.Upload(ctx, uploadGuest, e, d.URLs[0])
@@ -102,12 +98,12 @@ func (l *lab) uploads(ctx context.Context) error {
 	if err := outside.Serve(running, rig.OutsideAddr+":"+sinkPort, cert, s); err != nil {
 		return err
 	}
-	d, pieces, err := l.spooled("https://" + rig.OutsideAddr + ":" + sinkPort + "/")
+	d, pieces, err := l.spooled(ctx, "https://" + rig.OutsideAddr + ":" + sinkPort + "/")
 	if err != nil {
 		return err
 	}
-	single, hashed := d, d
-	single.PartSize, hashed.Hash = 0, true
+	single := d
+	single.PartSize = 0
 	agent := func(d delivery) func(context.Context) (time.Duration, error) {
 		return func(ctx context.Context) (time.Duration, error) { return l.agentMoves(ctx, uploadVerb, d) }
 	}
@@ -120,14 +116,12 @@ func (l *lab) uploads(ctx context.Context) error {
 		{"curl -T ×8", curl(pieces)},
 		{"agent, one PUT", agent(single)},
 		{"agent, 8 parts", agent(d)},
-		{"agent, hashed and 8 parts", agent(hashed)},
 	}
 	t := table{
 		Title: "Result upload against curl", Unit: "MiB/s", Against: []string{ways[0].name, ways[1].name},
-		About: fmt.Sprintf(`%d MiB from the checkout's disk over TLS to the same server, which keeps nothing: the agent's one PUT (SHA-256
-			checked on the way) and its 8 parts at a time against curl with one stream and with 8 at a time (of a file cut into 8 before).
-			Hashed: a delivery begins with hashing the file; until then nothing knows whether the disk kept it. Sender and server
-			share the CPUs. Good: one PUT at least 0.8 of curl -T, 8 parts at least 0.8 of curl -T ×8.`, d.Size>>20),
+		About: fmt.Sprintf(`%d MiB from the checkout's disk over TLS to the same server, which keeps nothing: the agent's one PUT (checked
+			on the way against the checksum of its receipt) and its 8 parts at a time against curl with one stream and with 8 at a time
+			(of a file cut into 8 before). Sender and server share the CPUs. Good: one PUT at least 0.8 of curl -T, 8 parts at least 0.8 of curl -T ×8.`, d.Size>>20),
 	}
 	return l.race(ctx, t, d.Size, ways, func() error { s.taken.Store(0); return nil }, func() error {
 		if n := s.taken.Load(); n != d.Size {
@@ -145,30 +139,26 @@ func removeIfThere(path string) error {
 }
 
 // spooled seals zeros into a spool, and cuts a copy into pieces for curl.
-func (l *lab) spooled(store string) (d delivery, pieces []string, err error) {
+func (l *lab) spooled(ctx context.Context, store string) (d delivery, pieces []string, err error) {
 	d = delivery{Dir: filepath.Join(l.disk, "spool"), CAFile: l.p.CAFile()}
 	cut := filepath.Join(l.disk, "pieces")
-	if err := errors.Join(os.MkdirAll(filepath.Join(d.Dir, uploadGuest), 0o700), os.Mkdir(cut, 0o700)); err != nil {
+	if err := os.Mkdir(cut, 0o700); err != nil {
 		return d, nil, err
 	}
 	identity, err := age.GenerateX25519Identity()
 	if err != nil {
 		return d, nil, err
 	}
-	file, err := os.Create(filepath.Join(d.Dir, uploadGuest, uploadName))
+	e, err := receive(ctx, d.Dir, identity.Recipient())
 	if err != nil {
 		return d, nil, err
 	}
-	defer func() { err = errors.Join(err, file.Close()) }()
-	sum, err := tenant.Seal(file, io.LimitReader(zeros{}, uploadBytes), identity.Recipient())
+	d.SHA256, d.Size, d.PartSize = e.SHA256, e.Size, (e.Size+uploadParts-1)/uploadParts
+	file, err := os.Open(filepath.Join(d.Dir, uploadGuest, uploadName))
 	if err != nil {
 		return d, nil, err
 	}
-	digest, err := hex.DecodeString(sum.SHA256)
-	if err != nil {
-		return d, nil, err
-	}
-	d.SHA256, d.Size, d.PartSize = [32]byte(digest), sum.Size, (sum.Size+uploadParts-1)/uploadParts
+	defer file.Close() //nolint:errcheck // read only
 	for i := range int64(uploadParts) {
 		piece := filepath.Join(cut, fmt.Sprint(i))
 		out, err := os.Create(piece)
@@ -182,6 +172,24 @@ func (l *lab) spooled(store string) (d delivery, pieces []string, err error) {
 		pieces, d.URLs = append(pieces, piece), append(d.URLs, fmt.Sprintf("%s%s?partNumber=%d", store, uploadName, i+1))
 	}
 	return d, pieces, nil
+}
+
+// receive takes sealed zeros as from a guest.
+func receive(ctx context.Context, dir string, to age.Recipient) (blob.Entry, error) {
+	spools, err := blob.OpenSpools(dir, blob.SpoolConfig{MaxBytes: 2 * uploadBytes, CheckHeader: sealed.CheckHeader}, http.DefaultClient, hclog.NewNullLogger())
+	if err != nil {
+		return blob.Entry{}, err
+	}
+	spool, err := spools.Open(uploadGuest, map[string]int64{uploadName: 2 * uploadBytes}, 2*uploadBytes)
+	if err != nil {
+		return blob.Entry{}, err
+	}
+	r, w := io.Pipe()
+	go func() {
+		_, err := tenant.Seal(w, io.LimitReader(zeros{}, uploadBytes), to)
+		w.CloseWithError(err)
+	}()
+	return spool.Receive(ctx, uploadName, r)
 }
 
 // curlPuts puts each file to its own URL, all at a time.
