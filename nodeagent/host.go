@@ -164,13 +164,17 @@ func (b blobs) Fetch(ctx context.Context, ref lifecycle.Blob, owner string) (str
 
 type spoolsOf struct{ *blob.Spools }
 
-func (s spoolsOf) Open(guestID string, names []string, quota int64) (lifecycle.Spool, error) {
-	spool, err := s.Spools.Open(guestID, names, quota)
+func (s spoolsOf) Open(guestID string, most map[string]int64, quota int64) (lifecycle.Spool, error) {
+	spool, err := s.Spools.Open(guestID, most, quota)
 	return spoolOf{spool}, err
 }
 
 func (s spoolsOf) Upload(ctx context.Context, guestID string, e lifecycle.Entry, putURL string) error {
 	return s.Spools.Upload(ctx, guestID, blob.Entry(e), putURL)
+}
+
+func (s spoolsOf) UploadParts(ctx context.Context, guestID string, e lifecycle.Entry, g blob.Grant) ([]string, error) {
+	return s.Spools.UploadParts(ctx, guestID, blob.Entry(e), g)
 }
 
 type spoolOf struct{ *blob.Spool }

@@ -179,7 +179,7 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	if err != nil {
 		return nil, err
 	}
-	spools, err := blob.OpenSpools(spoolDir(cfg), cfg.Blob.SpoolMaxBytes, sealed.CheckHeader, client)
+	spools, err := blob.OpenSpools(spoolDir(cfg), blob.SpoolConfig{MaxBytes: cfg.Blob.SpoolMaxBytes, Parts: cfg.Blob.Parts, CheckHeader: sealed.CheckHeader}, client, logger)
 	if err != nil {
 		return nil, err
 	}

@@ -301,12 +301,19 @@ func limits(d *decision) *contract.Refusal {
 		return r
 	}
 	most := d.host.Policy.ResultsQuota
+	var carried int64
+	for _, u := range d.cmd.GetResults().GetUploads() {
+		carried += u.MaxBytes()
+	}
 	switch asked := d.cmd.GetResults().GetQuotaBytes(); {
 	case asked == 0:
-		d.plan.ResultBytes = most
+		d.plan.ResultBytes = min(most, carried)
 	case asked > uint64(most):
 		return contract.Refuse("admit.results-quota", "ask for less, or for 0 to get the most",
 			"a quota of %d bytes of results is asked for, the host allows %d", asked, most)
+	case asked > uint64(carried):
+		return contract.Refuse("admit.results-uncarried", "ask for less, or grant uploads in parts, or larger ones",
+			"a quota of %d bytes of results is asked for, the uploads can carry %d: %d by one PUT, %d parts by a grant", asked, carried, int64(api.MaxPutBytes), api.MaxParts)
 	default:
 		d.plan.ResultBytes = int64(asked)
 	}

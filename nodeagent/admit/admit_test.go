@@ -67,6 +67,32 @@ func TestAPlanSaysWhatTheCommandLeavesOpen(t *testing.T) {
 	}
 }
 
+func TestResultsMayBeAsLargeAsTheirUploadsCarry(t *testing.T) {
+	t.Parallel()
+	cmd, manifest, host := job()
+	host.Policy.ResultsQuota = 1 << 40
+	for _, c := range []struct {
+		parts *api.UploadGrant
+		want  int64
+	}{
+		{nil, 2 * api.MaxPutBytes},
+		{&api.UploadGrant{PartSize: api.MinPartBytes}, api.MaxPutBytes + api.MaxParts*api.MinPartBytes},
+		{&api.UploadGrant{PartSize: api.MaxPartBytes}, host.Policy.ResultsQuota},
+	} {
+		if c.parts != nil {
+			cmd.Results.Uploads[0] = &api.ResultUpload{Name: "out", Parts: c.parts}
+		}
+		cmd.Results.QuotaBytes = 0
+		if plan, err := Decide(cmd, manifest, host); err != nil || plan.ResultBytes != c.want {
+			t.Errorf("%v: %d bytes, %v; want %d", c.parts, plan.ResultBytes, err, c.want)
+		}
+		cmd.Results.QuotaBytes = uint64(c.want)
+		if plan, err := Decide(cmd, manifest, host); err != nil || plan.ResultBytes != c.want {
+			t.Errorf("%v: asked for %d, %v", c.parts, c.want, err)
+		}
+	}
+}
+
 // identify gives a command the ID block its image's publisher would sign.
 func identify(t *testing.T, cmd *api.LaunchGuest) {
 	t.Helper()
@@ -144,6 +170,13 @@ func TestEveryRuleRefusesWithItsCodeAndARemedy(t *testing.T) {
 		{"run timeout", "admit.run-timeout", func(w world) { w.cmd.RunTimeout = durationpb.New(721 * time.Hour) }},
 		{"quota", "admit.results-quota", func(w world) { w.cmd.Results.QuotaBytes = 5<<30 + 1 }},
 		{"huge quota", "admit.results-quota", func(w world) { w.cmd.Results.QuotaBytes = 1<<64 - 1 }},
+		{"quota no upload carries", "admit.results-uncarried", func(w world) {
+			w.host.Policy.ResultsQuota, w.cmd.Results.QuotaBytes = 1<<40, 10<<30+1
+		}},
+		{"quota no grant carries", "admit.results-uncarried", func(w world) {
+			w.host.Policy.ResultsQuota, w.cmd.Results.QuotaBytes = 1<<40, 55<<30
+			w.cmd.Results.Uploads[0] = &api.ResultUpload{Name: "out", Parts: &api.UploadGrant{PartSize: 5 << 20}}
+		}},
 		{"vCPUs of one guest", "admit.shape-vcpus", func(w world) { w.cmd.Machine.Vcpus = 65 }},
 		{"memory of one guest", "admit.shape-memory", func(w world) { w.cmd.Machine.MemoryMib = 1<<20 + 1 }},
 		{"CPU model", "admit.shape-cpu-model", func(w world) { w.cmd.Machine.CpuModel = "host" }},

@@ -16,8 +16,8 @@ import (
 const CommandPayloadType = "application/vnd.nodeagent.command.v1+protobuf"
 
 // MaxCommandBytes bounds the envelope. The largest command is a launch with
-// 64 KiB of manifest, 33 presigned URLs and 4 KiB of ID auth; base64 adds a
-// third.
+// 64 KiB of manifest, 33 presigned URLs, 4 KiB of ID auth, and as many URLs of
+// parts as the rest holds, about 200; base64 adds a third.
 const MaxCommandBytes = 256 << 10
 
 // MaxWindow bounds expires_at - not_before. Ids are remembered until expiry,

@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"testing"
 	"time"
@@ -45,6 +46,13 @@ func launch() *LaunchGuest {
 	}
 }
 
+// inParts is the grant of the last parts of the largest object.
+func inParts() *ResultUpload {
+	return &ResultUpload{Name: "out", Parts: &UploadGrant{
+		UploadId: "u-1", PartSize: MaxPartBytes, FirstPart: MaxParts - 1, Urls: []string{"https://store.example/out?partNumber=9999", "https://store.example/out?partNumber=10000"},
+	}}
+}
+
 func command(verb isCommand_Verb) *Command {
 	from := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 	return &Command{
@@ -60,6 +68,8 @@ func verbs() map[string]isCommand_Verb {
 		"evidence": &Command_RequestEvidence{RequestEvidence: &RequestEvidence{GuestId: guestID, Nonce: sum(9)}},
 		"cordon":   &Command_Cordon{Cordon: &Cordon{Reason: "disk"}},
 		"uncordon": &Command_Uncordon{Uncordon: &Uncordon{}},
+		"grant":    &Command_GrantUpload{GrantUpload: &GrantUpload{GuestId: guestID, Generation: 1, Upload: inParts()}},
+		"settle":   &Command_SettleUpload{SettleUpload: &SettleUpload{GuestId: guestID, Generation: 1, Name: "out", UploadId: "u-1"}},
 		"epoch":    &Command_BeginEpoch{BeginEpoch: &BeginEpoch{Epoch: 3, StoreId: bytes.Repeat([]byte{1}, 16)}},
 	}
 }
@@ -306,4 +316,62 @@ func FuzzOpenCommand(f *testing.F) {
 			t.Fatalf("what was opened cannot be opened again: %v", err)
 		}
 	})
+}
+
+func TestGrantsThatContradictThemselvesAreRefused(t *testing.T) {
+	t.Parallel()
+	for name, edit := range map[string]func(*ResultUpload){
+		"both":             func(u *ResultUpload) { u.PutUrl = "https://store.example/out" },
+		"neither":          func(u *ResultUpload) { u.Parts = nil },
+		"name":             func(u *ResultUpload) { u.Name = "../out" },
+		"no upload":        func(u *ResultUpload) { u.Parts.UploadId = "" },
+		"long upload id":   func(u *ResultUpload) { u.Parts.UploadId = strings.Repeat("u", maxUploadID+1) },
+		"upload id's form": func(u *ResultUpload) { u.Parts.UploadId = "u\n1" },
+		"small parts":      func(u *ResultUpload) { u.Parts.PartSize = MinPartBytes - 1 },
+		"large parts":      func(u *ResultUpload) { u.Parts.PartSize = MaxPartBytes + 1 },
+		"part 0":           func(u *ResultUpload) { u.Parts.FirstPart = 0 },
+		"part 10,001":      func(u *ResultUpload) { u.Parts.FirstPart = MaxParts },
+		"huge part":        func(u *ResultUpload) { u.Parts.FirstPart = math.MaxUint32 },
+		"no URLs":          func(u *ResultUpload) { u.Parts.Urls = nil },
+		"too many URLs":    func(u *ResultUpload) { u.Parts.FirstPart, u.Parts.Urls = 1, make([]string, MaxGrantURLs+1) },
+		"empty URL":        func(u *ResultUpload) { u.Parts.Urls[1] = "" },
+		"long URL":         func(u *ResultUpload) { u.Parts.Urls[0] = strings.Repeat("u", maxURL+1) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			upload := inParts()
+			edit(upload)
+			cmd := command(&Command_GrantUpload{GrantUpload: &GrantUpload{GuestId: guestID, Generation: 1, Upload: upload}})
+			if err := cmd.Check(); codeOf(err) != CodeMalformed {
+				t.Errorf("a grant: %v", err)
+			}
+			upload = inParts()
+			upload.Parts.FirstPart = 1
+			l := launch()
+			l.Results.Uploads[0] = upload
+			cmd = command(&Command_LaunchGuest{LaunchGuest: l})
+			if err := cmd.Check(); err != nil {
+				t.Fatalf("before the edit: %v", err)
+			}
+			edit(upload)
+			if err := cmd.Check(); codeOf(err) != CodeMalformed {
+				t.Errorf("a launch: %v", err)
+			}
+		})
+	}
+	if err := command(&Command_GrantUpload{GrantUpload: &GrantUpload{GuestId: guestID, Generation: 1}}).Check(); codeOf(err) != CodeMalformed {
+		t.Errorf("no upload at all: %v", err)
+	}
+	l := launch()
+	l.Results.Uploads[0] = inParts()
+	if err := command(&Command_LaunchGuest{LaunchGuest: l}).Check(); codeOf(err) != CodeMalformed {
+		t.Errorf("a launch that begins with a later part: %v", err)
+	}
+	for _, s := range []*SettleUpload{
+		{GuestId: guestID, Generation: 1, Name: "out"}, {GuestId: guestID, Generation: 1, Name: "a/b", UploadId: "u"}, {GuestId: guestID, Name: "out", UploadId: "u"},
+	} {
+		if err := command(&Command_SettleUpload{SettleUpload: s}).Check(); codeOf(err) != CodeMalformed {
+			t.Errorf("%v: %v", s, err)
+		}
+	}
 }

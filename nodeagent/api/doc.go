@@ -33,4 +33,6 @@
 //     attention (warnings) and how far the audit log is (audit); commands issued
 //     before the BeginEpoch of their epoch are refused as replays; published
 //     ports may have a server name. The features audit.log, ports.server-name.
+//     Results of more than 5 GiB: upload grants with part URLs
+//     in a launch, GrantUpload, SettleUpload; UploadGrantWanted, UploadReady.
 package api

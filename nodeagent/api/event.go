@@ -28,6 +28,8 @@ const (
 	KindHeartbeat      = "heartbeat"
 	KindCommandDone    = "command-done"
 	KindResultGivenUp  = "result-given-up"
+	KindGrantWanted    = "upload-grant-wanted"
+	KindUploadReady    = "upload-ready"
 )
 
 // EventBody is the body of an event: one of the Event_… wrappers.
@@ -78,6 +80,16 @@ func NewResultGivenUp(hostID, commandID string, at time.Time, r *ResultGivenUp) 
 // NewResultUploaded makes the event that one result left the host.
 func NewResultUploaded(hostID, commandID string, at time.Time, r *ResultUploaded) *Event {
 	return NewEvent(hostID, commandID, at, &Event_ResultUploaded{ResultUploaded: r})
+}
+
+// NewGrantWanted makes the event that one result waits for URLs.
+func NewGrantWanted(hostID, commandID string, at time.Time, w *UploadGrantWanted) *Event {
+	return NewEvent(hostID, commandID, at, &Event_UploadGrantWanted{UploadGrantWanted: w})
+}
+
+// NewUploadReady makes the event that one result's parts can be completed.
+func NewUploadReady(hostID, commandID string, at time.Time, r *UploadReady) *Event {
+	return NewEvent(hostID, commandID, at, &Event_UploadReady{UploadReady: r})
 }
 
 // EventKind returns the kind of an event: its body's field name with dashes,

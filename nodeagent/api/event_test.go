@@ -2,6 +2,7 @@ package api
 
 import (
 	"bytes"
+	"strings"
 	"testing"
 	"time"
 
@@ -22,6 +23,8 @@ func events() []*Event {
 		NewEvent("node-a", "", at, &Event_Heartbeat{Heartbeat: &Heartbeat{}}),
 		NewDone("node-a", "c", at),
 		NewResultGivenUp("node-a", "", at, &ResultGivenUp{GuestId: guestID, Name: "out"}),
+		NewGrantWanted("node-a", "", at, &UploadGrantWanted{GuestId: guestID, Name: "out", FirstPart: 9}),
+		NewUploadReady("node-a", "", at, &UploadReady{GuestId: guestID, Name: "out", Etags: []string{"a", "b"}}),
 	}
 }
 
@@ -29,7 +32,7 @@ func TestEveryEventHasAKindAndSurvivesTheWire(t *testing.T) {
 	t.Parallel()
 	kinds := []string{
 		KindCommandRefused, KindGuestState, KindEvidence, KindResultUploaded, KindCapability, KindHeartbeat, KindCommandDone,
-		KindResultGivenUp,
+		KindResultGivenUp, KindGrantWanted, KindUploadReady,
 	}
 	ids := map[string]bool{}
 	for i, e := range events() {
@@ -56,6 +59,19 @@ func TestEveryEventHasAKindAndSurvivesTheWire(t *testing.T) {
 	body := (&Event{}).ProtoReflect().Descriptor().Oneofs().ByName("body")
 	if body.Fields().Len() != len(kinds) {
 		t.Errorf("%d bodies, %d kinds", body.Fields().Len(), len(kinds))
+	}
+}
+
+// The longest list of parts fits: a node that could not tell it would never be
+// done.
+func TestTheLongestListOfPartsIsOneEvent(t *testing.T) {
+	t.Parallel()
+	r := &UploadReady{GuestId: guestID, Name: strings.Repeat("n", 255), Sha256: sum(1), UploadId: strings.Repeat("u", maxUploadID)}
+	for range MaxParts {
+		r.Etags = append(r.Etags, strings.Repeat("e", MaxETagBytes))
+	}
+	if _, err := MarshalEvent(NewUploadReady("node-a", "c", time.Now(), r)); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -19,6 +19,8 @@ const (
 	FeatureInputsAge = "inputs.age"
 	// FeatureResultsPresignedPut: results leave by presigned PUT.
 	FeatureResultsPresignedPut = "results.presigned-put"
+	// FeatureResultsPartGrants: results leave in parts, by upload grants.
+	FeatureResultsPartGrants = "results.part-grants"
 	// FeaturePortsAttestedTLS: ports served by TLS that ends in the guest.
 	FeaturePortsAttestedTLS = "ports.attested-tls"
 	// FeaturePortsServerName: ports reached by server name on a shared TLS
@@ -34,6 +36,6 @@ const (
 func Features() []string {
 	return []string{
 		FeatureAuditLog, FeatureEvidenceRelay, FeatureInputsAge, FeatureLaunchDirectBoot, FeatureLaunchIDBlock,
-		FeaturePortsAttestedTLS, FeaturePortsServerName, FeatureResultsPresignedPut,
+		FeaturePortsAttestedTLS, FeaturePortsServerName, FeatureResultsPartGrants, FeatureResultsPresignedPut,
 	}
 }

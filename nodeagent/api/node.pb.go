@@ -189,6 +189,8 @@ type Command struct {
 	//	*Command_Cordon
 	//	*Command_Uncordon
 	//	*Command_BeginEpoch
+	//	*Command_GrantUpload
+	//	*Command_SettleUpload
 	Verb          isCommand_Verb `protobuf_oneof:"verb"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -341,6 +343,24 @@ func (x *Command) GetBeginEpoch() *BeginEpoch {
 	return nil
 }
 
+func (x *Command) GetGrantUpload() *GrantUpload {
+	if x != nil {
+		if x, ok := x.Verb.(*Command_GrantUpload); ok {
+			return x.GrantUpload
+		}
+	}
+	return nil
+}
+
+func (x *Command) GetSettleUpload() *SettleUpload {
+	if x != nil {
+		if x, ok := x.Verb.(*Command_SettleUpload); ok {
+			return x.SettleUpload
+		}
+	}
+	return nil
+}
+
 type isCommand_Verb interface {
 	isCommand_Verb()
 }
@@ -375,6 +395,16 @@ type Command_BeginEpoch struct {
 	BeginEpoch *BeginEpoch `protobuf:"bytes,21,opt,name=begin_epoch,json=beginEpoch,proto3,oneof"`
 }
 
+type Command_GrantUpload struct {
+	// Renews where a result goes.
+	GrantUpload *GrantUpload `protobuf:"bytes,22,opt,name=grant_upload,json=grantUpload,proto3,oneof"`
+}
+
+type Command_SettleUpload struct {
+	// Says that an upload in parts is an object now.
+	SettleUpload *SettleUpload `protobuf:"bytes,23,opt,name=settle_upload,json=settleUpload,proto3,oneof"`
+}
+
 func (*Command_LaunchGuest) isCommand_Verb() {}
 
 func (*Command_StopGuest) isCommand_Verb() {}
@@ -386,6 +416,10 @@ func (*Command_Cordon) isCommand_Verb() {}
 func (*Command_Uncordon) isCommand_Verb() {}
 
 func (*Command_BeginEpoch) isCommand_Verb() {}
+
+func (*Command_GrantUpload) isCommand_Verb() {}
+
+func (*Command_SettleUpload) isCommand_Verb() {}
 
 // LaunchGuest starts one guest. guest_id may be used once per node.
 type LaunchGuest struct {
@@ -780,7 +814,8 @@ type ResultTarget struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// One per manifest result, by name, plus one named "results.dsse.json".
 	Uploads []*ResultUpload `protobuf:"bytes,1,rep,name=uploads,proto3" json:"uploads,omitempty"`
-	// Bytes of all results together; 0 means the host's policy.
+	// Bytes of all results together, at most what the uploads can carry; 0
+	// means the host's policy.
 	QuotaBytes    uint64 `protobuf:"varint,2,opt,name=quota_bytes,json=quotaBytes,proto3" json:"quota_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -830,13 +865,15 @@ func (x *ResultTarget) GetQuotaBytes() uint64 {
 	return 0
 }
 
-// ResultUpload is where one file goes.
+// ResultUpload is where one file goes: either put_url or parts.
 type ResultUpload struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Name of a manifest result, or "results.dsse.json".
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Presigned PUT URL, objects up to 5 GiB. A credential.
-	PutUrl        string `protobuf:"bytes,2,opt,name=put_url,json=putUrl,proto3" json:"put_url,omitempty"`
+	PutUrl string `protobuf:"bytes,2,opt,name=put_url,json=putUrl,proto3" json:"put_url,omitempty"`
+	// For objects of up to 10,000 parts.
+	Parts         *UploadGrant `protobuf:"bytes,3,opt,name=parts,proto3" json:"parts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -885,6 +922,91 @@ func (x *ResultUpload) GetPutUrl() string {
 	return ""
 }
 
+func (x *ResultUpload) GetParts() *UploadGrant {
+	if x != nil {
+		return x.Parts
+	}
+	return nil
+}
+
+// UploadGrant lets the parts of one multipart upload be put. Who made it holds
+// the store's keys, grants further URLs when UploadGrantWanted asks for them,
+// and completes the upload when UploadReady lists its parts.
+type UploadGrant struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The store's id of the multipart upload, 1 to 1024 printable ASCII
+	// characters. Parts that are there stay good under the same id only.
+	UploadId string `protobuf:"bytes,1,opt,name=upload_id,json=uploadId,proto3" json:"upload_id,omitempty"`
+	// Bytes of every part but the last, 5 MiB to 5 GiB. The same under the same
+	// upload_id.
+	PartSize uint64 `protobuf:"varint,2,opt,name=part_size,json=partSize,proto3" json:"part_size,omitempty"`
+	// Number of the part that the first URL is for, 1 to 10,000; 1 in a launch.
+	FirstPart uint32 `protobuf:"varint,3,opt,name=first_part,json=firstPart,proto3" json:"first_part,omitempty"`
+	// Presigned PUT URLs of the parts from first_part on, 1 to 128, none beyond
+	// part 10,000. Credentials.
+	Urls          []string `protobuf:"bytes,4,rep,name=urls,proto3" json:"urls,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UploadGrant) Reset() {
+	*x = UploadGrant{}
+	mi := &file_node_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UploadGrant) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UploadGrant) ProtoMessage() {}
+
+func (x *UploadGrant) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UploadGrant.ProtoReflect.Descriptor instead.
+func (*UploadGrant) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *UploadGrant) GetUploadId() string {
+	if x != nil {
+		return x.UploadId
+	}
+	return ""
+}
+
+func (x *UploadGrant) GetPartSize() uint64 {
+	if x != nil {
+		return x.PartSize
+	}
+	return 0
+}
+
+func (x *UploadGrant) GetFirstPart() uint32 {
+	if x != nil {
+		return x.FirstPart
+	}
+	return 0
+}
+
+func (x *UploadGrant) GetUrls() []string {
+	if x != nil {
+		return x.Urls
+	}
+	return nil
+}
+
 // PublishedPort makes a port of the guest reachable on the host.
 type PublishedPort struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -904,7 +1026,7 @@ type PublishedPort struct {
 
 func (x *PublishedPort) Reset() {
 	*x = PublishedPort{}
-	mi := &file_node_proto_msgTypes[7]
+	mi := &file_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -916,7 +1038,7 @@ func (x *PublishedPort) String() string {
 func (*PublishedPort) ProtoMessage() {}
 
 func (x *PublishedPort) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[7]
+	mi := &file_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -929,7 +1051,7 @@ func (x *PublishedPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PublishedPort.ProtoReflect.Descriptor instead.
 func (*PublishedPort) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{7}
+	return file_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *PublishedPort) GetGuestPort() uint32 {
@@ -970,7 +1092,7 @@ type StopGuest struct {
 
 func (x *StopGuest) Reset() {
 	*x = StopGuest{}
-	mi := &file_node_proto_msgTypes[8]
+	mi := &file_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -982,7 +1104,7 @@ func (x *StopGuest) String() string {
 func (*StopGuest) ProtoMessage() {}
 
 func (x *StopGuest) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[8]
+	mi := &file_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -995,7 +1117,7 @@ func (x *StopGuest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopGuest.ProtoReflect.Descriptor instead.
 func (*StopGuest) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{8}
+	return file_node_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *StopGuest) GetGuestId() string {
@@ -1019,6 +1141,145 @@ func (x *StopGuest) GetGrace() *durationpb.Duration {
 	return nil
 }
 
+// GrantUpload replaces where one file of a guest goes, and answers
+// UploadGrantWanted. It may come at any time before the file is uploaded.
+type GrantUpload struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Guest whose result it is, UUID, lower case.
+	GuestId string `protobuf:"bytes,1,opt,name=guest_id,json=guestId,proto3" json:"guest_id,omitempty"`
+	// As in StopGuest.
+	Generation uint64 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	// Of the same name and kind as in the launch. Required.
+	Upload        *ResultUpload `protobuf:"bytes,3,opt,name=upload,proto3" json:"upload,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GrantUpload) Reset() {
+	*x = GrantUpload{}
+	mi := &file_node_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GrantUpload) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GrantUpload) ProtoMessage() {}
+
+func (x *GrantUpload) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GrantUpload.ProtoReflect.Descriptor instead.
+func (*GrantUpload) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *GrantUpload) GetGuestId() string {
+	if x != nil {
+		return x.GuestId
+	}
+	return ""
+}
+
+func (x *GrantUpload) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *GrantUpload) GetUpload() *ResultUpload {
+	if x != nil {
+		return x.Upload
+	}
+	return nil
+}
+
+// SettleUpload answers UploadReady: the object is in the store. Where it
+// cannot be completed, a GrantUpload with another upload_id begins it anew.
+type SettleUpload struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Guest whose result it is, UUID, lower case.
+	GuestId string `protobuf:"bytes,1,opt,name=guest_id,json=guestId,proto3" json:"guest_id,omitempty"`
+	// As in StopGuest.
+	Generation uint64 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	// Name of the result.
+	Name string `protobuf:"bytes,3,opt,name=name,proto3" json:"name,omitempty"`
+	// The upload that was completed.
+	UploadId      string `protobuf:"bytes,4,opt,name=upload_id,json=uploadId,proto3" json:"upload_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SettleUpload) Reset() {
+	*x = SettleUpload{}
+	mi := &file_node_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SettleUpload) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SettleUpload) ProtoMessage() {}
+
+func (x *SettleUpload) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SettleUpload.ProtoReflect.Descriptor instead.
+func (*SettleUpload) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *SettleUpload) GetGuestId() string {
+	if x != nil {
+		return x.GuestId
+	}
+	return ""
+}
+
+func (x *SettleUpload) GetGeneration() uint64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *SettleUpload) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SettleUpload) GetUploadId() string {
+	if x != nil {
+		return x.UploadId
+	}
+	return ""
+}
+
 // RequestEvidence relays a verifier's challenge to a running guest.
 type RequestEvidence struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1032,7 +1293,7 @@ type RequestEvidence struct {
 
 func (x *RequestEvidence) Reset() {
 	*x = RequestEvidence{}
-	mi := &file_node_proto_msgTypes[9]
+	mi := &file_node_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1044,7 +1305,7 @@ func (x *RequestEvidence) String() string {
 func (*RequestEvidence) ProtoMessage() {}
 
 func (x *RequestEvidence) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[9]
+	mi := &file_node_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1057,7 +1318,7 @@ func (x *RequestEvidence) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RequestEvidence.ProtoReflect.Descriptor instead.
 func (*RequestEvidence) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{9}
+	return file_node_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *RequestEvidence) GetGuestId() string {
@@ -1085,7 +1346,7 @@ type Cordon struct {
 
 func (x *Cordon) Reset() {
 	*x = Cordon{}
-	mi := &file_node_proto_msgTypes[10]
+	mi := &file_node_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1097,7 +1358,7 @@ func (x *Cordon) String() string {
 func (*Cordon) ProtoMessage() {}
 
 func (x *Cordon) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[10]
+	mi := &file_node_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1110,7 +1371,7 @@ func (x *Cordon) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cordon.ProtoReflect.Descriptor instead.
 func (*Cordon) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{10}
+	return file_node_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Cordon) GetReason() string {
@@ -1129,7 +1390,7 @@ type Uncordon struct {
 
 func (x *Uncordon) Reset() {
 	*x = Uncordon{}
-	mi := &file_node_proto_msgTypes[11]
+	mi := &file_node_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1141,7 +1402,7 @@ func (x *Uncordon) String() string {
 func (*Uncordon) ProtoMessage() {}
 
 func (x *Uncordon) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[11]
+	mi := &file_node_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1154,7 +1415,7 @@ func (x *Uncordon) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Uncordon.ProtoReflect.Descriptor instead.
 func (*Uncordon) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{11}
+	return file_node_proto_rawDescGZIP(), []int{14}
 }
 
 // BeginEpoch opens a new issuer epoch on a node whose store is new or was
@@ -1174,7 +1435,7 @@ type BeginEpoch struct {
 
 func (x *BeginEpoch) Reset() {
 	*x = BeginEpoch{}
-	mi := &file_node_proto_msgTypes[12]
+	mi := &file_node_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1186,7 +1447,7 @@ func (x *BeginEpoch) String() string {
 func (*BeginEpoch) ProtoMessage() {}
 
 func (x *BeginEpoch) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[12]
+	mi := &file_node_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1199,7 +1460,7 @@ func (x *BeginEpoch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BeginEpoch.ProtoReflect.Descriptor instead.
 func (*BeginEpoch) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{12}
+	return file_node_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *BeginEpoch) GetEpoch() uint64 {
@@ -1239,6 +1500,8 @@ type Event struct {
 	//	*Event_Heartbeat
 	//	*Event_CommandDone
 	//	*Event_ResultGivenUp
+	//	*Event_UploadGrantWanted
+	//	*Event_UploadReady
 	Body          isEvent_Body `protobuf_oneof:"body"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1246,7 +1509,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_node_proto_msgTypes[13]
+	mi := &file_node_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1258,7 +1521,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[13]
+	mi := &file_node_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1271,7 +1534,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{13}
+	return file_node_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Event) GetEventId() string {
@@ -1388,6 +1651,24 @@ func (x *Event) GetResultGivenUp() *ResultGivenUp {
 	return nil
 }
 
+func (x *Event) GetUploadGrantWanted() *UploadGrantWanted {
+	if x != nil {
+		if x, ok := x.Body.(*Event_UploadGrantWanted); ok {
+			return x.UploadGrantWanted
+		}
+	}
+	return nil
+}
+
+func (x *Event) GetUploadReady() *UploadReady {
+	if x != nil {
+		if x, ok := x.Body.(*Event_UploadReady); ok {
+			return x.UploadReady
+		}
+	}
+	return nil
+}
+
 type isEvent_Body interface {
 	isEvent_Body()
 }
@@ -1432,6 +1713,16 @@ type Event_ResultGivenUp struct {
 	ResultGivenUp *ResultGivenUp `protobuf:"bytes,23,opt,name=result_given_up,json=resultGivenUp,proto3,oneof"`
 }
 
+type Event_UploadGrantWanted struct {
+	// A file waits for URLs.
+	UploadGrantWanted *UploadGrantWanted `protobuf:"bytes,24,opt,name=upload_grant_wanted,json=uploadGrantWanted,proto3,oneof"`
+}
+
+type Event_UploadReady struct {
+	// All parts of a file are in the object store.
+	UploadReady *UploadReady `protobuf:"bytes,25,opt,name=upload_ready,json=uploadReady,proto3,oneof"`
+}
+
 func (*Event_CommandRefused) isEvent_Body() {}
 
 func (*Event_GuestState) isEvent_Body() {}
@@ -1448,6 +1739,10 @@ func (*Event_CommandDone) isEvent_Body() {}
 
 func (*Event_ResultGivenUp) isEvent_Body() {}
 
+func (*Event_UploadGrantWanted) isEvent_Body() {}
+
+func (*Event_UploadReady) isEvent_Body() {}
+
 // Refusal mirrors contract.Refusal.
 type Refusal struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1463,7 +1758,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_node_proto_msgTypes[14]
+	mi := &file_node_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1475,7 +1770,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[14]
+	mi := &file_node_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1488,7 +1783,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{14}
+	return file_node_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Refusal) GetCode() string {
@@ -1526,7 +1821,7 @@ type CommandRefused struct {
 
 func (x *CommandRefused) Reset() {
 	*x = CommandRefused{}
-	mi := &file_node_proto_msgTypes[15]
+	mi := &file_node_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1538,7 +1833,7 @@ func (x *CommandRefused) String() string {
 func (*CommandRefused) ProtoMessage() {}
 
 func (x *CommandRefused) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[15]
+	mi := &file_node_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1551,7 +1846,7 @@ func (x *CommandRefused) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommandRefused.ProtoReflect.Descriptor instead.
 func (*CommandRefused) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{15}
+	return file_node_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CommandRefused) GetRefusal() *Refusal {
@@ -1579,7 +1874,7 @@ type CommandDone struct {
 
 func (x *CommandDone) Reset() {
 	*x = CommandDone{}
-	mi := &file_node_proto_msgTypes[16]
+	mi := &file_node_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1591,7 +1886,7 @@ func (x *CommandDone) String() string {
 func (*CommandDone) ProtoMessage() {}
 
 func (x *CommandDone) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[16]
+	mi := &file_node_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1604,7 +1899,7 @@ func (x *CommandDone) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommandDone.ProtoReflect.Descriptor instead.
 func (*CommandDone) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{16}
+	return file_node_proto_rawDescGZIP(), []int{19}
 }
 
 // GuestState reports that a guest went on.
@@ -1632,7 +1927,7 @@ type GuestState struct {
 
 func (x *GuestState) Reset() {
 	*x = GuestState{}
-	mi := &file_node_proto_msgTypes[17]
+	mi := &file_node_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1644,7 +1939,7 @@ func (x *GuestState) String() string {
 func (*GuestState) ProtoMessage() {}
 
 func (x *GuestState) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[17]
+	mi := &file_node_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1657,7 +1952,7 @@ func (x *GuestState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GuestState.ProtoReflect.Descriptor instead.
 func (*GuestState) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{17}
+	return file_node_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GuestState) GetGuestId() string {
@@ -1729,7 +2024,7 @@ type EvidenceReady struct {
 
 func (x *EvidenceReady) Reset() {
 	*x = EvidenceReady{}
-	mi := &file_node_proto_msgTypes[18]
+	mi := &file_node_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1741,7 +2036,7 @@ func (x *EvidenceReady) String() string {
 func (*EvidenceReady) ProtoMessage() {}
 
 func (x *EvidenceReady) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[18]
+	mi := &file_node_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1754,7 +2049,7 @@ func (x *EvidenceReady) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvidenceReady.ProtoReflect.Descriptor instead.
 func (*EvidenceReady) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{18}
+	return file_node_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *EvidenceReady) GetGuestId() string {
@@ -1771,7 +2066,8 @@ func (x *EvidenceReady) GetEvidence() []byte {
 	return nil
 }
 
-// ResultUploaded reports that a file is in the object store.
+// ResultUploaded reports that a file is in the object store, by the word of the
+// store or, for an upload in parts, of SettleUpload.
 type ResultUploaded struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Guest whose result it is.
@@ -1788,7 +2084,7 @@ type ResultUploaded struct {
 
 func (x *ResultUploaded) Reset() {
 	*x = ResultUploaded{}
-	mi := &file_node_proto_msgTypes[19]
+	mi := &file_node_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1800,7 +2096,7 @@ func (x *ResultUploaded) String() string {
 func (*ResultUploaded) ProtoMessage() {}
 
 func (x *ResultUploaded) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[19]
+	mi := &file_node_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1813,7 +2109,7 @@ func (x *ResultUploaded) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResultUploaded.ProtoReflect.Descriptor instead.
 func (*ResultUploaded) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{19}
+	return file_node_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ResultUploaded) GetGuestId() string {
@@ -1862,7 +2158,7 @@ type ResultGivenUp struct {
 
 func (x *ResultGivenUp) Reset() {
 	*x = ResultGivenUp{}
-	mi := &file_node_proto_msgTypes[20]
+	mi := &file_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1874,7 +2170,7 @@ func (x *ResultGivenUp) String() string {
 func (*ResultGivenUp) ProtoMessage() {}
 
 func (x *ResultGivenUp) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[20]
+	mi := &file_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1887,7 +2183,7 @@ func (x *ResultGivenUp) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResultGivenUp.ProtoReflect.Descriptor instead.
 func (*ResultGivenUp) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{20}
+	return file_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ResultGivenUp) GetGuestId() string {
@@ -1914,6 +2210,189 @@ func (x *ResultGivenUp) GetSize() uint64 {
 func (x *ResultGivenUp) GetRefusal() *Refusal {
 	if x != nil {
 		return x.Refusal
+	}
+	return nil
+}
+
+// UploadGrantWanted asks for a GrantUpload. It is sent once per grant; the file
+// waits until its deadline.
+type UploadGrantWanted struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Guest whose result it is.
+	GuestId string `protobuf:"bytes,1,opt,name=guest_id,json=guestId,proto3" json:"guest_id,omitempty"`
+	// Name of the result, or "results.dsse.json" for the signed list.
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// Bytes of ciphertext.
+	Size uint64 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	// The upload it goes on with, unless that is gone.
+	UploadId string `protobuf:"bytes,4,opt,name=upload_id,json=uploadId,proto3" json:"upload_id,omitempty"`
+	// First part without a usable URL.
+	FirstPart uint32 `protobuf:"varint,5,opt,name=first_part,json=firstPart,proto3" json:"first_part,omitempty"`
+	// What became of the URLs so far; absent when they were used up.
+	Refusal       *Refusal `protobuf:"bytes,6,opt,name=refusal,proto3" json:"refusal,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UploadGrantWanted) Reset() {
+	*x = UploadGrantWanted{}
+	mi := &file_node_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UploadGrantWanted) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UploadGrantWanted) ProtoMessage() {}
+
+func (x *UploadGrantWanted) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UploadGrantWanted.ProtoReflect.Descriptor instead.
+func (*UploadGrantWanted) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *UploadGrantWanted) GetGuestId() string {
+	if x != nil {
+		return x.GuestId
+	}
+	return ""
+}
+
+func (x *UploadGrantWanted) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *UploadGrantWanted) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *UploadGrantWanted) GetUploadId() string {
+	if x != nil {
+		return x.UploadId
+	}
+	return ""
+}
+
+func (x *UploadGrantWanted) GetFirstPart() uint32 {
+	if x != nil {
+		return x.FirstPart
+	}
+	return 0
+}
+
+func (x *UploadGrantWanted) GetRefusal() *Refusal {
+	if x != nil {
+		return x.Refusal
+	}
+	return nil
+}
+
+// UploadReady asks for the completion of an upload, and for a SettleUpload then.
+type UploadReady struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Guest whose result it is.
+	GuestId string `protobuf:"bytes,1,opt,name=guest_id,json=guestId,proto3" json:"guest_id,omitempty"`
+	// Name of the result, or "results.dsse.json" for the signed list.
+	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// Bytes of ciphertext.
+	Size uint64 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`
+	// SHA-256 of the ciphertext, 32 bytes.
+	Sha256 []byte `protobuf:"bytes,4,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	// The upload to complete.
+	UploadId string `protobuf:"bytes,5,opt,name=upload_id,json=uploadId,proto3" json:"upload_id,omitempty"`
+	// The store's ETag of each part, in order from part 1.
+	Etags         []string `protobuf:"bytes,6,rep,name=etags,proto3" json:"etags,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UploadReady) Reset() {
+	*x = UploadReady{}
+	mi := &file_node_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UploadReady) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UploadReady) ProtoMessage() {}
+
+func (x *UploadReady) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UploadReady.ProtoReflect.Descriptor instead.
+func (*UploadReady) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *UploadReady) GetGuestId() string {
+	if x != nil {
+		return x.GuestId
+	}
+	return ""
+}
+
+func (x *UploadReady) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *UploadReady) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *UploadReady) GetSha256() []byte {
+	if x != nil {
+		return x.Sha256
+	}
+	return nil
+}
+
+func (x *UploadReady) GetUploadId() string {
+	if x != nil {
+		return x.UploadId
+	}
+	return ""
+}
+
+func (x *UploadReady) GetEtags() []string {
+	if x != nil {
+		return x.Etags
 	}
 	return nil
 }
@@ -1965,7 +2444,7 @@ type Capability struct {
 
 func (x *Capability) Reset() {
 	*x = Capability{}
-	mi := &file_node_proto_msgTypes[21]
+	mi := &file_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1977,7 +2456,7 @@ func (x *Capability) String() string {
 func (*Capability) ProtoMessage() {}
 
 func (x *Capability) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[21]
+	mi := &file_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1990,7 +2469,7 @@ func (x *Capability) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capability.ProtoReflect.Descriptor instead.
 func (*Capability) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{21}
+	return file_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Capability) GetProtocol() uint32 {
@@ -2165,7 +2644,7 @@ type SEVSNP struct {
 
 func (x *SEVSNP) Reset() {
 	*x = SEVSNP{}
-	mi := &file_node_proto_msgTypes[22]
+	mi := &file_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2177,7 +2656,7 @@ func (x *SEVSNP) String() string {
 func (*SEVSNP) ProtoMessage() {}
 
 func (x *SEVSNP) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[22]
+	mi := &file_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2190,7 +2669,7 @@ func (x *SEVSNP) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SEVSNP.ProtoReflect.Descriptor instead.
 func (*SEVSNP) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{22}
+	return file_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SEVSNP) GetEnabled() bool {
@@ -2333,7 +2812,7 @@ type TCBVersion struct {
 
 func (x *TCBVersion) Reset() {
 	*x = TCBVersion{}
-	mi := &file_node_proto_msgTypes[23]
+	mi := &file_node_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2345,7 +2824,7 @@ func (x *TCBVersion) String() string {
 func (*TCBVersion) ProtoMessage() {}
 
 func (x *TCBVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[23]
+	mi := &file_node_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2358,7 +2837,7 @@ func (x *TCBVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TCBVersion.ProtoReflect.Descriptor instead.
 func (*TCBVersion) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{23}
+	return file_node_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *TCBVersion) GetRaw() uint64 {
@@ -2420,7 +2899,7 @@ type ASIDs struct {
 
 func (x *ASIDs) Reset() {
 	*x = ASIDs{}
-	mi := &file_node_proto_msgTypes[24]
+	mi := &file_node_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2432,7 +2911,7 @@ func (x *ASIDs) String() string {
 func (*ASIDs) ProtoMessage() {}
 
 func (x *ASIDs) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[24]
+	mi := &file_node_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2445,7 +2924,7 @@ func (x *ASIDs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ASIDs.ProtoReflect.Descriptor instead.
 func (*ASIDs) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{24}
+	return file_node_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ASIDs) GetTotal() uint32 {
@@ -2495,7 +2974,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_node_proto_msgTypes[25]
+	mi := &file_node_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2507,7 +2986,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[25]
+	mi := &file_node_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2520,7 +2999,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{25}
+	return file_node_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Finding) GetCode() string {
@@ -2581,7 +3060,7 @@ type Component struct {
 
 func (x *Component) Reset() {
 	*x = Component{}
-	mi := &file_node_proto_msgTypes[26]
+	mi := &file_node_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2593,7 +3072,7 @@ func (x *Component) String() string {
 func (*Component) ProtoMessage() {}
 
 func (x *Component) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[26]
+	mi := &file_node_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2606,7 +3085,7 @@ func (x *Component) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Component.ProtoReflect.Descriptor instead.
 func (*Component) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{26}
+	return file_node_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Component) GetName() string {
@@ -2677,7 +3156,7 @@ type EndorsementState struct {
 
 func (x *EndorsementState) Reset() {
 	*x = EndorsementState{}
-	mi := &file_node_proto_msgTypes[27]
+	mi := &file_node_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2689,7 +3168,7 @@ func (x *EndorsementState) String() string {
 func (*EndorsementState) ProtoMessage() {}
 
 func (x *EndorsementState) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[27]
+	mi := &file_node_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2702,7 +3181,7 @@ func (x *EndorsementState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndorsementState.ProtoReflect.Descriptor instead.
 func (*EndorsementState) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{27}
+	return file_node_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *EndorsementState) GetCertificate() Conclusion {
@@ -2776,7 +3255,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_node_proto_msgTypes[28]
+	mi := &file_node_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2788,7 +3267,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[28]
+	mi := &file_node_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2801,7 +3280,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{28}
+	return file_node_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *Heartbeat) GetUptimeSeconds() uint64 {
@@ -2906,7 +3385,7 @@ type AuditCheckpoint struct {
 
 func (x *AuditCheckpoint) Reset() {
 	*x = AuditCheckpoint{}
-	mi := &file_node_proto_msgTypes[29]
+	mi := &file_node_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2918,7 +3397,7 @@ func (x *AuditCheckpoint) String() string {
 func (*AuditCheckpoint) ProtoMessage() {}
 
 func (x *AuditCheckpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[29]
+	mi := &file_node_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2931,7 +3410,7 @@ func (x *AuditCheckpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpoint.ProtoReflect.Descriptor instead.
 func (*AuditCheckpoint) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{29}
+	return file_node_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *AuditCheckpoint) GetKey() string {
@@ -2967,7 +3446,7 @@ var File_node_proto protoreflect.FileDescriptor
 const file_node_proto_rawDesc = "" +
 	"\n" +
 	"\n" +
-	"node.proto\x12\fnodeagent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbe\x05\n" +
+	"node.proto\x12\fnodeagent.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc1\x06\n" +
 	"\aCommand\x12\x1d\n" +
 	"\n" +
 	"command_id\x18\x01 \x01(\tR\tcommandId\x12\x1a\n" +
@@ -2987,7 +3466,9 @@ const file_node_proto_rawDesc = "" +
 	"\x06cordon\x18\x13 \x01(\v2\x14.nodeagent.v1.CordonH\x00R\x06cordon\x124\n" +
 	"\buncordon\x18\x14 \x01(\v2\x16.nodeagent.v1.UncordonH\x00R\buncordon\x12;\n" +
 	"\vbegin_epoch\x18\x15 \x01(\v2\x18.nodeagent.v1.BeginEpochH\x00R\n" +
-	"beginEpochB\x06\n" +
+	"beginEpoch\x12>\n" +
+	"\fgrant_upload\x18\x16 \x01(\v2\x19.nodeagent.v1.GrantUploadH\x00R\vgrantUpload\x12A\n" +
+	"\rsettle_upload\x18\x17 \x01(\v2\x1a.nodeagent.v1.SettleUploadH\x00R\fsettleUploadB\x06\n" +
 	"\x04verb\"\xa9\x05\n" +
 	"\vLaunchGuest\x12\x19\n" +
 	"\bguest_id\x18\x01 \x01(\tR\aguestId\x12\x1e\n" +
@@ -3031,10 +3512,17 @@ const file_node_proto_rawDesc = "" +
 	"\fResultTarget\x124\n" +
 	"\auploads\x18\x01 \x03(\v2\x1a.nodeagent.v1.ResultUploadR\auploads\x12\x1f\n" +
 	"\vquota_bytes\x18\x02 \x01(\x04R\n" +
-	"quotaBytes\";\n" +
+	"quotaBytes\"l\n" +
 	"\fResultUpload\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x17\n" +
-	"\aput_url\x18\x02 \x01(\tR\x06putUrl\"l\n" +
+	"\aput_url\x18\x02 \x01(\tR\x06putUrl\x12/\n" +
+	"\x05parts\x18\x03 \x01(\v2\x19.nodeagent.v1.UploadGrantR\x05parts\"z\n" +
+	"\vUploadGrant\x12\x1b\n" +
+	"\tupload_id\x18\x01 \x01(\tR\buploadId\x12\x1b\n" +
+	"\tpart_size\x18\x02 \x01(\x04R\bpartSize\x12\x1d\n" +
+	"\n" +
+	"first_part\x18\x03 \x01(\rR\tfirstPart\x12\x12\n" +
+	"\x04urls\x18\x04 \x03(\tR\x04urls\"l\n" +
 	"\rPublishedPort\x12\x1d\n" +
 	"\n" +
 	"guest_port\x18\x01 \x01(\rR\tguestPort\x12\x1b\n" +
@@ -3046,7 +3534,20 @@ const file_node_proto_rawDesc = "" +
 	"\n" +
 	"generation\x18\x02 \x01(\x04R\n" +
 	"generation\x12/\n" +
-	"\x05grace\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x05grace\"B\n" +
+	"\x05grace\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x05grace\"|\n" +
+	"\vGrantUpload\x12\x19\n" +
+	"\bguest_id\x18\x01 \x01(\tR\aguestId\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x04R\n" +
+	"generation\x122\n" +
+	"\x06upload\x18\x03 \x01(\v2\x1a.nodeagent.v1.ResultUploadR\x06upload\"z\n" +
+	"\fSettleUpload\x12\x19\n" +
+	"\bguest_id\x18\x01 \x01(\tR\aguestId\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x04R\n" +
+	"generation\x12\x12\n" +
+	"\x04name\x18\x03 \x01(\tR\x04name\x12\x1b\n" +
+	"\tupload_id\x18\x04 \x01(\tR\buploadId\"B\n" +
 	"\x0fRequestEvidence\x12\x19\n" +
 	"\bguest_id\x18\x01 \x01(\tR\aguestId\x12\x14\n" +
 	"\x05nonce\x18\x02 \x01(\fR\x05nonce\" \n" +
@@ -3057,7 +3558,7 @@ const file_node_proto_rawDesc = "" +
 	"\n" +
 	"BeginEpoch\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x04R\x05epoch\x12\x19\n" +
-	"\bstore_id\x18\x02 \x01(\fR\astoreId\"\xb0\x05\n" +
+	"\bstore_id\x18\x02 \x01(\fR\astoreId\"\xc3\x06\n" +
 	"\x05Event\x12\x19\n" +
 	"\bevent_id\x18\x01 \x01(\tR\aeventId\x12\x17\n" +
 	"\ahost_id\x18\x02 \x01(\tR\x06hostId\x12\x1a\n" +
@@ -3075,7 +3576,9 @@ const file_node_proto_rawDesc = "" +
 	"capability\x127\n" +
 	"\theartbeat\x18\x15 \x01(\v2\x17.nodeagent.v1.HeartbeatH\x00R\theartbeat\x12>\n" +
 	"\fcommand_done\x18\x16 \x01(\v2\x19.nodeagent.v1.CommandDoneH\x00R\vcommandDone\x12E\n" +
-	"\x0fresult_given_up\x18\x17 \x01(\v2\x1b.nodeagent.v1.ResultGivenUpH\x00R\rresultGivenUpB\x06\n" +
+	"\x0fresult_given_up\x18\x17 \x01(\v2\x1b.nodeagent.v1.ResultGivenUpH\x00R\rresultGivenUp\x12Q\n" +
+	"\x13upload_grant_wanted\x18\x18 \x01(\v2\x1f.nodeagent.v1.UploadGrantWantedH\x00R\x11uploadGrantWanted\x12>\n" +
+	"\fupload_ready\x18\x19 \x01(\v2\x19.nodeagent.v1.UploadReadyH\x00R\vuploadReadyB\x06\n" +
 	"\x04body\"O\n" +
 	"\aRefusal\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x18\n" +
@@ -3113,7 +3616,22 @@ const file_node_proto_rawDesc = "" +
 	"\bguest_id\x18\x01 \x01(\tR\aguestId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
 	"\x04size\x18\x03 \x01(\x04R\x04size\x12/\n" +
-	"\arefusal\x18\x04 \x01(\v2\x15.nodeagent.v1.RefusalR\arefusal\"\x9b\x05\n" +
+	"\arefusal\x18\x04 \x01(\v2\x15.nodeagent.v1.RefusalR\arefusal\"\xc3\x01\n" +
+	"\x11UploadGrantWanted\x12\x19\n" +
+	"\bguest_id\x18\x01 \x01(\tR\aguestId\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\x04R\x04size\x12\x1b\n" +
+	"\tupload_id\x18\x04 \x01(\tR\buploadId\x12\x1d\n" +
+	"\n" +
+	"first_part\x18\x05 \x01(\rR\tfirstPart\x12/\n" +
+	"\arefusal\x18\x06 \x01(\v2\x15.nodeagent.v1.RefusalR\arefusal\"\x9b\x01\n" +
+	"\vUploadReady\x12\x19\n" +
+	"\bguest_id\x18\x01 \x01(\tR\aguestId\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\x04R\x04size\x12\x16\n" +
+	"\x06sha256\x18\x04 \x01(\fR\x06sha256\x12\x1b\n" +
+	"\tupload_id\x18\x05 \x01(\tR\buploadId\x12\x14\n" +
+	"\x05etags\x18\x06 \x03(\tR\x05etags\"\x9b\x05\n" +
 	"\n" +
 	"Capability\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12#\n" +
@@ -3251,7 +3769,7 @@ func file_node_proto_rawDescGZIP() []byte {
 }
 
 var file_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
 var file_node_proto_goTypes = []any{
 	(GuestStatus)(0),              // 0: nodeagent.v1.GuestStatus
 	(Conclusion)(0),               // 1: nodeagent.v1.Conclusion
@@ -3262,90 +3780,102 @@ var file_node_proto_goTypes = []any{
 	(*InputBlob)(nil),             // 6: nodeagent.v1.InputBlob
 	(*ResultTarget)(nil),          // 7: nodeagent.v1.ResultTarget
 	(*ResultUpload)(nil),          // 8: nodeagent.v1.ResultUpload
-	(*PublishedPort)(nil),         // 9: nodeagent.v1.PublishedPort
-	(*StopGuest)(nil),             // 10: nodeagent.v1.StopGuest
-	(*RequestEvidence)(nil),       // 11: nodeagent.v1.RequestEvidence
-	(*Cordon)(nil),                // 12: nodeagent.v1.Cordon
-	(*Uncordon)(nil),              // 13: nodeagent.v1.Uncordon
-	(*BeginEpoch)(nil),            // 14: nodeagent.v1.BeginEpoch
-	(*Event)(nil),                 // 15: nodeagent.v1.Event
-	(*Refusal)(nil),               // 16: nodeagent.v1.Refusal
-	(*CommandRefused)(nil),        // 17: nodeagent.v1.CommandRefused
-	(*CommandDone)(nil),           // 18: nodeagent.v1.CommandDone
-	(*GuestState)(nil),            // 19: nodeagent.v1.GuestState
-	(*EvidenceReady)(nil),         // 20: nodeagent.v1.EvidenceReady
-	(*ResultUploaded)(nil),        // 21: nodeagent.v1.ResultUploaded
-	(*ResultGivenUp)(nil),         // 22: nodeagent.v1.ResultGivenUp
-	(*Capability)(nil),            // 23: nodeagent.v1.Capability
-	(*SEVSNP)(nil),                // 24: nodeagent.v1.SEVSNP
-	(*TCBVersion)(nil),            // 25: nodeagent.v1.TCBVersion
-	(*ASIDs)(nil),                 // 26: nodeagent.v1.ASIDs
-	(*Finding)(nil),               // 27: nodeagent.v1.Finding
-	(*Component)(nil),             // 28: nodeagent.v1.Component
-	(*EndorsementState)(nil),      // 29: nodeagent.v1.EndorsementState
-	(*Heartbeat)(nil),             // 30: nodeagent.v1.Heartbeat
-	(*AuditCheckpoint)(nil),       // 31: nodeagent.v1.AuditCheckpoint
-	nil,                           // 32: nodeagent.v1.LaunchGuest.HostsEntry
-	nil,                           // 33: nodeagent.v1.GuestState.StepMsEntry
-	(*timestamppb.Timestamp)(nil), // 34: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 35: google.protobuf.Duration
+	(*UploadGrant)(nil),           // 9: nodeagent.v1.UploadGrant
+	(*PublishedPort)(nil),         // 10: nodeagent.v1.PublishedPort
+	(*StopGuest)(nil),             // 11: nodeagent.v1.StopGuest
+	(*GrantUpload)(nil),           // 12: nodeagent.v1.GrantUpload
+	(*SettleUpload)(nil),          // 13: nodeagent.v1.SettleUpload
+	(*RequestEvidence)(nil),       // 14: nodeagent.v1.RequestEvidence
+	(*Cordon)(nil),                // 15: nodeagent.v1.Cordon
+	(*Uncordon)(nil),              // 16: nodeagent.v1.Uncordon
+	(*BeginEpoch)(nil),            // 17: nodeagent.v1.BeginEpoch
+	(*Event)(nil),                 // 18: nodeagent.v1.Event
+	(*Refusal)(nil),               // 19: nodeagent.v1.Refusal
+	(*CommandRefused)(nil),        // 20: nodeagent.v1.CommandRefused
+	(*CommandDone)(nil),           // 21: nodeagent.v1.CommandDone
+	(*GuestState)(nil),            // 22: nodeagent.v1.GuestState
+	(*EvidenceReady)(nil),         // 23: nodeagent.v1.EvidenceReady
+	(*ResultUploaded)(nil),        // 24: nodeagent.v1.ResultUploaded
+	(*ResultGivenUp)(nil),         // 25: nodeagent.v1.ResultGivenUp
+	(*UploadGrantWanted)(nil),     // 26: nodeagent.v1.UploadGrantWanted
+	(*UploadReady)(nil),           // 27: nodeagent.v1.UploadReady
+	(*Capability)(nil),            // 28: nodeagent.v1.Capability
+	(*SEVSNP)(nil),                // 29: nodeagent.v1.SEVSNP
+	(*TCBVersion)(nil),            // 30: nodeagent.v1.TCBVersion
+	(*ASIDs)(nil),                 // 31: nodeagent.v1.ASIDs
+	(*Finding)(nil),               // 32: nodeagent.v1.Finding
+	(*Component)(nil),             // 33: nodeagent.v1.Component
+	(*EndorsementState)(nil),      // 34: nodeagent.v1.EndorsementState
+	(*Heartbeat)(nil),             // 35: nodeagent.v1.Heartbeat
+	(*AuditCheckpoint)(nil),       // 36: nodeagent.v1.AuditCheckpoint
+	nil,                           // 37: nodeagent.v1.LaunchGuest.HostsEntry
+	nil,                           // 38: nodeagent.v1.GuestState.StepMsEntry
+	(*timestamppb.Timestamp)(nil), // 39: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 40: google.protobuf.Duration
 }
 var file_node_proto_depIdxs = []int32{
-	34, // 0: nodeagent.v1.Command.not_before:type_name -> google.protobuf.Timestamp
-	34, // 1: nodeagent.v1.Command.expires_at:type_name -> google.protobuf.Timestamp
+	39, // 0: nodeagent.v1.Command.not_before:type_name -> google.protobuf.Timestamp
+	39, // 1: nodeagent.v1.Command.expires_at:type_name -> google.protobuf.Timestamp
 	3,  // 2: nodeagent.v1.Command.launch_guest:type_name -> nodeagent.v1.LaunchGuest
-	10, // 3: nodeagent.v1.Command.stop_guest:type_name -> nodeagent.v1.StopGuest
-	11, // 4: nodeagent.v1.Command.request_evidence:type_name -> nodeagent.v1.RequestEvidence
-	12, // 5: nodeagent.v1.Command.cordon:type_name -> nodeagent.v1.Cordon
-	13, // 6: nodeagent.v1.Command.uncordon:type_name -> nodeagent.v1.Uncordon
-	14, // 7: nodeagent.v1.Command.begin_epoch:type_name -> nodeagent.v1.BeginEpoch
-	4,  // 8: nodeagent.v1.LaunchGuest.image:type_name -> nodeagent.v1.BootImage
-	5,  // 9: nodeagent.v1.LaunchGuest.machine:type_name -> nodeagent.v1.Machine
-	6,  // 10: nodeagent.v1.LaunchGuest.inputs:type_name -> nodeagent.v1.InputBlob
-	7,  // 11: nodeagent.v1.LaunchGuest.results:type_name -> nodeagent.v1.ResultTarget
-	35, // 12: nodeagent.v1.LaunchGuest.start_timeout:type_name -> google.protobuf.Duration
-	35, // 13: nodeagent.v1.LaunchGuest.run_timeout:type_name -> google.protobuf.Duration
-	9,  // 14: nodeagent.v1.LaunchGuest.ports:type_name -> nodeagent.v1.PublishedPort
-	32, // 15: nodeagent.v1.LaunchGuest.hosts:type_name -> nodeagent.v1.LaunchGuest.HostsEntry
-	8,  // 16: nodeagent.v1.ResultTarget.uploads:type_name -> nodeagent.v1.ResultUpload
-	35, // 17: nodeagent.v1.StopGuest.grace:type_name -> google.protobuf.Duration
-	34, // 18: nodeagent.v1.Event.at:type_name -> google.protobuf.Timestamp
-	17, // 19: nodeagent.v1.Event.command_refused:type_name -> nodeagent.v1.CommandRefused
-	19, // 20: nodeagent.v1.Event.guest_state:type_name -> nodeagent.v1.GuestState
-	20, // 21: nodeagent.v1.Event.evidence:type_name -> nodeagent.v1.EvidenceReady
-	21, // 22: nodeagent.v1.Event.result_uploaded:type_name -> nodeagent.v1.ResultUploaded
-	23, // 23: nodeagent.v1.Event.capability:type_name -> nodeagent.v1.Capability
-	30, // 24: nodeagent.v1.Event.heartbeat:type_name -> nodeagent.v1.Heartbeat
-	18, // 25: nodeagent.v1.Event.command_done:type_name -> nodeagent.v1.CommandDone
-	22, // 26: nodeagent.v1.Event.result_given_up:type_name -> nodeagent.v1.ResultGivenUp
-	16, // 27: nodeagent.v1.CommandRefused.refusal:type_name -> nodeagent.v1.Refusal
-	0,  // 28: nodeagent.v1.GuestState.status:type_name -> nodeagent.v1.GuestStatus
-	16, // 29: nodeagent.v1.GuestState.refusal:type_name -> nodeagent.v1.Refusal
-	33, // 30: nodeagent.v1.GuestState.step_ms:type_name -> nodeagent.v1.GuestState.StepMsEntry
-	9,  // 31: nodeagent.v1.GuestState.ports:type_name -> nodeagent.v1.PublishedPort
-	16, // 32: nodeagent.v1.ResultGivenUp.refusal:type_name -> nodeagent.v1.Refusal
-	4,  // 33: nodeagent.v1.Capability.images:type_name -> nodeagent.v1.BootImage
-	24, // 34: nodeagent.v1.Capability.sev_snp:type_name -> nodeagent.v1.SEVSNP
-	28, // 35: nodeagent.v1.Capability.components:type_name -> nodeagent.v1.Component
-	29, // 36: nodeagent.v1.Capability.endorsements:type_name -> nodeagent.v1.EndorsementState
-	25, // 37: nodeagent.v1.SEVSNP.current_tcb:type_name -> nodeagent.v1.TCBVersion
-	25, // 38: nodeagent.v1.SEVSNP.reported_tcb:type_name -> nodeagent.v1.TCBVersion
-	26, // 39: nodeagent.v1.SEVSNP.asids:type_name -> nodeagent.v1.ASIDs
-	27, // 40: nodeagent.v1.SEVSNP.findings:type_name -> nodeagent.v1.Finding
-	1,  // 41: nodeagent.v1.Component.meets:type_name -> nodeagent.v1.Conclusion
-	1,  // 42: nodeagent.v1.Component.meets_gpu:type_name -> nodeagent.v1.Conclusion
-	1,  // 43: nodeagent.v1.EndorsementState.certificate:type_name -> nodeagent.v1.Conclusion
-	34, // 44: nodeagent.v1.EndorsementState.certificate_not_after:type_name -> google.protobuf.Timestamp
-	1,  // 45: nodeagent.v1.EndorsementState.revocation_list:type_name -> nodeagent.v1.Conclusion
-	34, // 46: nodeagent.v1.EndorsementState.revocation_list_next_update:type_name -> google.protobuf.Timestamp
-	27, // 47: nodeagent.v1.EndorsementState.findings:type_name -> nodeagent.v1.Finding
-	16, // 48: nodeagent.v1.Heartbeat.warnings:type_name -> nodeagent.v1.Refusal
-	31, // 49: nodeagent.v1.Heartbeat.audit:type_name -> nodeagent.v1.AuditCheckpoint
-	50, // [50:50] is the sub-list for method output_type
-	50, // [50:50] is the sub-list for method input_type
-	50, // [50:50] is the sub-list for extension type_name
-	50, // [50:50] is the sub-list for extension extendee
-	0,  // [0:50] is the sub-list for field type_name
+	11, // 3: nodeagent.v1.Command.stop_guest:type_name -> nodeagent.v1.StopGuest
+	14, // 4: nodeagent.v1.Command.request_evidence:type_name -> nodeagent.v1.RequestEvidence
+	15, // 5: nodeagent.v1.Command.cordon:type_name -> nodeagent.v1.Cordon
+	16, // 6: nodeagent.v1.Command.uncordon:type_name -> nodeagent.v1.Uncordon
+	17, // 7: nodeagent.v1.Command.begin_epoch:type_name -> nodeagent.v1.BeginEpoch
+	12, // 8: nodeagent.v1.Command.grant_upload:type_name -> nodeagent.v1.GrantUpload
+	13, // 9: nodeagent.v1.Command.settle_upload:type_name -> nodeagent.v1.SettleUpload
+	4,  // 10: nodeagent.v1.LaunchGuest.image:type_name -> nodeagent.v1.BootImage
+	5,  // 11: nodeagent.v1.LaunchGuest.machine:type_name -> nodeagent.v1.Machine
+	6,  // 12: nodeagent.v1.LaunchGuest.inputs:type_name -> nodeagent.v1.InputBlob
+	7,  // 13: nodeagent.v1.LaunchGuest.results:type_name -> nodeagent.v1.ResultTarget
+	40, // 14: nodeagent.v1.LaunchGuest.start_timeout:type_name -> google.protobuf.Duration
+	40, // 15: nodeagent.v1.LaunchGuest.run_timeout:type_name -> google.protobuf.Duration
+	10, // 16: nodeagent.v1.LaunchGuest.ports:type_name -> nodeagent.v1.PublishedPort
+	37, // 17: nodeagent.v1.LaunchGuest.hosts:type_name -> nodeagent.v1.LaunchGuest.HostsEntry
+	8,  // 18: nodeagent.v1.ResultTarget.uploads:type_name -> nodeagent.v1.ResultUpload
+	9,  // 19: nodeagent.v1.ResultUpload.parts:type_name -> nodeagent.v1.UploadGrant
+	40, // 20: nodeagent.v1.StopGuest.grace:type_name -> google.protobuf.Duration
+	8,  // 21: nodeagent.v1.GrantUpload.upload:type_name -> nodeagent.v1.ResultUpload
+	39, // 22: nodeagent.v1.Event.at:type_name -> google.protobuf.Timestamp
+	20, // 23: nodeagent.v1.Event.command_refused:type_name -> nodeagent.v1.CommandRefused
+	22, // 24: nodeagent.v1.Event.guest_state:type_name -> nodeagent.v1.GuestState
+	23, // 25: nodeagent.v1.Event.evidence:type_name -> nodeagent.v1.EvidenceReady
+	24, // 26: nodeagent.v1.Event.result_uploaded:type_name -> nodeagent.v1.ResultUploaded
+	28, // 27: nodeagent.v1.Event.capability:type_name -> nodeagent.v1.Capability
+	35, // 28: nodeagent.v1.Event.heartbeat:type_name -> nodeagent.v1.Heartbeat
+	21, // 29: nodeagent.v1.Event.command_done:type_name -> nodeagent.v1.CommandDone
+	25, // 30: nodeagent.v1.Event.result_given_up:type_name -> nodeagent.v1.ResultGivenUp
+	26, // 31: nodeagent.v1.Event.upload_grant_wanted:type_name -> nodeagent.v1.UploadGrantWanted
+	27, // 32: nodeagent.v1.Event.upload_ready:type_name -> nodeagent.v1.UploadReady
+	19, // 33: nodeagent.v1.CommandRefused.refusal:type_name -> nodeagent.v1.Refusal
+	0,  // 34: nodeagent.v1.GuestState.status:type_name -> nodeagent.v1.GuestStatus
+	19, // 35: nodeagent.v1.GuestState.refusal:type_name -> nodeagent.v1.Refusal
+	38, // 36: nodeagent.v1.GuestState.step_ms:type_name -> nodeagent.v1.GuestState.StepMsEntry
+	10, // 37: nodeagent.v1.GuestState.ports:type_name -> nodeagent.v1.PublishedPort
+	19, // 38: nodeagent.v1.ResultGivenUp.refusal:type_name -> nodeagent.v1.Refusal
+	19, // 39: nodeagent.v1.UploadGrantWanted.refusal:type_name -> nodeagent.v1.Refusal
+	4,  // 40: nodeagent.v1.Capability.images:type_name -> nodeagent.v1.BootImage
+	29, // 41: nodeagent.v1.Capability.sev_snp:type_name -> nodeagent.v1.SEVSNP
+	33, // 42: nodeagent.v1.Capability.components:type_name -> nodeagent.v1.Component
+	34, // 43: nodeagent.v1.Capability.endorsements:type_name -> nodeagent.v1.EndorsementState
+	30, // 44: nodeagent.v1.SEVSNP.current_tcb:type_name -> nodeagent.v1.TCBVersion
+	30, // 45: nodeagent.v1.SEVSNP.reported_tcb:type_name -> nodeagent.v1.TCBVersion
+	31, // 46: nodeagent.v1.SEVSNP.asids:type_name -> nodeagent.v1.ASIDs
+	32, // 47: nodeagent.v1.SEVSNP.findings:type_name -> nodeagent.v1.Finding
+	1,  // 48: nodeagent.v1.Component.meets:type_name -> nodeagent.v1.Conclusion
+	1,  // 49: nodeagent.v1.Component.meets_gpu:type_name -> nodeagent.v1.Conclusion
+	1,  // 50: nodeagent.v1.EndorsementState.certificate:type_name -> nodeagent.v1.Conclusion
+	39, // 51: nodeagent.v1.EndorsementState.certificate_not_after:type_name -> google.protobuf.Timestamp
+	1,  // 52: nodeagent.v1.EndorsementState.revocation_list:type_name -> nodeagent.v1.Conclusion
+	39, // 53: nodeagent.v1.EndorsementState.revocation_list_next_update:type_name -> google.protobuf.Timestamp
+	32, // 54: nodeagent.v1.EndorsementState.findings:type_name -> nodeagent.v1.Finding
+	19, // 55: nodeagent.v1.Heartbeat.warnings:type_name -> nodeagent.v1.Refusal
+	36, // 56: nodeagent.v1.Heartbeat.audit:type_name -> nodeagent.v1.AuditCheckpoint
+	57, // [57:57] is the sub-list for method output_type
+	57, // [57:57] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_node_proto_init() }
@@ -3360,8 +3890,10 @@ func file_node_proto_init() {
 		(*Command_Cordon)(nil),
 		(*Command_Uncordon)(nil),
 		(*Command_BeginEpoch)(nil),
+		(*Command_GrantUpload)(nil),
+		(*Command_SettleUpload)(nil),
 	}
-	file_node_proto_msgTypes[13].OneofWrappers = []any{
+	file_node_proto_msgTypes[16].OneofWrappers = []any{
 		(*Event_CommandRefused)(nil),
 		(*Event_GuestState)(nil),
 		(*Event_Evidence)(nil),
@@ -3370,16 +3902,18 @@ func file_node_proto_init() {
 		(*Event_Heartbeat)(nil),
 		(*Event_CommandDone)(nil),
 		(*Event_ResultGivenUp)(nil),
+		(*Event_UploadGrantWanted)(nil),
+		(*Event_UploadReady)(nil),
 	}
-	file_node_proto_msgTypes[22].OneofWrappers = []any{}
-	file_node_proto_msgTypes[24].OneofWrappers = []any{}
+	file_node_proto_msgTypes[27].OneofWrappers = []any{}
+	file_node_proto_msgTypes[29].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_node_proto_rawDesc), len(file_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   32,
+			NumMessages:   37,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"regexp"
 	"slices"
+	"strings"
 
 	"github.com/google/uuid"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -27,6 +28,19 @@ const (
 	storeIDLen      = 16
 	idBlockLen      = 96   // AMD 56860, ID_BLOCK
 	idAuthLen       = 4096 // AMD 56860, ID_AUTH_INFO page
+	maxUploadID     = 1 << 10
+)
+
+// What object stores take (S3, "multipart upload limits"), and how many URLs
+// of parts one command carries.
+const (
+	MaxPutBytes  = 5 << 30
+	MinPartBytes = 5 << 20
+	MaxPartBytes = 5 << 30
+	MaxParts     = 10_000
+	MaxGrantURLs = 128
+	// MaxETagBytes of a part; stores send 34.
+	MaxETagBytes = 96
 )
 
 // ValidHostID reports whether s can be a host id: 1 to 64 of [a-z0-9-]. It is
@@ -112,6 +126,13 @@ func (x *Command) checkVerb() *contract.Refusal {
 		return nil
 	case *Command_Uncordon:
 		return nil
+	case *Command_GrantUpload:
+		if r := checkGuest(v.GrantUpload.GetGuestId(), v.GrantUpload.GetGeneration()); r != nil {
+			return r
+		}
+		return v.GrantUpload.GetUpload().check()
+	case *Command_SettleUpload:
+		return v.SettleUpload.check()
 	case *Command_BeginEpoch:
 		if v.BeginEpoch.GetEpoch() != x.GetIssuerEpoch() {
 			return malformed("epoch is not the command's issuer_epoch")
@@ -219,15 +240,74 @@ func (x *LaunchGuest) checkResults() *contract.Refusal {
 	}
 	seen := map[string]bool{}
 	for _, u := range uploads {
-		if !contract.ValidFileName(u.GetName()) || seen[u.GetName()] {
-			return malformed("an upload's name is malformed or listed twice")
+		if seen[u.GetName()] {
+			return malformed("upload %q is listed twice", u.GetName())
 		}
 		seen[u.GetName()] = true
-		if n := len(u.GetPutUrl()); n == 0 || n > maxURL {
-			return malformed("the URL of upload %q has not 1 to %d bytes", u.GetName(), maxURL)
+		if r := u.check(); r != nil {
+			return r
+		}
+		if first := u.GetParts().GetFirstPart(); u.GetParts() != nil && first != 1 {
+			return malformed("the grant of upload %q begins with part %d", u.GetName(), first)
 		}
 	}
 	return nil
+}
+
+func (x *ResultUpload) check() *contract.Refusal {
+	switch {
+	case !contract.ValidFileName(x.GetName()):
+		return malformed("an upload's name is malformed")
+	case (x.GetPutUrl() == "") == (x.GetParts() == nil):
+		return malformed("upload %q needs either put_url or parts", x.GetName())
+	case x.GetParts() != nil:
+		return x.GetParts().check(x.GetName())
+	case len(x.GetPutUrl()) > maxURL:
+		return malformed("the URL of upload %q has more than %d bytes", x.GetName(), maxURL)
+	}
+	return nil
+}
+
+// MaxBytes is the most that one file can have there.
+func (x *ResultUpload) MaxBytes() int64 {
+	if x.GetParts() == nil {
+		return MaxPutBytes
+	}
+	return int64(x.GetParts().GetPartSize()) * MaxParts
+}
+
+func (x *UploadGrant) check(name string) *contract.Refusal {
+	first, urls := int(x.GetFirstPart()), x.GetUrls()
+	switch {
+	case !validUploadID(x.GetUploadId()):
+		return malformed("upload_id of upload %q is not 1 to %d printable characters", name, maxUploadID)
+	case x.GetPartSize() < MinPartBytes || x.GetPartSize() > MaxPartBytes:
+		return malformed("part_size of upload %q is %d, need %d to %d", name, x.GetPartSize(), MinPartBytes, int64(MaxPartBytes))
+	case len(urls) == 0 || len(urls) > MaxGrantURLs:
+		return malformed("upload %q has %d URLs of parts, need 1 to %d", name, len(urls), MaxGrantURLs)
+	case first < 1 || first > MaxParts-len(urls)+1:
+		return malformed("the URLs of upload %q from part %d on are not for parts 1 to %d", name, first, MaxParts)
+	}
+	for _, u := range urls {
+		if len(u) == 0 || len(u) > maxURL {
+			return malformed("a part's URL of upload %q has not 1 to %d bytes", name, maxURL)
+		}
+	}
+	return nil
+}
+
+func (x *SettleUpload) check() *contract.Refusal {
+	if r := checkGuest(x.GetGuestId(), x.GetGeneration()); r != nil {
+		return r
+	}
+	if !contract.ValidFileName(x.GetName()) || !validUploadID(x.GetUploadId()) {
+		return malformed("name or upload_id is malformed")
+	}
+	return nil
+}
+
+func validUploadID(s string) bool {
+	return len(s) >= 1 && len(s) <= maxUploadID && !strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' })
 }
 
 func (x *LaunchGuest) checkPorts() *contract.Refusal {

@@ -12,6 +12,11 @@
 //	blobs/DIGEST           complete, 0444
 //	partial/DIGEST{,.json} being fetched, and how much of it is there
 //	owners/OWNER/DIGEST    who needs it; unowned blobs are evicted, oldest first
+//
+//	spool/GUEST/NAME          a result, complete
+//	spool/GUEST/.NAME.partial being received
+//	spool/GUEST/.NAME.sums    its digest, as it was received
+//	spool/GUEST/.NAME.parts   which parts of it are in the store
 package blob
 
 import (
@@ -96,6 +101,7 @@ func withoutURL(err error) error {
 
 const (
 	codeURLExpired = "blob.url-expired"
+	codeNotFound   = "blob.not-found"
 	again          = "launch again with fresh URLs"
 )
 
@@ -143,7 +149,7 @@ func answered(resp *http.Response, want ...int) error {
 	case http.StatusUnauthorized, http.StatusForbidden:
 		return contract.Refuse(codeURLExpired, again, "the object store does not accept the URL: it has expired or was not made for this")
 	case http.StatusNotFound, http.StatusGone:
-		return contract.Refuse("blob.not-found", "upload the sealed file, then launch again", "the object store has no such object")
+		return contract.Refuse(codeNotFound, "upload the sealed file, then launch again", "the object store has no such object")
 	case http.StatusPreconditionFailed:
 		return errReplaced
 	case http.StatusRequestTimeout, http.StatusTooManyRequests, http.StatusInternalServerError, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:

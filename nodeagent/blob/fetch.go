@@ -15,7 +15,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -283,32 +282,16 @@ func (d *download) part(ctx context.Context, i int) error {
 	if there {
 		return nil
 	}
-	for attempt := 0; ; attempt++ {
-		err := diskError(d.try(ctx, i))
-		if err == nil {
-			return d.complete(i)
-		}
-		if _, final := errors.AsType[*contract.Refusal](err); final || errors.Is(err, errReplaced) || ctx.Err() != nil {
-			return err
-		}
-		if attempt == attempts-1 {
-			return contract.Refuse("blob.unreachable", "check that the host reaches the object store, then launch again",
-				"the object store did not deliver part %d of blob %s", i, d.ref.name()).Because(err)
-		}
-		pause := retryPause << attempt
-		if busy, told := errors.AsType[*busyError](err); told {
-			pause = max(pause, busy.after)
-		}
-		if until := Expiry(d.ref.URL); !until.IsZero() && time.Now().Add(pause).After(until) {
-			return contract.Refuse(codeURLExpired, again, "the URL expires before the object store delivers part %d of blob %s", i, d.ref.name()).Because(err)
-		}
-		d.c.log.Debug("part failed, trying again", "blob", d.ref.name(), "part", i, "attempt", attempt, "pause", pause.String(), "err", err)
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(pause):
-		}
+	what := fmt.Sprintf("part %d of blob %s", i, d.ref.name())
+	err := insist(ctx, d.ref.URL, what, d.c.log, func() error { return diskError(d.try(ctx, i)) })
+	switch {
+	case err == nil:
+		return d.complete(i)
+	case lasting(err) || ctx.Err() != nil:
+		return err
 	}
+	return contract.Refuse("blob.unreachable", "check that the host reaches the object store, then launch again",
+		"the object store did not deliver %s", what).Because(err)
 }
 
 // complete records a part.

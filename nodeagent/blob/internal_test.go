@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"io"
 	"net/http"
@@ -11,6 +12,8 @@ import (
 	"path/filepath"
 	"reflect"
 	"runtime"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -187,4 +190,69 @@ func FuzzExpiry(f *testing.F) {
 			t.Errorf("%q ends at %v", url, at)
 		}
 	})
+}
+
+func FuzzErrorDocument(f *testing.F) {
+	f.Add([]byte(""))
+	f.Add([]byte(`<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>m</Message></Error>`))
+	f.Add([]byte(`<Error><Code>a<b/>&x;</Code>`))
+	f.Add([]byte(`<!DOCTYPE html><html><Error/></html>`))
+	f.Add([]byte("<Error><Code>https://store.example/?X-Amz-Signature=1\n</Code></Error>"))
+	f.Fuzz(func(t *testing.T, body []byte) {
+		code, failed := errorDocument(body)
+		if failed != (code != "") || len(code) > 64 || failed && !bytes.Contains(body, []byte("Error")) {
+			t.Errorf("%q is %q, %t", body, code, failed)
+		}
+		if strings.ContainsAny(code, "\n\r<>&/?=") {
+			t.Errorf("%q passes", code)
+		}
+	})
+}
+
+func FuzzParsePartsJournal(f *testing.F) {
+	f.Add([]byte(`{"upload_id":"u","part_size":5,"size":9,"sha256":"aa","etags":["\"1\"",""]}`))
+	f.Add([]byte(`{"upload_id":"u","part_size":-5,"size":-9,"sha256":"","etags":["<a>"]}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		j, err := parsePartsJournal(raw)
+		if err != nil {
+			return
+		}
+		again, err := json.Marshal(j)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if k, err := parsePartsJournal(again); err != nil || !slices.Equal(j.ETags, k.ETags) || len(j.ETags) > 10_000 {
+			t.Errorf("%+v became %+v, %v", j, k, err)
+		}
+	})
+}
+
+func FuzzParseSums(f *testing.F) {
+	f.Add([]byte(`{"sha256":"0000000000000000000000000000000000000000000000000000000000000000","crc32c":4294967295,"size":9}`))
+	f.Add([]byte(`{"sha256":"00","crc32c":-1,"size":-9}`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		s, digest, err := parseSums(raw)
+		if err == nil && (s.Size < 0 || !strings.EqualFold(s.SHA256, hex.EncodeToString(digest[:]))) {
+			t.Errorf("%+v, %x", s, digest)
+		}
+	})
+}
+
+// The longest journal a node writes is one that it reads.
+func TestTheLongestJournalOfAnUploadIsRead(t *testing.T) {
+	t.Parallel()
+	j := partsJournal{UploadID: strings.Repeat("u", 1024), ETags: slices.Repeat([]string{strings.Repeat(`"`, 96)}, 10_000)}
+	raw, err := json.Marshal(j)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := parsePartsJournal(raw); err != nil {
+		t.Error(err)
+	}
+	if raw, err = json.Marshal(partsJournal{ETags: slices.Repeat([]string{""}, 10_001)}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := parsePartsJournal(raw); err == nil {
+		t.Error("more parts than an upload has are read")
+	}
 }

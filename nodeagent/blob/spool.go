@@ -1,21 +1,18 @@
 package blob
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
-	"strings"
 	"sync"
 	"time"
+
+	"github.com/hashicorp/go-hclog"
 
 	"github.com/confidential-node/agent/firmware/contract"
 )
@@ -27,22 +24,49 @@ type Entry struct {
 	Size   int64
 }
 
-// Spools is the folder that holds every guest's spool.
-type Spools struct {
-	dir         string
-	client      *http.Client
-	checkHeader func(io.Reader) error
-	stall       time.Duration
-	budget      *budget
+// SpoolConfig says how results are taken and sent.
+type SpoolConfig struct {
+	// MaxBytes bounds the files of all spools together.
+	MaxBytes int64
+	// Parts sent at a time for one guest; 0 means 8. Nobody's upload waits for
+	// another guest's.
+	Parts int
+	// CheckHeader refuses what is not sealed; it sees the start of a result.
+	CheckHeader func(io.Reader) error
+	// Stall is how long 64 KiB may take to go; 0 means 30 seconds.
+	Stall time.Duration
+	// Space says what is free under a path; nil asks the file system.
+	Space func(path string) (bytes, inodes uint64, err error)
 }
 
-// OpenSpools opens or makes the folder, 0700. All files in it together have at
-// most maxBytes; what was cut off while it was received is removed.
-func OpenSpools(dir string, maxBytes int64, checkHeader func(io.Reader) error, client *http.Client) (*Spools, error) {
+// Spools is the folder that holds every guest's spool.
+type Spools struct {
+	dir    string
+	cfg    SpoolConfig
+	client *http.Client
+	log    hclog.Logger
+	budget *budget
+}
+
+// OpenSpools opens or makes the folder, 0700. What was cut off while it was
+// received is removed.
+func OpenSpools(dir string, cfg SpoolConfig, client *http.Client, logger hclog.Logger) (*Spools, error) {
+	if cfg.CheckHeader == nil || cfg.MaxBytes <= 0 {
+		return nil, errors.New("opening spools: CheckHeader and MaxBytes are required")
+	}
+	if cfg.Parts == 0 {
+		cfg.Parts = 8
+	}
+	if cfg.Stall == 0 {
+		cfg.Stall = stallTimeout
+	}
+	if cfg.Space == nil {
+		cfg.Space = space
+	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("making spools: %w", err)
 	}
-	s := &Spools{dir, client, checkHeader, stallTimeout, &budget{max: maxBytes}}
+	s := &Spools{dir: dir, cfg: cfg, client: client, log: logger.Named("spool"), budget: &budget{max: cfg.MaxBytes}}
 	ids, err := s.List()
 	if err != nil {
 		return nil, err
@@ -61,15 +85,25 @@ func OpenSpools(dir string, maxBytes int64, checkHeader func(io.Reader) error, c
 type Spool struct {
 	s     *Spools
 	dir   string
-	names []string
+	most  map[string]int64
 	quota int64
 
 	mu sync.Mutex // one result at a time: the quota is for all together
+	// deliveries were begun, and had so many bytes.
+	deliveries int
+	received   int64
 }
 
-// Open makes a guest's spool for files of these names, quota bytes together,
-// or opens the one that is there.
-func (s *Spools) Open(guestID string, names []string, quota int64) (*Spool, error) {
+// A guest delivers each file once, and again after an error. One that never
+// ends to deliver wears out the disk.
+const (
+	maxDeliveries = 16 // per file, on the average
+	maxReceived   = 4  // times the quota
+)
+
+// Open makes a guest's spool for files of these names, each with its most
+// bytes, quota bytes together, or opens the one that is there.
+func (s *Spools) Open(guestID string, most map[string]int64, quota int64) (*Spool, error) {
 	if !contract.ValidFileName(guestID) {
 		return nil, fmt.Errorf("opening spool: guest id %q is malformed", guestID)
 	}
@@ -77,7 +111,7 @@ func (s *Spools) Open(guestID string, names []string, quota int64) (*Spool, erro
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, diskError(fmt.Errorf("making spool: %w", err))
 	}
-	return &Spool{s: s, dir: dir, names: names, quota: quota}, nil
+	return &Spool{s: s, dir: dir, most: most, quota: quota}, nil
 }
 
 // Remove removes a guest's spool. None is no error.
@@ -118,7 +152,8 @@ const partialSuffix = ".partial"
 // the file. Refused are names the spool is not for, more than the quota, and
 // anything but the signed list that is not sealed.
 func (s *Spool) Receive(_ context.Context, name string, r io.Reader) (entry Entry, err error) {
-	if !slices.Contains(s.names, name) {
+	most, known := s.most[name]
+	if !known {
 		return Entry{}, contract.Refuse("results.unknown-name", "name every result in the manifest", "the manifest has no result %q", name)
 	}
 	s.mu.Lock()
@@ -128,10 +163,13 @@ func (s *Spool) Receive(_ context.Context, name string, r io.Reader) (entry Entr
 		return Entry{}, err
 	}
 	if name == contract.ResultsManifestName {
-		room = min(room, contract.MaxResultManifestBytes)
+		most = min(most, contract.MaxResultManifestBytes)
+	}
+	if err := s.admit(); err != nil {
+		return Entry{}, err
 	}
 	if name != contract.ResultsManifestName {
-		if r, err = sealedHead(r, s.s.checkHeader, contract.Refuse("results.not-sealed", "use a guest image that seals its results",
+		if r, err = sealedHead(r, s.s.cfg.CheckHeader, contract.Refuse("results.not-sealed", "use a guest image that seals its results",
 			"result %s is not sealed: plaintext is never handled", name)); err != nil {
 			return Entry{}, fmt.Errorf("receiving result: %w", err)
 		}
@@ -141,7 +179,7 @@ func (s *Spool) Receive(_ context.Context, name string, r io.Reader) (entry Entr
 	if err != nil {
 		return Entry{}, diskError(fmt.Errorf("receiving result: %w", err))
 	}
-	taken := &taking{budget: s.s.budget}
+	taken := &taking{s: s.s}
 	defer func() {
 		err = errors.Join(err, file.Close())
 		if err != nil {
@@ -149,12 +187,18 @@ func (s *Spool) Receive(_ context.Context, name string, r io.Reader) (entry Entr
 			s.s.budget.giveBack(taken.n)
 		}
 	}()
-	sum := sha256.New()
-	size, err := io.CopyBuffer(io.MultiWriter(taken, file, sum), io.LimitReader(r, room+1), make([]byte, 256<<10))
+	limit := min(room, most)
+	sum, crc := sha256.New(), newCRC()
+	size, err := io.CopyBuffer(io.MultiWriter(taken, file, sum, crc), io.LimitReader(r, limit+1), make([]byte, 256<<10))
+	s.received += size
 	if err != nil {
 		return Entry{}, diskError(fmt.Errorf("receiving result: %w", err))
 	}
-	if size > room {
+	if size > most {
+		return Entry{}, contract.Refuse("results.too-large", "make the result smaller, or launch with an upload grant in parts for it",
+			"result %s has more bytes than its upload can carry: %d", name, most)
+	}
+	if size > limit {
 		return Entry{}, contract.Refuse("results.quota", "make the results smaller, or ask for a larger quota", "the results are larger than %d bytes", s.quota)
 	}
 	if err := file.Sync(); err != nil {
@@ -164,18 +208,28 @@ func (s *Spool) Receive(_ context.Context, name string, r io.Reader) (entry Entr
 	if err != nil {
 		return Entry{}, fmt.Errorf("receiving result: %w", err)
 	}
-	if err := os.Rename(path, filepath.Join(s.dir, name)); err != nil {
+	if err := errors.Join(forgetSums(s.dir, name), os.Rename(path, filepath.Join(s.dir, name))); err != nil {
 		return Entry{}, fmt.Errorf("receiving result: %w", err)
 	}
 	taken.n = 0 // now the file's
 	s.s.budget.giveBack(replaced)
-	return Entry{name, [32]byte(sum.Sum(nil)), size}, syncDir(s.dir)
+	entry = Entry{name, [32]byte(sum.Sum(nil)), size}
+	return entry, errors.Join(keepSums(s.dir, name, sumsOf(entry, crc)), syncDir(s.dir))
+}
+
+// admit refuses what is one delivery too many, and a disk that is full.
+func (s *Spool) admit() error {
+	if s.deliveries >= maxDeliveries*len(s.most) || s.received/maxReceived > s.quota {
+		return contract.Refuse("results.too-often", "deliver each result once", "the guest has begun %d deliveries of %d bytes together", s.deliveries, s.received)
+	}
+	s.deliveries++
+	return s.s.fits()
 }
 
 // room is how many bytes a file of this name may have.
 func (s *Spool) room(name string) (int64, error) {
 	room := s.quota
-	for _, other := range s.names {
+	for other := range s.most {
 		info, err := os.Stat(filepath.Join(s.dir, other))
 		if err == nil && other != name {
 			room -= info.Size()
@@ -186,7 +240,7 @@ func (s *Spool) room(name string) (int64, error) {
 	return max(room, 0), nil
 }
 
-// Entries are the complete files, hashed anew.
+// Entries are the complete files. One that has lost its sums is hashed anew.
 func (s *Spool) Entries() ([]Entry, error) {
 	found, err := os.ReadDir(s.dir)
 	if err != nil {
@@ -194,105 +248,14 @@ func (s *Spool) Entries() ([]Entry, error) {
 	}
 	var entries []Entry
 	for _, e := range found {
-		if strings.HasPrefix(e.Name(), ".") || !slices.Contains(s.names, e.Name()) {
+		if _, known := s.most[e.Name()]; !known {
 			continue
 		}
-		sum := sha256.New()
-		file, err := os.Open(filepath.Join(s.dir, e.Name()))
+		entry, err := digestOf(s.dir, e.Name())
 		if err != nil {
 			return nil, fmt.Errorf("reading spool: %w", err)
 		}
-		size, err := io.Copy(sum, file)
-		if err := errors.Join(err, file.Close()); err != nil {
-			return nil, fmt.Errorf("reading spool: %w", err)
-		}
-		entries = append(entries, Entry{e.Name(), [32]byte(sum.Sum(nil)), size})
+		entries = append(entries, entry)
 	}
 	return entries, nil
-}
-
-// Upload puts one complete file of a guest's spool to a presigned URL, and
-// checks while sending that it still is that file. A *contract.Refusal is
-// final, any other error may pass.
-func (s *Spools) Upload(ctx context.Context, guestID string, e Entry, putURL string) error {
-	if !contract.ValidFileName(guestID) || !contract.ValidFileName(e.Name) {
-		return fmt.Errorf("uploading: names %q, %q are malformed", guestID, e.Name)
-	}
-	file, err := os.Open(filepath.Join(s.dir, guestID, e.Name))
-	if errors.Is(err, os.ErrNotExist) {
-		return damaged(e, "is gone")
-	}
-	if err != nil {
-		return fmt.Errorf("uploading result: %w", err)
-	}
-	defer file.Close() //nolint:errcheck // read only
-	info, err := file.Stat()
-	if err != nil {
-		return fmt.Errorf("uploading result: %w", err)
-	}
-	if info.Size() != e.Size {
-		return damaged(e, fmt.Sprintf("has %d bytes, not %d", info.Size(), e.Size))
-	}
-	return s.put(ctx, e, file, putURL)
-}
-
-func (s *Spools) put(ctx context.Context, e Entry, file io.Reader, putURL string) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	req, err := request(ctx, http.MethodPut, putURL, http.NoBody)
-	if err != nil {
-		return err
-	}
-	body := &sending{r: io.LimitReader(file, e.Size), sum: sha256.New()}
-	if e.Size > 0 {
-		moving := watch(body, s.stall, cancel)
-		defer moving.dog.Stop()
-		req.Body, req.ContentLength = io.NopCloser(moving), e.Size
-	}
-	resp, err := s.client.Do(req)
-	if err != nil {
-		if cause := context.Cause(ctx); cause != nil {
-			err = cause
-		}
-		return fmt.Errorf("uploading result %s: %w", e.Name, withoutURL(err))
-	}
-	defer resp.Body.Close() //nolint:errcheck // read only
-	if err := answered(resp, http.StatusOK, http.StatusCreated, http.StatusNoContent); err != nil {
-		return err
-	}
-	switch got, n := body.sent(); {
-	case n != e.Size:
-		return fmt.Errorf("uploading result %s: object store answers %s after %d of %d bytes", e.Name, resp.Status, n, e.Size)
-	case !bytes.Equal(got, e.SHA256[:]):
-		return damaged(e, "has another SHA-256: "+hex.EncodeToString(got))
-	}
-	return nil
-}
-
-func damaged(e Entry, how string) error {
-	return contract.Refuse("results.spool-damaged", "launch again; check the host's disk", "result %s changed on the host's disk: it %s", e.Name, how)
-}
-
-// sending hashes what is sent. net/http may go on reading a body after the
-// answer came.
-type sending struct {
-	mu  sync.Mutex
-	r   io.Reader
-	sum hash.Hash
-	n   int64
-}
-
-func (s *sending) Read(b []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	n, err := s.r.Read(b)
-	s.sum.Write(b[:n])
-	s.n += int64(n)
-	return n, err
-}
-
-func (s *sending) sent() (sum []byte, n int64) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.sum.Sum(nil), s.n
 }

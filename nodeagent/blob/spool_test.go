@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
+
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/sealed"
 	"github.com/confidential-node/agent/nodeagent/blob"
@@ -21,18 +23,27 @@ import (
 
 func spools(t *testing.T) *blob.Spools {
 	t.Helper()
-	s, err := blob.OpenSpools(t.TempDir(), 1<<30, sealed.CheckHeader, client(t))
+	s, err := blob.OpenSpools(t.TempDir(), blob.SpoolConfig{MaxBytes: 1 << 30, CheckHeader: sealed.CheckHeader, Stall: 200 * time.Millisecond}, client(t), hclog.NewNullLogger())
 	if err != nil {
 		t.Fatal(err)
 	}
 	return s
 }
 
+// unlimited allows files of any size a test makes.
+func unlimited(names ...string) map[string]int64 {
+	out := map[string]int64{}
+	for _, name := range names {
+		out[name] = 1 << 30
+	}
+	return out
+}
+
 func TestResultsAreTakenWholeSealedAndUnderTheQuota(t *testing.T) {
 	t.Parallel()
 	s := spools(t)
 	data := seal(t, 10_000)
-	names := []string{"a", "b", contract.ResultsManifestName}
+	names := unlimited("a", "b", contract.ResultsManifestName)
 	spool, err := s.Open("guest-1", names, int64(len(data))+100)
 	if err != nil {
 		t.Fatal(err)
@@ -85,7 +96,7 @@ func TestAllSpoolsTogetherAreBounded(t *testing.T) {
 	limit := int64(len(data))*2 + 500
 	var s *blob.Spools
 	receive := func(guest, name string, r io.Reader) error {
-		spool, err := s.Open(guest, []string{"a", "b"}, 1<<20)
+		spool, err := s.Open(guest, unlimited("a", "b"), 1<<20)
 		if err == nil {
 			_, err = spool.Receive(t.Context(), name, r)
 		}
@@ -93,7 +104,7 @@ func TestAllSpoolsTogetherAreBounded(t *testing.T) {
 	}
 	reopen := func() {
 		var err error
-		if s, err = blob.OpenSpools(dir, limit, sealed.CheckHeader, client(t)); err != nil {
+		if s, err = blob.OpenSpools(dir, blob.SpoolConfig{MaxBytes: limit, CheckHeader: sealed.CheckHeader}, client(t), hclog.NewNullLogger()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -131,9 +142,8 @@ func (errorReader) Read([]byte) (int, error) { return 0, errors.New("broken off"
 func TestAnUploadIsDoneOnlyWhenTheStoreTookAllOfIt(t *testing.T) {
 	t.Parallel()
 	s := spools(t)
-	s.SetStall(200 * time.Millisecond)
 	data := seal(t, 8<<20)
-	spool, err := s.Open("guest-1", []string{"a"}, 16<<20)
+	spool, err := s.Open("guest-1", unlimited("a"), 16<<20)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -188,7 +198,7 @@ func TestUploadsSendTheFileAndSayWhatIsFinal(t *testing.T) {
 	t.Parallel()
 	s := spools(t)
 	data := seal(t, 100_000)
-	spool, err := s.Open("guest-1", []string{"a"}, 1<<20)
+	spool, err := s.Open("guest-1", unlimited("a"), 1<<20)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -230,11 +240,11 @@ func TestUploadsSendTheFileAndSayWhatIsFinal(t *testing.T) {
 // BenchmarkUpload against BenchmarkPlainPut shows what checking while sending
 // costs.
 func BenchmarkUpload(b *testing.B) {
-	s, err := blob.OpenSpools(b.TempDir(), 1<<30, sealed.CheckHeader, client(b))
+	s, err := blob.OpenSpools(b.TempDir(), blob.SpoolConfig{MaxBytes: 1 << 30, CheckHeader: sealed.CheckHeader}, client(b), hclog.NewNullLogger())
 	if err != nil {
 		b.Fatal(err)
 	}
-	spool, err := s.Open("guest-1", []string{"a"}, 1<<30)
+	spool, err := s.Open("guest-1", unlimited("a"), 1<<30)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -279,7 +289,7 @@ func BenchmarkPlainPut(b *testing.B) {
 }
 
 // sink takes whatever is put.
-func sink(b *testing.B) (url string) {
+func sink(b testing.TB) (url string) {
 	b.Helper()
 	server := httptest.NewTLSServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }))
 	b.Cleanup(server.Close)

@@ -33,8 +33,11 @@ import (
 const (
 	// maxFileBytes bounds one configuration file.
 	maxFileBytes = 1 << 20
-	// maxPutBytes is the largest object of one PUT (S3, PutObject).
-	maxPutBytes = 5 << 30
+	// putBytes is the largest object of one PUT (S3, PutObject), and maxParts
+	// of that size make the largest upload.
+	putBytes        = 5 << 30
+	maxParts        = 10_000
+	maxResultsQuota = maxParts * putBytes
 )
 
 // TEEs a configuration may name.
@@ -165,8 +168,9 @@ type Policy struct {
 	StartTimeout Duration `toml:"start_timeout"`
 	// RunTimeout bounds "running" to the end. Default 720h.
 	RunTimeout Duration `toml:"run_timeout"`
-	// ResultsQuota bounds the bytes of one guest's results, 1 to 5 GiB, the
-	// most one presigned PUT can carry. Default 5 GiB.
+	// ResultsQuota bounds the bytes of one guest's results, 1 to 50,000 GiB:
+	// 5 GiB of each result by one presigned PUT, or 10,000 parts of 5 MiB to
+	// 5 GiB by an upload grant. Default 5 GiB.
 	ResultsQuota int64 `toml:"results_quota"`
 }
 
@@ -177,7 +181,8 @@ type Blob struct {
 	// SpoolMaxBytes bounds the results of all guests that wait for their
 	// object stores. Default 100 GiB.
 	SpoolMaxBytes int64 `toml:"spool_max_bytes"`
-	// Parts fetched at a time for one blob, 1 to 64. Default 8.
+	// Parts fetched at a time for one blob, or sent at a time for one guest, 1
+	// to 64. Default 8.
 	Parts int `toml:"parts"`
 	// CAFile adds a CA for object stores to the system's roots. Default none.
 	CAFile string `toml:"ca_file"`
@@ -234,7 +239,7 @@ func Default() Config {
 			MaxGuests: 16, MaxVCPUs: 64, MaxMemoryMiB: 1 << 20, ReserveMemoryMiB: 4096,
 			CPUModels:    []string{"EPYC-v4"},
 			StartTimeout: Duration(15 * time.Minute), RunTimeout: Duration(720 * time.Hour),
-			ResultsQuota: maxPutBytes,
+			ResultsQuota: putBytes,
 		},
 		Blob: Blob{MaxBytes: 1 << 40, SpoolMaxBytes: 100 << 30, Parts: 8},
 	}
@@ -379,7 +384,7 @@ func (c *Config) validate(path string, at map[string]string) error {
 	check(len(c.Policy.CPUModels) > 0, "policy.cpu_models", "is empty: no guest could be launched")
 	within("policy.start_timeout", c.Policy.StartTimeout, time.Second, 24*time.Hour)
 	within("policy.run_timeout", c.Policy.RunTimeout, time.Second, 365*24*time.Hour)
-	check(c.Policy.ResultsQuota > 0 && c.Policy.ResultsQuota <= maxPutBytes, "policy.results_quota", "%d is not within 1..%d: a result goes up in one presigned PUT", c.Policy.ResultsQuota, int64(maxPutBytes))
+	check(c.Policy.ResultsQuota > 0 && c.Policy.ResultsQuota <= maxResultsQuota, "policy.results_quota", "%d is not within 1..%d: %d parts of 5 GiB are the most an upload can carry", c.Policy.ResultsQuota, int64(maxResultsQuota), maxParts)
 	check(c.Blob.MaxBytes > 0, "blob.max_bytes", "%d is not positive", c.Blob.MaxBytes)
 	check(c.Blob.SpoolMaxBytes > 0, "blob.spool_max_bytes", "%d is not positive", c.Blob.SpoolMaxBytes)
 	check(c.Blob.Parts >= 1 && c.Blob.Parts <= 64, "blob.parts", "%d is not within 1..64", c.Blob.Parts)

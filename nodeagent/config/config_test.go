@@ -71,7 +71,7 @@ func TestBadConfigurationNamesFileLineAndKey(t *testing.T) {
 		"relative file":                {strings.Replace(minimal, "/etc/nodeagent/ca.pem", "ca.pem", 1), `agent.toml:5: key "control.ca_file"`},
 		"no port":                      {strings.Replace(minimal, ":4222", "", 1), `agent.toml:4: key "control.servers"`},
 		"out of range":                 {minimal + "[policy]\nmax_vcpus = 2\nmax_guests = 0\n", `agent.toml:10: key "policy.max_guests": 0 is not within 1..1000`},
-		"more than one PUT":            {minimal + "[policy]\nresults_quota = 5368709121\n", `agent.toml:9: key "policy.results_quota"`},
+		"more than an upload":          {minimal + "[policy]\nresults_quota = 53687091200001\n", `agent.toml:9: key "policy.results_quota"`},
 		"missing":                      {strings.Replace(minimal, "host_id", "# host_id", 1), `agent.toml: key "host_id"`},
 		"guest range too wee":          {minimal + "[network]\nguest_cidr = \"10.0.0.0/30\"\n", `agent.toml:9: key "network.guest_cidr"`},
 		"a shared port without domain": {minimal + "[network.tls]\nlisten = \":443\"\n", `key "network.tls": listen and domain belong together`},

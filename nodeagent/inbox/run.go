@@ -255,7 +255,7 @@ func (x *Inbox) execute(ctx context.Context, c Command, cmd *api.Command) (event
 		if x.left(c) < 0 {
 			return nil, contract.Refuse(api.CodeExpired, "issue it again", "the node was down until the command had expired")
 		}
-	case *api.Command_StopGuest, *api.Command_Cordon, *api.Command_Uncordon:
+	case *api.Command_StopGuest, *api.Command_Cordon, *api.Command_Uncordon, *api.Command_GrantUpload, *api.Command_SettleUpload:
 	}
 	events, err = x.d.Executor.Execute(ctx, cmd)
 	if err != nil {

@@ -21,11 +21,11 @@ func (g *guest) deliver(ctx context.Context) error {
 	if find(g.record().Steps, stepDomain) == nil {
 		return nil // never started
 	}
-	cmd, manifest, err := g.command()
+	cmd, _, err := g.command()
 	if err != nil {
 		return err
 	}
-	spool, err := g.m.d.Spools.Open(g.id, spoolNames(manifest), g.record().Limits.ResultBytes)
+	spool, err := g.m.d.Spools.Open(g.id, spoolFiles(cmd), g.record().Limits.ResultBytes)
 	if err != nil {
 		return fmt.Errorf("opening spool: %w", err)
 	}
@@ -42,13 +42,12 @@ func (g *guest) deliver(ctx context.Context) error {
 	slices.SortFunc(entries, func(a, b Entry) int { return cmp.Or(cmp.Compare(last(a), last(b)), cmp.Compare(a.Name, b.Name)) })
 	for _, e := range entries {
 		settled := slices.ContainsFunc(g.record().Results, func(r store.Result) bool { return r.Name == e.Name })
-		i := slices.IndexFunc(cmd.GetResults().GetUploads(), func(u *api.ResultUpload) bool { return u.GetName() == e.Name })
-		if settled || i < 0 {
+		if settled || uploadOf(cmd, e.Name) == nil {
 			continue
 		}
 		failure := g.incomplete(e)
 		if failure == nil {
-			if failure, err = g.upload(ctx, e, cmd.GetResults().GetUploads()[i].GetPutUrl()); err != nil {
+			if failure, err = g.upload(ctx, e); err != nil {
 				return err
 			}
 		}
@@ -71,19 +70,28 @@ func (g *guest) incomplete(e Entry) *contract.Refusal {
 
 // upload returns why a file could not be delivered, or an error when the
 // agent ends meanwhile.
-func (g *guest) upload(ctx context.Context, e Entry, putURL string) (*contract.Refusal, error) {
-	deadline := blob.Expiry(putURL)
-	if deadline.IsZero() {
-		deadline = g.m.now().Add(g.m.c.UploadWindow)
+func (g *guest) upload(ctx context.Context, e Entry) (*contract.Refusal, error) {
+	if err := g.beginDelivery(); err != nil {
+		return nil, err
 	}
 	// Whatever the host's clock says of the deadline, the store is asked once.
-	left := max(deadline.Sub(g.m.now()), lastTry)
+	atLeast := lastTry
 	for wait := g.m.c.Retry; ; wait = min(2*wait, 30*g.m.c.Retry) {
-		if left <= 0 {
-			return contract.Refuse("results.upload-expired", "launch again with URLs that are valid for longer",
-				"result %s could not be uploaded before its URL expired", e.Name), nil
+		cmd, _, err := g.command()
+		if err != nil {
+			return nil, err
 		}
-		err := g.tryUpload(ctx, e, putURL, left)
+		target := uploadOf(cmd, e.Name) // a grant may have replaced it
+		deadline := blob.Expiry(target.GetPutUrl())
+		if deadline.IsZero() {
+			deadline = g.record().DeliverBy
+		}
+		left := max(deadline.Sub(g.m.now()), atLeast)
+		if atLeast = 0; left <= 0 {
+			return contract.Refuse("results.upload-expired", "launch again with URLs that are valid for longer, and a store that takes them in time",
+				"result %s could not be uploaded before its URL or its time expired", e.Name), nil
+		}
+		err = g.tryUpload(ctx, e, target, left)
 		if err == nil {
 			return nil, nil //nolint:nilnil // delivered: there is neither reason nor error
 		}
@@ -93,18 +101,41 @@ func (g *guest) upload(ctx context.Context, e Entry, putURL string) (*contract.R
 		if r, refused := errors.AsType[*contract.Refusal](err); refused {
 			return r, nil
 		}
-		g.m.log.Warn("upload failed, tried again", keyGuest, g.id, "name", e.Name, "pause", wait.String(), "until", deadline, keyError, err)
+		pause := max(wait, blob.RetryAfter(err))
+		if !errors.Is(err, errWaits) {
+			g.m.log.Warn("upload failed, tried again", keyGuest, g.id, "name", e.Name, "pause", pause.String(), "until", deadline, keyError, err)
+		}
 		g.note(fmt.Sprintf("result %s waits for its object store; stop the guest again to give it up: %v", e.Name, err))
-		if err := g.m.pause(ctx, g.wake, wait); err != nil {
+		if err := g.m.pause(ctx, g.wake, pause); err != nil {
 			return nil, err
 		}
-		left = deadline.Sub(g.m.now())
 	}
+}
+
+// beginDelivery sets the deadline of all files together, once.
+func (g *guest) beginDelivery() error {
+	by := g.m.now().Add(g.m.c.UploadWindow)
+	return g.update(func(r *store.Guest) (announce, bool) {
+		if !r.DeliverBy.IsZero() {
+			return false, false
+		}
+		r.DeliverBy = by
+		return false, true
+	})
+}
+
+func uploadOf(cmd *api.LaunchGuest, name string) *api.ResultUpload {
+	for _, u := range cmd.GetResults().GetUploads() {
+		if u.GetName() == name {
+			return u
+		}
+	}
+	return nil
 }
 
 // tryUpload uploads once. A StopGuest that comes meanwhile ends the try, and
 // its grace bounds those that follow.
-func (g *guest) tryUpload(ctx context.Context, e Entry, putURL string, left time.Duration) error {
+func (g *guest) tryUpload(ctx context.Context, e Entry, target *api.ResultUpload, left time.Duration) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	g.mu.Lock()
@@ -119,7 +150,10 @@ func (g *guest) tryUpload(ctx context.Context, e Entry, putURL string, left time
 	}
 	ctx, done := context.WithTimeout(ctx, left)
 	defer done()
-	return g.m.d.Spools.Upload(ctx, g.id, e, putURL)
+	if target.GetParts() != nil {
+		return g.uploadParts(ctx, e, target.GetParts())
+	}
+	return g.m.d.Spools.Upload(ctx, g.id, e, target.GetPutUrl())
 }
 
 // lastTry bounds an upload to a URL that seems to have expired.

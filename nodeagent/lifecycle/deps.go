@@ -12,6 +12,7 @@ import (
 	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/admit"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/blob"
 	"github.com/confidential-node/agent/nodeagent/clock"
 	"github.com/confidential-node/agent/nodeagent/config"
 	"github.com/confidential-node/agent/nodeagent/headroom"
@@ -101,12 +102,16 @@ type Entry struct {
 
 // Spools hold what guests deliver until it is uploaded.
 type Spools interface {
-	// Open makes a guest's spool for files of these names, quota bytes
-	// together, or opens the one that is there.
-	Open(guestID string, names []string, quota int64) (Spool, error)
+	// Open makes a guest's spool for files of these names, each with its most
+	// bytes, quota bytes together, or opens the one that is there.
+	Open(guestID string, most map[string]int64, quota int64) (Spool, error)
 	// Upload puts one complete file of a guest's spool to a presigned URL. A
 	// *contract.Refusal is final, any other error may pass.
 	Upload(ctx context.Context, guestID string, e Entry, putURL string) error
+	// UploadParts puts the parts of one complete file that are not there yet,
+	// and returns the ETags of all. A *blob.WantedError wants another grant; the
+	// rest is as of Upload.
+	UploadParts(ctx context.Context, guestID string, e Entry, g blob.Grant) (etags []string, err error)
 	// Remove removes a guest's spool. None is no error.
 	Remove(guestID string) error
 	// List returns the ids of the guests that have one.
@@ -184,8 +189,8 @@ type Config struct {
 	PowerOffGrace time.Duration
 	// CollectTimeout bounds the delivery of results. Default 6 hours.
 	CollectTimeout time.Duration
-	// UploadWindow bounds uploading to a URL that does not say when it
-	// expires. Default 24 hours.
+	// UploadWindow bounds the delivery of results by grants in parts, and to a
+	// URL that does not say when it expires. Default 24 hours.
 	UploadWindow time.Duration
 	// Poll is how often domains are listed although no event came. Default
 	// 15 seconds.

@@ -56,6 +56,10 @@ func (m *Manager) execute(ctx context.Context, cmd *api.Command) ([]*api.Event, 
 		return nil, m.cordon(v.Cordon.GetReason(), true)
 	case *api.Command_Uncordon:
 		return nil, m.cordon("", false)
+	case *api.Command_GrantUpload:
+		return nil, m.grantUpload(v.GrantUpload)
+	case *api.Command_SettleUpload:
+		return nil, m.settleUpload(v.SettleUpload)
 	case *api.Command_BeginEpoch, nil:
 	}
 	return nil, contract.Refuse(api.CodeMalformed, "send another command", "the command has no verb that guests know")

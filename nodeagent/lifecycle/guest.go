@@ -281,13 +281,14 @@ func (g *guest) session(cmd *api.LaunchGuest, manifest *contract.Manifest) (meta
 	return s, nil
 }
 
-// spoolNames are the files the guest may deliver.
-func spoolNames(manifest *contract.Manifest) []string {
-	names := []string{contract.ResultsManifestName}
-	for _, r := range manifest.Results {
-		names = append(names, r.Name)
+// spoolFiles are the files the guest may deliver, each with the most bytes that
+// its upload carries. Admission saw that they are the manifest's.
+func spoolFiles(cmd *api.LaunchGuest) map[string]int64 {
+	most := map[string]int64{}
+	for _, u := range cmd.GetResults().GetUploads() {
+		most[u.GetName()] = u.MaxBytes()
 	}
-	return names
+	return most
 }
 
 // rank orders phases; a guest only moves on.

@@ -59,11 +59,11 @@ func steps() []step {
 func (g *guest) nothing(context.Context) error { return nil }
 
 func (g *guest) makeSpool(context.Context) error {
-	_, manifest, err := g.command()
+	cmd, _, err := g.command()
 	if err != nil {
 		return err
 	}
-	spool, err := g.m.d.Spools.Open(g.id, spoolNames(manifest), g.record().Limits.ResultBytes)
+	spool, err := g.m.d.Spools.Open(g.id, spoolFiles(cmd), g.record().Limits.ResultBytes)
 	if err != nil {
 		return fmt.Errorf("opening spool: %w", err)
 	}

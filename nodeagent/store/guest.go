@@ -58,6 +58,11 @@ type Guest struct {
 	Undoing bool              `json:",omitempty"`
 	Final   api.GuestStatus   `json:",omitempty"`
 	Outcome *contract.Refusal `json:",omitempty"`
+	// DeliverBy is when results that still wait for their object store are
+	// given up, unless their URLs say otherwise; set when the first is due.
+	DeliverBy time.Time `json:",omitzero"`
+	// Wish is what the delivery waits for, or waited for last.
+	Wish *Wish `json:",omitempty"`
 	// GiveUp is the intent of a StopGuest that came while results waited for
 	// their object store.
 	GiveUp *Stop `json:",omitempty"`
@@ -97,6 +102,18 @@ type Result struct {
 	Name     string
 	Uploaded bool
 	Failure  *contract.Refusal `json:",omitempty"`
+}
+
+// Wish is what a file's upload in parts wants of whoever holds the object
+// store's keys: a grant, or that the upload is completed.
+type Wish struct {
+	Name, UploadID string
+	// Parts that were there.
+	Parts int
+	// Complete says that all were.
+	Complete bool `json:",omitempty"`
+	// Granted says that a grant came since, Settled that the completion did.
+	Granted, Settled bool `json:",omitempty"`
 }
 
 // PutGuest stores a guest and appends events to the outbox, both or neither.

@@ -52,13 +52,10 @@ func fetchChild(ctx context.Context, in io.Reader) error {
 	if err := json.NewDecoder(in).Decode(&w); err != nil {
 		return fmt.Errorf("reading what to fetch: %w", err)
 	}
-	ca, err := os.ReadFile(w.CAFile)
+	client, err := storeClient(w.CAFile)
 	if err != nil {
 		return err
 	}
-	pool := x509.NewCertPool()
-	pool.AppendCertsFromPEM(ca)
-	client := blob.Client(&http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, MaxIdleConnsPerHost: 64})
 	cache, err := blob.Open(w.Dir, blob.Config{MaxBytes: 2 * w.Size, Parts: fetchParts, CheckHeader: sealed.CheckHeader}, client, hclog.NewNullLogger())
 	if err != nil {
 		return err
@@ -67,11 +64,22 @@ func fetchChild(ctx context.Context, in io.Reader) error {
 	return err
 }
 
-// getter is one way to get the object into w.Dir. It returns the CPU time of
-// the program that did it.
-type getter struct {
+// storeClient is the agent's.
+func storeClient(caFile string) (*http.Client, error) {
+	ca, err := os.ReadFile(caFile)
+	if err != nil {
+		return nil, err
+	}
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(ca)
+	return blob.Client(&http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}, MaxIdleConnsPerHost: 64}), nil
+}
+
+// way is one way to move so many bytes. It returns the CPU time of the program
+// that did it.
+type way struct {
 	name string
-	get  func(context.Context, wanted) (time.Duration, error)
+	move func(context.Context) (time.Duration, error)
 }
 
 // fetches compares the agent's fetch with curl, into memory and onto a disk.
@@ -80,28 +88,28 @@ func (l *lab) fetches(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	one := getter{"curl", func(ctx context.Context, w wanted) (time.Duration, error) { return l.curl(ctx, w, 1) }}
-	many := getter{"curl ×8", func(ctx context.Context, w wanted) (time.Duration, error) { return l.curl(ctx, w, fetchParts) }}
-	synced := getter{"curl ×8, fsync", func(ctx context.Context, w wanted) (time.Duration, error) {
-		cpu, err := many.get(ctx, w)
+	one := way{"curl", func(ctx context.Context) (time.Duration, error) { return l.curl(ctx, w, 1) }}
+	many := way{"curl ×8", func(ctx context.Context) (time.Duration, error) { return l.curl(ctx, w, fetchParts) }}
+	synced := way{"curl ×8, fsync", func(ctx context.Context) (time.Duration, error) {
+		cpu, err := many.move(ctx)
 		return cpu, errors.Join(err, syncFiles(w.Dir))
 	}}
-	agent := getter{"agent", l.agentFetch}
+	agent := way{"agent", func(ctx context.Context) (time.Duration, error) { return l.agentMoves(ctx, fetchVerb, w) }}
 	const about = `%d MiB over TLS from the same store on the same two ends of a link: the agent (8 parts at a time, joined, SHA-256 checked,
 		fsync) against curl with one stream and with 8 ranges at a time (left in 8 files, nothing checked). Store and getter share the CPUs. `
 	for _, place := range []struct {
 		title, about, dir string
-		ways              []getter
+		ways              []way
 	}{
 		{
 			"Verified blob fetch against curl, into memory", "Into a tmpfs: the price of checking. Good: at least 0.8 of curl ×8.",
 			filepath.Join(l.p.Dir, "fetched"),
-			[]getter{one, many, agent},
+			[]way{one, many, agent},
 		},
 		{
 			"Verified blob fetch against curl, onto disk", "Onto the checkout's disk: only fsync makes curl promise what the agent does. Good: at least 0.8 of that.",
 			filepath.Join(l.disk, "fetched"),
-			[]getter{one, many, synced, agent},
+			[]way{one, many, synced, agent},
 		},
 	} {
 		t := table{Title: place.title, About: fmt.Sprintf(about, w.Size>>20) + place.about, Unit: "MiB/s"}
@@ -109,44 +117,47 @@ func (l *lab) fetches(ctx context.Context) error {
 			t.Against = append(t.Against, way.name)
 		}
 		w.Dir = place.dir
-		cpu := table{
-			Title: "CPU time of the same", Unit: "ms", Against: t.Against,
-			About: "User and system time of the getter alone; steadier than rates when others use the machine. Good: below 1.5, the rest is SHA-256.",
-		}
-		if t.Rows, cpu.Rows, err = race(ctx, w, place.ways); err != nil {
+		err := l.race(ctx, t, w.Size, place.ways, func() error { return os.Mkdir(w.Dir, 0o700) }, func() error {
+			return errors.Join(complete(w), os.RemoveAll(w.Dir))
+		})
+		if err != nil {
 			return err
 		}
-		l.show(t)
-		l.show(cpu)
 	}
 	return nil
 }
 
-// race lets the ways take turns.
-func race(ctx context.Context, w wanted, ways []getter) (rates, times []row, err error) {
-	rate, cpu := make([][]float64, len(ways)), make([][]float64, len(ways))
+// race lets the ways take turns, and shows their rates and CPU times.
+func (l *lab) race(ctx context.Context, t table, size int64, ways []way, before, after func() error) error {
+	rate, spent := make([][]float64, len(ways)), make([][]float64, len(ways))
 	for range fetchRounds {
 		for i, way := range ways {
-			if err := os.Mkdir(w.Dir, 0o700); err != nil {
-				return nil, nil, err
+			if err := before(); err != nil {
+				return err
 			}
 			begin := time.Now()
-			spent, err := way.get(ctx, w)
+			cpu, err := way.move(ctx)
 			if err != nil {
-				return nil, nil, fmt.Errorf("%s: %w", way.name, err)
+				return fmt.Errorf("%s: %w", way.name, err)
 			}
-			rate[i] = append(rate[i], float64(w.Size)/(1<<20)/time.Since(begin).Seconds())
-			cpu[i] = append(cpu[i], milliseconds(spent))
-			if err := errors.Join(complete(w), os.RemoveAll(w.Dir)); err != nil {
-				return nil, nil, fmt.Errorf("%s: %w", way.name, err)
+			rate[i] = append(rate[i], float64(size)/(1<<20)/time.Since(begin).Seconds())
+			spent[i] = append(spent[i], milliseconds(cpu))
+			if err := after(); err != nil {
+				return fmt.Errorf("%s: %w", way.name, err)
 			}
 			unix.Sync() // the next one finds an idle disk
 		}
 	}
-	for i, way := range ways {
-		rates, times = append(rates, newRow(way.name, rate[i]...)), append(times, newRow(way.name, cpu[i]...))
+	cpu := table{
+		Title: "CPU time of the same", Unit: "ms", Against: t.Against,
+		About: "User and system time of the program alone; steadier than rates when others use the machine. Good: below 1.5, the rest is SHA-256.",
 	}
-	return rates, times, nil
+	for i, way := range ways {
+		t.Rows, cpu.Rows = append(t.Rows, newRow(way.name, rate[i]...)), append(cpu.Rows, newRow(way.name, spent[i]...))
+	}
+	l.show(t)
+	l.show(cpu)
+	return nil
 }
 
 // complete makes sure that every byte came.
@@ -238,7 +249,8 @@ func (l *lab) onHost(ctx context.Context, stdin io.Reader, name string, args ...
 	return cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(), nil
 }
 
-func (l *lab) agentFetch(ctx context.Context, w wanted) (time.Duration, error) {
+// agentMoves runs this program's own verb with the agent's code.
+func (l *lab) agentMoves(ctx context.Context, verb string, w any) (time.Duration, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return 0, err
@@ -247,7 +259,7 @@ func (l *lab) agentFetch(ctx context.Context, w wanted) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	return l.onHost(ctx, bytes.NewReader(text), self, fetchVerb)
+	return l.onHost(ctx, bytes.NewReader(text), self, verb)
 }
 
 // curl fetches parts of equal size at a time, each into its own file.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 	"time"
@@ -27,8 +28,9 @@ type lab struct {
 	report *report
 }
 
-// measureAll runs every benchmark, printing each table as it is ready.
-func measureAll(ctx context.Context, out io.Writer) (r *report, err error) {
+// measureAll runs every benchmark whose topic matches, printing each table as it
+// is ready.
+func measureAll(ctx context.Context, out io.Writer, match *regexp.Regexp) (r *report, err error) {
 	l := &lab{out: out, report: &report{Version: reportVersion, At: time.Now().UTC()}}
 	defer func() { err = errors.Join(err, l.close(err != nil)) }()
 	if err := l.setUp(ctx); err != nil {
@@ -46,8 +48,12 @@ func measureAll(ctx context.Context, out io.Writer) (r *report, err error) {
 		{"launches", l.launches},
 		{"launch digest", l.digest},
 		{"blob fetch", l.fetches},
+		{"result upload", l.uploads},
 		{"idle agent", func(ctx context.Context) error { return l.idleTables(ctx, before) }},
 	} {
+		if !match.MatchString(b.name) {
+			continue
+		}
 		if err := b.do(ctx); err != nil {
 			return nil, fmt.Errorf("measuring %s: %w", b.name, err)
 		}

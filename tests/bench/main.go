@@ -14,16 +14,19 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"regexp"
 	"syscall"
 
 	"github.com/confidential-node/agent/tests/rig"
 	"github.com/confidential-node/agent/tests/trial"
 )
 
-// Verbs besides measuring. fetchVerb is the child that is measured.
+// Verbs besides measuring. fetchVerb and uploadVerb are the children that are
+// measured.
 const (
-	buildVerb = "build"
-	fetchVerb = "fetch"
+	buildVerb  = "build"
+	fetchVerb  = "fetch"
+	uploadVerb = "upload"
 )
 
 func main() {
@@ -47,8 +50,10 @@ func run() error {
 		return err
 	case fetchVerb:
 		return fetchChild(ctx, os.Stdin)
+	case uploadVerb:
+		return uploadChild(ctx, os.Stdin)
 	}
-	keep, err := arguments(os.Args[1:])
+	keep, match, err := arguments(os.Args[1:])
 	if err != nil {
 		return err
 	}
@@ -56,25 +61,30 @@ func run() error {
 		return errors.New("needs root, to make namespaces; run: sudo make bench")
 	}
 	rig.Enter()
-	r, err := measureAll(ctx, os.Stdout)
+	r, err := measureAll(ctx, os.Stdout, match)
 	if err != nil || keep == "" {
 		return err
 	}
 	return r.save(keep)
 }
 
-// arguments returns the file that -o json names, or "".
-func arguments(args []string) (string, error) {
+// arguments returns the file that -o json names, or "", and which topics to
+// measure.
+func arguments(args []string) (keep string, match *regexp.Regexp, err error) {
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
+	topics := flags.String("match", "", "`REGEXP` of topics to measure, of launches, launch digest, blob fetch, result upload, idle agent")
 	format := flags.String("o", "table", "table, or json FILE to keep every round in FILE as well")
 	if err := flags.Parse(args); err != nil {
-		return "", err
+		return "", nil, err
+	}
+	if match, err = regexp.Compile(*topics); err != nil {
+		return "", nil, fmt.Errorf("reading -match: %w", err)
 	}
 	switch {
 	case *format == "table" && flags.NArg() == 0:
-		return "", nil
+		return "", match, nil
 	case *format == "json" && flags.NArg() == 1:
-		return flags.Arg(0), nil
+		return flags.Arg(0), match, nil
 	}
-	return "", errors.New("usage: bench [-o json FILE]")
+	return "", nil, errors.New("usage: bench [-match REGEXP] [-o json FILE]")
 }

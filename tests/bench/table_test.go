@@ -60,12 +60,15 @@ func TestTablesAreAligned(t *testing.T) {
 func TestTheFileToKeepIsNamedWithItsFormat(t *testing.T) {
 	t.Parallel()
 	for text, want := range map[string]string{"": "", "-o table": "", "-o json f.json": "f.json"} {
-		if got, err := arguments(strings.Fields(text)); err != nil || got != want {
+		if got, match, err := arguments(strings.Fields(text)); err != nil || got != want || !match.MatchString("launches") {
 			t.Errorf("%q: %q, %v", text, got, err)
 		}
 	}
-	for _, text := range []string{"-o json", "-o yaml f", "f", "-o table f"} {
-		if _, err := arguments(strings.Fields(text)); err == nil {
+	if _, match, err := arguments([]string{"-match", "fetch|upload"}); err != nil || match.MatchString("launches") || !match.MatchString("blob fetch") {
+		t.Errorf("matches %v, %v", match, err)
+	}
+	for _, text := range []string{"-o json", "-o yaml f", "f", "-o table f", "-match ["} {
+		if _, _, err := arguments(strings.Fields(text)); err == nil {
 			t.Errorf("%q is accepted", text)
 		}
 	}

@@ -3,8 +3,8 @@ package controlplane
 import (
 	"bytes"
 	"encoding/json"
-	"io"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"testing"
 	"time"
@@ -224,27 +224,14 @@ func TestTheAPIWantsItsTokenAndStrictBodies(t *testing.T) {
 			t.Fatal(err)
 		}
 		req.Header.Set("Authorization", "Bearer "+w.Server.Token())
-		rec := &response{header: http.Header{}}
+		rec := httptest.NewRecorder()
 		h.ServeHTTP(rec, req)
 		var refusal contract.Refusal
-		if err := json.Unmarshal(rec.body.Bytes(), &refusal); err != nil || rec.status != http.StatusBadRequest || refusal.Code != codeBadRequest {
-			t.Errorf("%s: %d %s", name, rec.status, rec.body.String())
+		if err := json.Unmarshal(rec.Body.Bytes(), &refusal); err != nil || rec.Code != http.StatusBadRequest || refusal.Code != codeBadRequest {
+			t.Errorf("%s: %d %s", name, rec.Code, rec.Body)
 		}
 	}
 }
-
-// response is the least ResponseWriter.
-type response struct {
-	header http.Header
-	status int
-	body   bytes.Buffer
-}
-
-func (r *response) Header() http.Header         { return r.header }
-func (r *response) WriteHeader(status int)      { r.status = status }
-func (r *response) Write(p []byte) (int, error) { return r.body.Write(p) }
-
-var _ io.Writer = (*response)(nil)
 
 func TestAHostSpeaksOnlyForItself(t *testing.T) {
 	t.Parallel()

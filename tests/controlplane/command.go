@@ -73,6 +73,10 @@ func (s *Server) newCommandLocked(hostID string, verb api.CommandVerb) (*api.Com
 		issued.Nonce = hex.EncodeToString(v.RequestEvidence.GetNonce())
 	case *api.Command_StopGuest:
 		issued.Verb, issued.Guest = "stop", v.StopGuest.GetGuestId()
+	case *api.Command_GrantUpload:
+		issued.Verb, issued.Guest = "grant-upload", v.GrantUpload.GetGuestId()
+	case *api.Command_SettleUpload:
+		issued.Verb, issued.Guest = "settle-upload", v.SettleUpload.GetGuestId()
 	case *api.Command_Cordon:
 		issued.Verb = "cordon"
 	case *api.Command_Uncordon:

@@ -39,6 +39,7 @@ func (s *Server) handler() http.Handler {
 		"POST /v1/launches":             s.postLaunch,
 		"GET /v1/guests/{id}":           s.getGuest,
 		"POST /v1/guests/{id}/stop":     s.postStop,
+		"POST /v1/guests/{id}/uploads":  s.postUpload,
 		"POST /v1/guests/{id}/evidence": s.postEvidence,
 		"GET /v1/guests/{id}/evidence":  s.getEvidence,
 		"GET /v1/events":                s.getEvents,
@@ -233,6 +234,13 @@ func (s *Server) getGuest(r *http.Request) (any, error) {
 			return nil, err
 		}
 		out.Results = append(out.Results, raw)
+	}
+	for _, name := range slices.Sorted(maps.Keys(v.uploads)) {
+		upload, err := v.uploads[name].encoded()
+		if err != nil {
+			return nil, err
+		}
+		out.Uploads = append(out.Uploads, upload)
 	}
 	return out, nil
 }

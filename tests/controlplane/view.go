@@ -50,8 +50,9 @@ type nodeView struct {
 type guestView struct {
 	state    *api.GuestState
 	results  []*api.ResultUploaded
-	evidence map[string][]byte // by hex nonce
-	order    []string          // of evidence
+	uploads  map[string]waitingUpload // by name
+	evidence map[string][]byte        // by hex nonce
+	order    []string                 // of evidence
 }
 
 type outcome struct {
@@ -152,7 +153,8 @@ func (s *Server) apply(ctx context.Context, subject string, data []byte, meta *j
 		s.keepEpoch(ctx, host, b.Capability.GetIssuerEpoch(), b.Capability.GetStoreId())
 	case *api.Event_CommandRefused:
 		s.epochRefused(host, e.GetCommandId())
-	case *api.Event_CommandDone, *api.Event_GuestState, *api.Event_Evidence, *api.Event_ResultUploaded, *api.Event_ResultGivenUp, nil:
+	case *api.Event_CommandDone, *api.Event_GuestState, *api.Event_Evidence, *api.Event_ResultUploaded, *api.Event_ResultGivenUp,
+		*api.Event_UploadGrantWanted, *api.Event_UploadReady, nil:
 	}
 }
 
@@ -164,7 +166,10 @@ func (s *Server) knows(e *api.Event) (command *issuedCommand, guestNode string) 
 		copied := *c
 		command = &copied
 	}
-	for _, id := range []string{e.GetGuestState().GetGuestId(), e.GetEvidence().GetGuestId(), e.GetResultUploaded().GetGuestId(), e.GetResultGivenUp().GetGuestId()} {
+	for _, id := range []string{
+		e.GetGuestState().GetGuestId(), e.GetEvidence().GetGuestId(), e.GetResultUploaded().GetGuestId(), e.GetResultGivenUp().GetGuestId(),
+		e.GetUploadGrantWanted().GetGuestId(), e.GetUploadReady().GetGuestId(),
+	} {
 		if g := s.state.Guests[id]; g != nil {
 			guestNode = g.Node
 		}
@@ -210,9 +215,16 @@ func (v *view) apply(e *api.Event, host string, command *issuedCommand, meta *je
 		g := v.guestLocked(b.ResultUploaded.GetGuestId())
 		g.results = slices.DeleteFunc(g.results, func(r *api.ResultUploaded) bool { return r.GetName() == b.ResultUploaded.GetName() })
 		g.results = append(g.results, b.ResultUploaded)
+		g.uploadLocked(waitingUpload{name: b.ResultUploaded.GetName()})
+	case *api.Event_ResultGivenUp:
+		v.guestLocked(b.ResultGivenUp.GetGuestId()).uploadLocked(waitingUpload{name: b.ResultGivenUp.GetName()})
+	case *api.Event_UploadGrantWanted:
+		v.guestLocked(b.UploadGrantWanted.GetGuestId()).uploadLocked(waitingUpload{e.GetEventId(), b.UploadGrantWanted.GetName(), b.UploadGrantWanted, nil})
+	case *api.Event_UploadReady:
+		v.guestLocked(b.UploadReady.GetGuestId()).uploadLocked(waitingUpload{e.GetEventId(), b.UploadReady.GetName(), nil, b.UploadReady})
 	case *api.Event_Evidence:
 		v.guestLocked(b.Evidence.GetGuestId()).answer(command, b.Evidence.GetEvidence())
-	case *api.Event_CommandRefused, *api.Event_CommandDone, *api.Event_ResultGivenUp, nil:
+	case *api.Event_CommandRefused, *api.Event_CommandDone, nil:
 	}
 	v.outcomeLocked(e, command)
 	return true

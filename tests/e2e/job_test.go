@@ -175,6 +175,21 @@ func (w *world) goroutines(h *trial.Host) map[string]int {
 
 // An inference service: clients check the evidence of the very connection.
 // Its agent is killed meanwhile, which the guest does not notice.
+// Agent, control plane and tenant's tool as they are: parts are granted, put,
+// completed by the tenant, and told as uploaded then.
+func TestResultsInPartsGoTheirWholeWay(t *testing.T) {
+	w, hosts := newWorld(t, trial.HostOptions{})
+	u := w.tenant("alice", trial.TenantOptions{})
+	u.write("model.bin", canaryModel)
+	d := u.deploy("parts", "--model", "file://model.bin", "--result", "summary.json", "--part-size", "5242880",
+		"--command", "/workload", "--command", "batch", "--wait")
+	if d.Results[0].Upload == nil {
+		t.Fatalf("the result went up whole: %+v", d.Results)
+	}
+	u.results("parts")
+	w.clean(hosts[0])
+}
+
 func TestAnAttestedServiceOutlivesItsAgent(t *testing.T) {
 	w, hosts := newWorld(t, trial.HostOptions{})
 	h, u := hosts[0], w.tenant("alice", trial.TenantOptions{})

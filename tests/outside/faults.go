@@ -23,10 +23,10 @@ type Faults struct {
 }
 
 // Exchange is one request that came: what it asked for, and its number among
-// all.
+// all. Part is that of an upload, "" for a whole object.
 type Exchange struct {
-	N             int
-	Method, Range string
+	N                   int
+	Method, Range, Part string
 }
 
 // Fault answers in the store's place. next is the store.
@@ -70,7 +70,7 @@ func (f *Faults) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (f *Faults) pick(r *http.Request) Fault {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	e := Exchange{len(f.seen) + 1, r.Method, r.Header.Get("Range")}
+	e := Exchange{len(f.seen) + 1, r.Method, r.Header.Get("Range"), r.URL.Query().Get("partNumber")}
 	f.seen = append(f.seen, e)
 	for _, rule := range f.rules {
 		if rule.left < 0 || !rule.want(e) {
@@ -95,6 +95,16 @@ func From(n int) func(Exchange) bool { return func(e Exchange) bool { return e.N
 // Method wants requests of one method.
 func Method(m string) func(Exchange) bool { return func(e Exchange) bool { return e.Method == m } }
 
+// OncePerPart wants the first request for each part of an upload.
+func OncePerPart() func(Exchange) bool {
+	seen := map[string]bool{}
+	return func(e Exchange) bool {
+		again := seen[e.Part]
+		seen[e.Part] = true
+		return e.Part != "" && !again
+	}
+}
+
 // Status answers with a code and headers, given as name, value.
 func Status(code int, headers ...string) Fault {
 	return func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
@@ -115,6 +125,73 @@ func ResetAfter(n int) Fault {
 		a.send(w, a.body.Bytes()[:min(n, a.body.Len())])
 		panic(http.ErrAbortHandler)
 	})
+}
+
+// ResetAfterReading closes the connection after n bytes of the request.
+func ResetAfterReading(n int64) Fault {
+	return func(_ http.ResponseWriter, r *http.Request, _ http.Handler) {
+		_, _ = io.CopyN(io.Discard, r.Body, n)
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// SlowReader reads a byte of the request whenever next returns true, and is the store
+// for what is left when it returns false.
+func SlowReader(next func() bool) Fault {
+	return func(w http.ResponseWriter, r *http.Request, store http.Handler) {
+		var slowly bytes.Buffer
+		for next() {
+			if n, err := io.CopyN(&slowly, r.Body, 1); n == 0 || err != nil {
+				break
+			}
+		}
+		r.Body = io.NopCloser(io.MultiReader(&slowly, r.Body))
+		store.ServeHTTP(w, r)
+	}
+}
+
+// Say reads the request and answers with a body, whatever the store would.
+func Say(code int, body string) Fault {
+	return func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		w.WriteHeader(code)
+		_, _ = io.WriteString(w, body)
+	}
+}
+
+// Early says that all is well before it has read the request, and never reads
+// it.
+func Early(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
+	w.WriteHeader(http.StatusOK)
+	_ = http.NewResponseController(w).Flush()
+}
+
+// Hang reads the request and answers as the store does once it is released, or
+// never when the client goes away.
+func Hang(arrived chan<- struct{}, release <-chan struct{}) Fault {
+	return func(w http.ResponseWriter, r *http.Request, store http.Handler) {
+		var body bytes.Buffer
+		_, _ = io.Copy(&body, r.Body) // a server sees the end of a client only after that
+		arrived <- struct{}{}
+		select {
+		case <-release:
+			r.Body = io.NopCloser(&body)
+			store.ServeHTTP(w, r)
+		case <-r.Context().Done():
+		}
+	}
+}
+
+// Short keeps all but the last n bytes of the request and says that all is
+// well.
+func Short(n int64) Fault {
+	return func(w http.ResponseWriter, r *http.Request, store http.Handler) {
+		body := r.Body
+		r.ContentLength -= n
+		r.Body = io.NopCloser(io.LimitReader(body, r.ContentLength))
+		store.ServeHTTP(w, r)
+		_, _ = io.Copy(io.Discard, body)
+	}
 }
 
 // Drip answers and then sends a byte whenever next returns true, till it

@@ -10,7 +10,6 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -298,56 +297,6 @@ func TestADiskTooSmallIsKnownBeforeAnythingIsAsked(t *testing.T) {
 			}
 			if seen := u.faults.Seen(); len(seen) > 0 {
 				t.Errorf("asked for %v", seen)
-			}
-		})
-	}
-}
-
-func TestFaultsOfAnUpload(t *testing.T) {
-	t.Parallel()
-	for name, c := range map[string]struct {
-		fault outside.Fault
-		code  string // "" may pass
-	}{
-		"reset":        {outside.Reset, ""},
-		"slow down":    {outside.Status(503), ""},
-		"expired":      {outside.Status(403), "blob.url-expired"},
-		"no bucket":    {outside.Status(404), "blob.not-found"},
-		"another host": {outside.Status(307, "Location", "https://elsewhere.example/"), "blob.redirected"},
-		"too large":    {outside.Status(413), "blob.store-answer"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			u := newUnreliable(t)
-			spools, err := blob.OpenSpools(filepath.Join(u.dir, "spools"), 1<<30, checkHead, u.http)
-			if err != nil {
-				t.Fatal(err)
-			}
-			spool, err := spools.Open("guest", []string{"out"}, 1<<20)
-			if err != nil {
-				t.Fatal(err)
-			}
-			sealed := head + strings.Repeat("r", 300_000)
-			entry, err := spool.Receive(t.Context(), "out", strings.NewReader(sealed))
-			if err != nil {
-				t.Fatal(err)
-			}
-			put := u.presign(http.MethodPut, "out", time.Hour)
-			u.faults.Inject(1, outside.Method(http.MethodPut), c.fault)
-			err = spools.Upload(t.Context(), "guest", entry, put)
-			refused, final := errors.AsType[*contract.Refusal](err)
-			if err == nil || final != (c.code != "") || final && refused.Code != c.code {
-				t.Errorf("got %v, want %q", err, c.code)
-			}
-			if err != nil && strings.Contains(err.Error(), "X-Amz") {
-				t.Errorf("the URL is in the error: %v", err)
-			}
-			if err := spools.Upload(t.Context(), "guest", entry, put); err != nil {
-				t.Errorf("once the fault is gone: %v", err)
-			}
-			objects, err := u.store.Objects()
-			if err != nil || !slices.Contains(outside.Keys(objects), "bucket/out") || string(objects["bucket/out"]) != sealed {
-				t.Errorf("the store has %v, %v", outside.Keys(objects), err)
 			}
 		})
 	}

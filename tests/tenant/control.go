@@ -20,6 +20,9 @@ type ControlPlane interface {
 	RequestEvidence(ctx context.Context, guestID string, nonce []byte) error
 	// Evidence returns the answer to a challenge, nil while there is none.
 	Evidence(ctx context.Context, guestID string, nonce []byte) ([]byte, error)
+	// GrantUpload and SettleUpload answer uploads that wait.
+	GrantUpload(ctx context.Context, guestID string, u *api.ResultUpload) error
+	SettleUpload(ctx context.Context, guestID, name, uploadID string) error
 	// Stop ends a guest; grace is the time it gets to end by itself.
 	Stop(ctx context.Context, guestID string, grace time.Duration) error
 }
@@ -40,6 +43,8 @@ type Guest struct {
 	Ports map[uint32]uint32 `json:"ports,omitempty"`
 	// StepMS is the milliseconds of each finished step.
 	StepMS map[string]uint64 `json:"step_ms,omitempty"`
+	// Uploads wait for this tool.
+	Uploads []PendingUpload `json:"-"`
 	// Refused is true when the node refused the launch itself.
 	Refused bool `json:"refused,omitempty"`
 }

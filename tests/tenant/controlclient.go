@@ -64,10 +64,29 @@ func (c *controlClient) Guest(ctx context.Context, guestID string) (*Guest, erro
 	for _, p := range state.GetPorts() {
 		g.Ports[p.GetGuestPort()] = p.GetHostPort()
 	}
+	for i := range view.Uploads {
+		wanted, ready, err := view.Uploads[i].Decode()
+		if err != nil {
+			return nil, err
+		}
+		g.Uploads = append(g.Uploads, PendingUpload{view.Uploads[i].EventID, wanted, ready})
+	}
 	if r := state.GetRefusal(); r != nil {
 		g.Refusal = api.RefusalFromWire(r)
 	}
 	return g, nil
+}
+
+// GrantUpload implements ControlPlane.
+func (c *controlClient) GrantUpload(ctx context.Context, guestID string, u *api.ResultUpload) error {
+	_, err := c.client.GrantUpload(ctx, guestID, u)
+	return err
+}
+
+// SettleUpload implements ControlPlane.
+func (c *controlClient) SettleUpload(ctx context.Context, guestID, name, uploadID string) error {
+	_, err := c.client.SettleUpload(ctx, guestID, name, uploadID)
+	return err
 }
 
 // RequestEvidence implements ControlPlane.

@@ -20,12 +20,6 @@ import (
 	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
 )
 
-// Features a node must have for what the user asked.
-const (
-	featureCompliance = "compliance." // + profile
-	featureAudit      = "audit.log"
-)
-
 // DeployOptions are the flags of `tenant deploy confidential`.
 type DeployOptions struct {
 	Name, Image, Node string
@@ -53,7 +47,11 @@ type DeployOptions struct {
 	SecretEnv map[string]string
 	// Results are the names of files the workload may leave.
 	Results []string
-	Command []string
+	// ResultsQuota in bytes of all results together, 0 for the host's. Above
+	// what one PUT carries results go up in parts, of PartSize bytes if that is
+	// set.
+	ResultsQuota, PartSize int64
+	Command                []string
 	// Releases is how often the broker may give the keys; 0 means 1.
 	Releases int
 	TCBFloor *contract.TCB
@@ -114,6 +112,9 @@ func (o *DeployOptions) check() error {
 			return Usage("--result %q is not a file name", name)
 		}
 	}
+	if err := o.checkUploads(); err != nil {
+		return err
+	}
 	if err := o.checkAppraisal(); err != nil {
 		return err
 	}
@@ -147,27 +148,6 @@ func (o *DeployOptions) defaults() {
 	if o.CPUModel == "" {
 		o.CPUModel = defaultCPUModel
 	}
-}
-
-// features are what a node must have to carry the deployment out as asked.
-func (o *DeployOptions) features() []string {
-	out := []string{api.FeatureLaunchDirectBoot, api.FeatureEvidenceRelay, api.FeatureResultsPresignedPut}
-	if len(o.Datasets)+len(o.Models) > 0 {
-		out = append(out, api.FeatureInputsAge)
-	}
-	if len(o.Ports) > 0 {
-		out = append(out, api.FeaturePortsAttestedTLS)
-	}
-	if o.IDBlock.Block != "" {
-		out = append(out, api.FeatureLaunchIDBlock)
-	}
-	if o.Compliance != "" {
-		out = append(out, featureCompliance+o.Compliance)
-	}
-	if o.AuditLogging {
-		out = append(out, featureAudit)
-	}
-	return out
 }
 
 // plan is a deployment in the making.
@@ -235,6 +215,9 @@ func (t *Tenant) undo(ctx context.Context, p *plan) error {
 	}
 	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
+	if err := t.abortUploads(undo, p.d); err != nil {
+		return err
+	}
 	if p.d.Stage != StagePrepared {
 		if err := t.broker.DeleteLaunch(undo, p.d.LaunchID); err != nil {
 			return fmt.Errorf("withdrawing the keys of launch %s at the broker, delete it there: %w", p.d.LaunchID, err)
@@ -446,7 +429,7 @@ func (t *Tenant) command(ctx context.Context, p *plan) (*api.LaunchGuest, error)
 			Vcpus: uint32(p.o.VCPUs), MemoryMib: p.o.MemoryMiB, CpuModel: p.o.CPUModel, GuestFeatures: guestFeatures, Policy: p.o.policy(),
 		},
 		IdBlock: p.signed.block, IdAuth: p.signed.auth,
-		Results: &api.ResultTarget{}, Hosts: t.profile.Hosts,
+		Results: &api.ResultTarget{QuotaBytes: uint64(p.o.ResultsQuota)}, Hosts: t.profile.Hosts,
 	}
 	if p.o.StartTimeout > 0 {
 		l.StartTimeout = durationpb.New(p.o.StartTimeout)
@@ -471,12 +454,16 @@ func (t *Tenant) command(ctx context.Context, p *plan) (*api.LaunchGuest, error)
 			l.Inputs = append(l.Inputs, &api.InputBlob{Sha256: sum, Size: uint64(in.Size), Url: url})
 		}
 	}
-	for _, name := range append(slices.Clone(p.o.Results), contract.ResultsManifestName) {
-		url, err := t.store.PresignPut(ctx, t.profile.Store.Bucket, t.resultPath(p.d, name), valid)
+	if err := t.beginUploads(ctx, p); err != nil {
+		return nil, err
+	}
+	list := DeployedObject{Name: contract.ResultsManifestName, Bucket: t.profile.Store.Bucket, Key: t.resultPath(p.d, contract.ResultsManifestName)}
+	for _, r := range append(slices.Clone(p.d.Results), list) {
+		upload, err := t.upload(ctx, r, 1, p.o.firstURLs())
 		if err != nil {
 			return nil, err
 		}
-		l.Results.Uploads = append(l.Results.Uploads, &api.ResultUpload{Name: name, PutUrl: url})
+		l.Results.Uploads = append(l.Results.Uploads, upload)
 	}
 	return l, nil
 }

@@ -63,6 +63,9 @@ type fakeGuest struct {
 	state    Guest
 	evidence map[string][]byte
 	mute     bool
+	// answers to uploads in parts; harm may change what is reported of one.
+	answers chan answer
+	harm    func(uploadID string, etags []string)
 }
 
 func (n *fakeNode) Launch(_ context.Context, node string, l *api.LaunchGuest, features []string) (Launched, error) {
@@ -78,7 +81,7 @@ func (n *fakeNode) Launch(_ context.Context, node string, l *api.LaunchGuest, fe
 		return Launched{}, contract.Refuse("control.node-not-found", "use another", "no node %s", node)
 	}
 	id := uuid.NewString()
-	g := &fakeGuest{node: n, command: l, evidence: map[string][]byte{}, state: Guest{GuestID: id, Node: n.host, Status: api.GuestStatus_GUEST_STATUS_RUNNING}}
+	g := &fakeGuest{node: n, command: l, evidence: map[string][]byte{}, answers: make(chan answer, 10), state: Guest{GuestID: id, Node: n.host, Status: api.GuestStatus_GUEST_STATUS_RUNNING}}
 	if n.silent || n.status != api.GuestStatus_GUEST_STATUS_UNSPECIFIED {
 		g.state.Status = n.status
 	}
@@ -229,6 +232,10 @@ func (g *fakeGuest) finish(t *testing.T, files map[string]string, key ed25519.Pr
 func (g *fakeGuest) put(t *testing.T, name string, data []byte) {
 	t.Helper()
 	for _, u := range g.command.GetResults().GetUploads() {
+		if u.GetName() == name && u.GetParts() != nil {
+			g.putParts(t, u, data, g.harm)
+			return
+		}
 		if u.GetName() == name {
 			g.http(t, http.MethodPut, u.GetPutUrl(), data)
 			return

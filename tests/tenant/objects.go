@@ -24,6 +24,7 @@ import (
 
 // ObjectStore is what the tenant needs of S3.
 type ObjectStore interface {
+	PartStore
 	// Put uploads exactly size bytes.
 	Put(ctx context.Context, bucket, key string, r io.Reader, size int64) error
 	// Get opens an object and tells its size.

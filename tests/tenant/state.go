@@ -65,6 +65,14 @@ type DeployedObject struct {
 	Key    string `json:"key"`
 	SHA256 string `json:"sha256,omitempty"`
 	Size   int64  `json:"size,omitempty"`
+	// Upload is the one in parts, of a result that goes so.
+	Upload *DeployedUpload `json:"upload,omitempty"`
+}
+
+// DeployedUpload is an upload in parts at the object store.
+type DeployedUpload struct {
+	ID       string `json:"id"`
+	PartSize int64  `json:"part_size"`
 }
 
 // keptNonces bounds Deployment.Nonces.

@@ -86,12 +86,19 @@ func (t *Tenant) await(ctx context.Context, name string, enough func(*Guest) boo
 			w.last = g.Status
 			t.report.Step("guest is " + stateWord(g.Status))
 		}
+		if g.ended() {
+			// Parts of what was never completed cost as much as objects.
+			if err := t.abortUploads(ctx, d); err != nil {
+				t.report.Step("parts may be left in the object store: " + err.Error())
+			}
+		}
 		if enough(g) && (w.attested || g.ended()) {
 			return g, t.outcome(ctx, d, g)
 		}
 		if err := w.attest(ctx, g); err != nil {
 			return g, err
 		}
+		w.answerUploads(ctx, g)
 		if err := wait(ctx, pollInterval); err != nil {
 			return g, fmt.Errorf("waiting for guest %s: %w", d.GuestID, err)
 		}
@@ -104,6 +111,10 @@ type waiter struct {
 	d        *Deployment
 	last     api.GuestStatus
 	attested bool
+	// answered are the events of uploads that need no further answer; begun is
+	// how often each result's upload was begun anew.
+	answered map[string]bool
+	begun    map[string]int
 }
 
 // attest tries once. A guest that cannot answer yet is asked again; evidence

@@ -8,9 +8,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"github.com/confidential-node/agent/firmware/contract"
@@ -88,25 +88,25 @@ var _ lifecycle.Spools = Store{}
 
 type spool struct {
 	w     *World
-	names []string
+	most  map[string]int64
 	quota int64
 	files map[string][]byte
 }
 
 // Open implements lifecycle.Spools.
-func (w Store) Open(id string, names []string, quota int64) (lifecycle.Spool, error) {
+func (w Store) Open(id string, most map[string]int64, quota int64) (lifecycle.Spool, error) {
 	if err := w.enter(context.Background(), "spool"); err != nil {
 		return nil, err
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if s := w.spools[id]; s != nil {
-		if !slices.Equal(s.names, names) || s.quota != quota {
-			return nil, fmt.Errorf("spool of %s was opened for %v, %d bytes", id, s.names, s.quota)
+		if !maps.Equal(s.most, most) || s.quota != quota {
+			return nil, fmt.Errorf("spool of %s was opened for %v, %d bytes", id, s.most, s.quota)
 		}
 		return s, nil
 	}
-	s := &spool{w: w.World, names: slices.Clone(names), quota: quota, files: map[string][]byte{}}
+	s := &spool{w: w.World, most: maps.Clone(most), quota: quota, files: map[string][]byte{}}
 	w.spools[id] = s
 	return s, nil
 }
@@ -161,7 +161,7 @@ func (s *spool) Receive(_ context.Context, name string, r io.Reader) (lifecycle.
 			used += int64(len(have))
 		}
 	}
-	if !slices.Contains(s.names, name) || used > s.quota {
+	if most, known := s.most[name]; !known || used > s.quota || int64(len(data)) > most {
 		return lifecycle.Entry{}, contract.Refuse("blob.results-quota", "ask for more", "file %s does not fit", name)
 	}
 	s.files[name] = data

@@ -39,7 +39,8 @@ type World struct {
 	blobs      map[string][][32]byte // by owner
 	origin     map[string][]byte     // by URL
 	spools     map[string]*spool
-	objects    map[string][]byte // by URL
+	objects    map[string][]byte        // by URL
+	uploads    map[string]map[int]*part // in parts, by id
 	fail       map[string]error
 	block      map[string]bool
 	calls      map[string]int
@@ -59,7 +60,7 @@ func New(dir string, cfg network.Config) *World {
 		Dir: dir, cfg: cfg, domains: map[string]*machine{}, listeners: map[chan vm.Event]bool{}, taps: map[string]network.Guest{},
 		routes:   map[string][]relay.Route{},
 		sessions: map[string]metadata.Session{}, blobs: map[string][][32]byte{}, origin: map[string][]byte{},
-		spools: map[string]*spool{}, objects: map[string][]byte{}, fail: map[string]error{}, block: map[string]bool{}, calls: map[string]int{},
+		spools: map[string]*spool{}, objects: map[string][]byte{}, uploads: map[string]map[int]*part{}, fail: map[string]error{}, block: map[string]bool{}, calls: map[string]int{},
 	}
 }
 

@@ -85,6 +85,8 @@ type Guest struct {
 	State json.RawMessage `json:"state,omitempty"`
 	// Results are protojson of api.ResultUploaded.
 	Results []json.RawMessage `json:"results,omitempty"`
+	// Uploads in parts that wait for an answer.
+	Uploads []Upload `json:"uploads,omitempty"`
 }
 
 // GuestState decodes the latest state; an empty one when there is none.

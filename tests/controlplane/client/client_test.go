@@ -30,6 +30,7 @@ func FuzzReply(f *testing.F) {
 	f.Add(200, []byte(`{"nodes":[{"id":"node-a","capability":{}}]}`))
 	f.Add(200, []byte(`{"events":[{"seq":1,"kind":"guest-state","event":{"guestState":{}}}]}`))
 	f.Add(200, []byte(`{"guest_id":"g","outcome":"done","state":{"status":"GUEST_STATUS_FINISHED"},"results":[{}]}`))
+	f.Add(200, []byte(`{"guest_id":"g","uploads":[{"event_id":"e","name":"out","wanted":{"firstPart":3}},{"ready":{"etags":["a"]}},{}]}`))
 	f.Add(200, []byte(`null`))
 	f.Add(409, []byte(`{"code":"control.no-node","message":"m","remedy":"r"}`))
 	f.Add(409, []byte(`{"code":""}`))
@@ -53,6 +54,11 @@ func FuzzReply(f *testing.F) {
 			t.Fatalf("evidence %q became %q", body, evidence)
 		}
 		if errGuest == nil {
+			for _, u := range g.Uploads {
+				if wanted, ready, err := u.Decode(); err == nil && (wanted == nil) == (ready == nil) {
+					t.Fatalf("upload %+v waits for %v, %v", u, wanted, ready)
+				}
+			}
 			if _, err := g.GuestState(); err != nil && g.Ended() {
 				t.Fatalf("a guest whose state cannot be read has ended: %+v: %v", g, err)
 			}

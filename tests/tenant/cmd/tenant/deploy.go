@@ -41,6 +41,8 @@ func (d *deployFlags) register(f *pflag.FlagSet) {
 	f.StringArrayVar(&d.env, "env", nil, "NAME=VALUE for the workload, public; may be repeated")
 	f.StringArrayVar(&d.secretEnv, "secret-env", nil, "NAME=FILE, the value goes through the key broker; may be repeated")
 	f.StringArrayVar(&o.Results, "result", nil, "name of a file the workload leaves under /results; may be repeated")
+	f.Int64Var(&o.ResultsQuota, "results-quota", 0, "`BYTES` of all results together (default the host's policy); above 5 GiB results go up in parts while tenant wait runs")
+	f.Int64Var(&o.PartSize, "part-size", 0, "`BYTES` of a part, 5 MiB to 5 GiB; results go up in parts then (default by --results-quota)")
 	f.StringArrayVar(&o.Command, "command", nil, "one word of the command that replaces the image's; may be repeated")
 	f.IntVar(&o.Releases, "releases", 1, "how often the broker may release the keys")
 	f.StringArrayVar(&o.ChipIDs, "chip-id", nil, "processor the launch is limited to, 128 hex digits; may be repeated")
