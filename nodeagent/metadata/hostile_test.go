@@ -51,20 +51,29 @@ func connect(tb testing.TB, addr string) net.Conn {
 	return conn
 }
 
+// answer reads one answer whole and returns its status.
+func answer(r *bufio.Reader) (int, error) {
+	resp, err := http.ReadResponse(r, nil)
+	if err != nil {
+		return 0, err
+	}
+	_, err = io.Copy(io.Discard, resp.Body)
+	return resp.StatusCode, errors.Join(err, resp.Body.Close())
+}
+
 // exchange sends raw bytes, ends, and returns the status of every answer.
 func exchange(t *testing.T, addr, raw string) (statuses []int) {
 	t.Helper()
 	conn := connect(t, addr)
 	_, err := io.WriteString(conn, raw)
-	if err == nil {
-		err = conn.(*net.TCPConn).CloseWrite()
+	if end, ok := conn.(*net.TCPConn); ok && err == nil {
+		err = end.CloseWrite()
 	}
 	answers := bufio.NewReader(conn)
 	for err == nil {
-		var resp *http.Response
-		if resp, err = http.ReadResponse(answers, nil); err == nil {
-			statuses = append(statuses, resp.StatusCode)
-			_, err = io.Copy(io.Discard, resp.Body)
+		var status int
+		if status, err = answer(answers); status != 0 {
+			statuses = append(statuses, status)
 		}
 	}
 	return statuses
@@ -155,7 +164,7 @@ func TestOnlyThePeerIsAnswered(t *testing.T) {
 		}
 		_, err = io.WriteString(conn, hidden)
 		if err == nil {
-			_, err = http.ReadResponse(bufio.NewReader(conn), nil)
+			_, err = answer(bufio.NewReader(conn))
 		}
 		if (err == nil) != (want == 1) || len(x.statuses) > 1 {
 			t.Errorf("from %s: %v, taken %d", from, err, len(x.statuses))
@@ -282,12 +291,9 @@ func polite(conn net.Conn, n int) (waits []time.Duration, err error) {
 		if err != nil {
 			return waits, err
 		}
-		resp, err := http.ReadResponse(answers, nil)
-		if err == nil {
-			_, err = io.Copy(io.Discard, resp.Body)
-		}
-		if err == nil && resp.StatusCode != http.StatusOK {
-			err = errors.New(resp.Status)
+		status, err := answer(answers)
+		if err == nil && status != http.StatusOK {
+			err = fmt.Errorf("status %d", status)
 		}
 		if err != nil {
 			return waits, err

@@ -59,8 +59,8 @@ func TestAConsoleFloodIsBoundedOnDisk(t *testing.T) {
 			}
 			size += info.Size()
 			if filepath.Ext(f) == ".2" {
-				if inode := info.Sys().(*syscall.Stat_t).Ino; inode != oldest {
-					oldest, turned = inode, turned+1
+				if stat, ok := info.Sys().(*syscall.Stat_t); ok && stat.Ino != oldest {
+					oldest, turned = stat.Ino, turned+1
 				}
 			}
 		}

@@ -2,6 +2,7 @@ package domain
 
 import (
 	"encoding/xml"
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
@@ -35,7 +36,7 @@ func TestNoDeviceOfAGuestLeadsToAProcessOfTheHost(t *testing.T) {
 		var path []string
 		for {
 			token, err := d.Token()
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				break
 			}
 			if err != nil {
