@@ -269,6 +269,39 @@ func TestKernelForeignLinkIsLeftAlone(t *testing.T) {
 	}
 }
 
+// Somebody deletes a guest's device: it alone has no network, is named, and
+// leaves nothing.
+func TestKernelABrokenCableCutsItsGuestOnly(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	w := newWorld(t, nil)
+	broken, other := w.boot(t, testGuest(1)), w.boot(t, testGuest(2))
+	device, err := netlink.LinkByName(broken.link.Device)
+	if err = errors.Join(err, netlink.LinkDel(device)); err != nil {
+		t.Fatal(err)
+	}
+	third := w.boot(t, testGuest(3))
+	for _, m := range []*machine{other, third} {
+		m.do(t, func() error { _, _, err := reach(outsideAddr+service, ""); return err })
+	}
+	broken.do(t, func() error { return blockedDial(outsideAddr + service) })
+	if codes := findingCodes(t, w.host); len(codes) != 1 || codes[0] != FindingTapMissing {
+		t.Errorf("findings are %q", codes)
+	}
+	again, err := New(w.host.cfg, hclog.NewNullLogger())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(again.Adopt(t.Context(), []Guest{other.guest, third.guest}), again.Sweep(t.Context(), map[string]bool{other.guest.ID: true, third.guest.ID: true})); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := netlink.LinkByName(broken.link.Tap); err == nil {
+		t.Error("its tap is left")
+	}
+	other.do(t, func() error { _, _, err := reach(outsideAddr+service, ""); return err })
+}
+
 const attachEnv = "NODEAGENT_NETWORK_ATTACH"
 
 func TestKernelTapOpensForItsUserOnly(t *testing.T) {
