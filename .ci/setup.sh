@@ -17,7 +17,7 @@ bookworm/x86_64 | trixie/x86_64) ;;
 	exit 1
 	;;
 esac
-packages=(gcc libc6-dev curl nftables iproute2 util-linux strace qemu-system-x86 libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-daemon-system "$@")
+packages=(gcc libc6-dev curl nftables iproute2 util-linux strace softhsm2 qemu-system-x86 libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients libvirt-daemon-system "$@")
 missing=()
 for package in "${packages[@]}"; do
 	version=$(dpkg-query -W -f '${db:Status-Abbrev}${Version}' "$package" 2>/dev/null || true)

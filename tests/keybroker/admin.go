@@ -37,6 +37,7 @@ func (s *Server) admin(r *http.Request) error {
 
 func (s *Server) putLaunch(w http.ResponseWriter, r *http.Request, body []byte) error {
 	var l brokeradmin.Launch
+	defer clear(body)
 	if err := contract.UnmarshalStrict(body, brokeradmin.MaxLaunchBytes, &l); err != nil {
 		return contract.Refuse("broker.registration-malformed", "send one JSON launch registration", "the registration is malformed").Because(err)
 	}
@@ -72,23 +73,23 @@ func (s *Server) putResource(w http.ResponseWriter, r *http.Request, body []byte
 	if len(body) == 0 {
 		return contract.Refuse("broker.registration-malformed", "send the resource's bytes as the body", "the resource is empty")
 	}
-	return s.changeResource(w, r, body)
+	return s.changeResource(w, r, false, func(id, name string) error { return s.launches.setResource(id, name, body) })
 }
 
 func (s *Server) deleteResource(w http.ResponseWriter, r *http.Request, _ []byte) error {
-	return s.changeResource(w, r, nil)
+	return s.changeResource(w, r, true, s.launches.withdrawResource)
 }
 
-func (s *Server) changeResource(w http.ResponseWriter, r *http.Request, value []byte) error {
+func (s *Server) changeResource(w http.ResponseWriter, r *http.Request, withdrawn bool, change func(id, name string) error) error {
 	name, refused := parseResourcePath(r.PathValue("repository") + "/" + r.PathValue("type") + "/" + r.PathValue("tag"))
 	if refused != nil {
 		return refused
 	}
 	id := r.PathValue("launch")
-	if err := s.launches.setResource(id, name.Path(), value); err != nil {
+	if err := change(id, name.Path()); err != nil {
 		return err
 	}
-	s.log.Info("resource changed", "launch_id", id, "resource", name.Path(), "withdrawn", value == nil)
+	s.log.Info("resource changed", "launch_id", id, "resource", name.Path(), "withdrawn", withdrawn)
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }

@@ -7,9 +7,10 @@
 // The framing (paths, cookie, JSON names, error body, JWE) is Trustee's; the
 // primary evidence is contract.BrokerEvidence, which Trustee does not know.
 //
-// It owns its state folder (0700): launches/ID.json per registered launch with
-// its resources, releases and latest refusals, and token.key, the ECDSA key
-// that signs tokens. A launch's record is on disk, synced, before the release
+// It owns its state folder (0700), alone (lock): launches/ID.json per registered
+// launch with its resources, releases and latest refusals, and token.key, the
+// ECDSA key that signs tokens. With a PKCS#11 token, resources are wrapped by a
+// key in it, on disk and in memory, and opened to be given. A launch's record is on disk, synced, before the release
 // it counts becomes visible. Resources are secrets: they are never logged, and
 // they leave only as JWE.
 //

@@ -11,7 +11,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"strings"
 	"time"
 
@@ -22,6 +21,7 @@ import (
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp"
 	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
+	"github.com/confidential-node/agent/tests/keybroker/hsm"
 )
 
 // errorType prefixes the "type" of an error body.
@@ -36,6 +36,9 @@ type Config struct {
 	StateDir string
 	// AdminToken authorises the admin API; at least 32 characters.
 	AdminToken string
+	// Token wraps the resources; nil keeps them readable in StateDir. The
+	// caller closes it.
+	Token *hsm.Token
 	// EmulatedRoots are accepted beside AMD's. For trials without secrets.
 	EmulatedRoots []*x509.Certificate
 	// AllowDevelopmentImage accepts guest images without AML defence and the
@@ -66,11 +69,13 @@ type Server struct {
 	launches *launchStore
 	sessions *sessionTable
 	limit    *limiter
+	unlock   func() error
 	tokenKey *ecdsa.PrivateKey
 }
 
-// New opens the state folder and returns a server without listeners.
-func New(cfg Config) (*Server, error) {
+// New opens the state folder, which no other process may use meanwhile, and
+// returns a server without listeners.
+func New(cfg Config) (_ *Server, err error) {
 	if len(cfg.AdminToken) < minAdminToken {
 		return nil, fmt.Errorf("admin token has %d characters, need %d", len(cfg.AdminToken), minAdminToken)
 	}
@@ -86,10 +91,21 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
-		return nil, fmt.Errorf("creating state folder: %w", err)
+	unlock, err := lockState(cfg.StateDir)
+	if err != nil {
+		return nil, err
 	}
-	launches, err := openStore(cfg.StateDir + "/launches")
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, unlock())
+		}
+	}()
+	if cfg.Token != nil {
+		if _, err := cfg.Token.Newest(); err != nil {
+			return nil, err
+		}
+	}
+	launches, err := openStore(cfg.StateDir+"/launches", cfg.Token)
 	if err != nil {
 		return nil, err
 	}
@@ -98,11 +114,14 @@ func New(cfg Config) (*Server, error) {
 		return nil, err
 	}
 	return &Server{
-		cfg: cfg, log: cfg.Logger.Named("keybroker"), launches: launches, tokenKey: key,
+		cfg: cfg, log: cfg.Logger.Named("keybroker"), launches: launches, unlock: unlock, tokenKey: key,
 		sessions: &sessionTable{ttl: cfg.SessionTTL, sessions: map[string]*session{}},
 		limit:    &limiter{rate: rate.Limit(cfg.Rate), burst: cfg.Burst, clients: map[string]*rate.Limiter{}},
 	}, nil
 }
+
+// Close gives the state folder back. Nothing may be served any more.
+func (s *Server) Close() error { return s.unlock() }
 
 // GuestHandler serves the KBS protocol.
 func (s *Server) GuestHandler() http.Handler {
@@ -215,6 +234,10 @@ func statusOf(code string) int {
 		return http.StatusBadRequest
 	case "broker.release-exhausted", "broker.full":
 		return http.StatusForbidden
+	case hsm.CodeMissing, hsm.CodeAmbiguous, hsm.CodePINFile, hsm.CodePIN, hsm.CodeLocked, hsm.CodeBusy, hsm.CodeFailed, hsm.CodeKeyMissing, hsm.CodeExtractable:
+		return http.StatusServiceUnavailable
+	case hsm.CodeDamaged:
+		return http.StatusInternalServerError
 	case "broker.launch-conflict":
 		return http.StatusConflict
 	case "broker.resource-unknown":
@@ -291,6 +314,9 @@ func (s *Server) release(a *attestation, nonce string) (string, error) {
 	if refused != nil {
 		return "", refused
 	}
+	if err := s.launches.opens(launch); err != nil {
+		return "", err
+	}
 	token, err := s.signToken(launchID, a.rawKey, s.cfg.Now())
 	if err != nil {
 		return "", err
@@ -327,15 +353,17 @@ func (s *Server) resource(w http.ResponseWriter, r *http.Request, _ []byte) erro
 	if refused != nil {
 		return refused
 	}
-	value, ok := launch.Launch.Resources[name.Path()]
-	if !ok {
-		refusal := resourceUnknown(name.Path())
-		if err := s.launches.refuse(g.launchID, refusal, s.cfg.Now()); err != nil {
-			s.log.Error("recording refusal", "launch_id", g.launchID, "err", err)
+	value, err := s.launches.open(launch, name.Path())
+	if err != nil {
+		if refusal := contract.AsRefusal(err); refusal.Code != "internal" {
+			if err := s.launches.refuse(g.launchID, refusal, s.cfg.Now()); err != nil {
+				s.log.Error("recording refusal", "launch_id", g.launchID, "err", err)
+			}
 		}
-		return refusal
+		return err
 	}
 	sealed, err := sealTo(g.key, value)
+	clear(value)
 	if err != nil {
 		return err
 	}

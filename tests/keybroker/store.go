@@ -18,10 +18,14 @@ import (
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp"
 	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
+	"github.com/confidential-node/agent/tests/keybroker/hsm"
 )
 
-// recordVersion is the version of a launch's file.
-const recordVersion = 1
+// Versions of a launch's file.
+const (
+	versionPlain   = 1 // resources as they are
+	versionWrapped = 2 // resources wrapped by a key in a token
+)
 
 // keptRefusals is how many refusals of a launch are kept. A host may cause
 // refusals without end; the tenant needs the latest.
@@ -33,9 +37,11 @@ const maxLaunches = 4096
 // record is one launch as it is on disk. A record in memory is never changed:
 // a new one is written and then put in its place.
 type record struct {
-	Version      int                        `json:"version"`
-	LaunchID     string                     `json:"launch_id"`
+	Version  int    `json:"version"`
+	LaunchID string `json:"launch_id"`
+	// Launch has no resources in version 2: those are in Wrapped.
 	Launch       brokeradmin.Launch         `json:"launch"`
+	Wrapped      map[string]*hsm.Wrapped    `json:"wrapped,omitempty"`
 	Releases     []brokeradmin.Release      `json:"releases"`
 	Refusals     []brokeradmin.RefusalEntry `json:"refusals"`
 	RefusalCount int                        `json:"refusal_count"`
@@ -43,17 +49,32 @@ type record struct {
 
 // launchStore holds the registered launches.
 type launchStore struct {
-	dir string
+	dir   string
+	token *hsm.Token // nil keeps resources as they are
 
 	mu      sync.Mutex
 	records map[string]*record
 }
 
-func openStore(dir string) (*launchStore, error) {
+func openStore(dir string, token *hsm.Token) (*launchStore, error) {
+	s, err := loadStore(dir, token)
+	if err != nil {
+		return nil, err
+	}
+	for id, r := range s.records {
+		if r.Version != s.version() {
+			return nil, wrongStore(id, r.Version)
+		}
+	}
+	return s, nil
+}
+
+// loadStore reads records of either version.
+func loadStore(dir string, token *hsm.Token) (*launchStore, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("creating launch folder: %w", err)
 	}
-	s := &launchStore{dir: dir, records: map[string]*record{}}
+	s := &launchStore{dir: dir, token: token, records: map[string]*record{}}
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return nil, fmt.Errorf("reading launch folder: %w", err)
@@ -81,7 +102,9 @@ func readRecord(path, id string) (*record, error) {
 	if err := contract.UnmarshalStrict(data, 4*brokeradmin.MaxLaunchBytes, &r); err != nil {
 		return nil, fmt.Errorf("reading launch record %s: %w", path, err)
 	}
-	if r.Version != recordVersion || r.LaunchID != id {
+	plain := r.Version == versionPlain && r.Wrapped == nil
+	wrapped := r.Version == versionWrapped && r.Launch.Resources == nil
+	if (!plain && !wrapped) || r.LaunchID != id {
 		return nil, fmt.Errorf("reading launch record %s: version %d of launch %q", path, r.Version, r.LaunchID)
 	}
 	return &r, nil
@@ -97,15 +120,16 @@ func (s *launchStore) saveLocked(r *record) error {
 	if err := renameio.WriteFile(path, data, 0o600, renameio.WithTempDir(s.dir)); err != nil {
 		return fmt.Errorf("writing launch record: %w", err)
 	}
-	if err := syncDir(s.dir); err != nil {
+	if err := s.sync(); err != nil {
 		return err
 	}
 	s.records[r.LaunchID] = r
 	return nil
 }
 
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
+// sync makes names in the launch folder last.
+func (s *launchStore) sync() error {
+	d, err := os.Open(s.dir)
 	if err != nil {
 		return fmt.Errorf("opening launch folder: %w", err)
 	}
@@ -132,9 +156,12 @@ func (s *launchStore) put(id string, l *brokeradmin.Launch) error {
 	if refused := validateLaunch(id, l); refused != nil {
 		return refused
 	}
+	next := &record{LaunchID: id, Launch: *l}
+	if err := s.wrap(next); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	next := &record{Version: recordVersion, LaunchID: id, Launch: *l}
 	if old := s.records[id]; old != nil {
 		if string(old.Launch.Manifest) != string(l.Manifest) {
 			return contract.Refuse("broker.launch-conflict", "make a new launch_id for a new manifest",
@@ -190,6 +217,33 @@ func (s *launchStore) refuse(id string, refusal *contract.Refusal, at time.Time)
 }
 
 func (s *launchStore) setResource(id, name string, value []byte) error {
+	if refused := validateResource(name, value); refused != nil {
+		return refused
+	}
+	given := &record{LaunchID: id, Launch: brokeradmin.Launch{Resources: map[string][]byte{name: value}}}
+	if err := s.wrap(given); err != nil {
+		return err
+	}
+	return s.changeResources(id, func(next *record) *contract.Refusal {
+		put(&next.Launch.Resources, given.Launch.Resources)
+		put(&next.Wrapped, given.Wrapped)
+		return validateCount(len(next.resources()))
+	})
+}
+
+func (s *launchStore) withdrawResource(id, name string) error {
+	return s.changeResources(id, func(next *record) *contract.Refusal {
+		if !slices.Contains(next.resources(), name) {
+			return resourceUnknown(name)
+		}
+		delete(next.Launch.Resources, name)
+		delete(next.Wrapped, name)
+		return nil
+	})
+}
+
+// changeResources changes a copy of a record and makes it the current one.
+func (s *launchStore) changeResources(id string, change func(*record) *contract.Refusal) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r := s.records[id]
@@ -197,22 +251,18 @@ func (s *launchStore) setResource(id, name string, value []byte) error {
 		return unknownLaunch(id)
 	}
 	next := *r
-	next.Launch.Resources = maps.Clone(r.Launch.Resources)
-	if value == nil {
-		if _, ok := next.Launch.Resources[name]; !ok {
-			return resourceUnknown(name)
-		}
-		delete(next.Launch.Resources, name)
-	} else {
-		if next.Launch.Resources == nil {
-			next.Launch.Resources = map[string][]byte{}
-		}
-		next.Launch.Resources[name] = value
-	}
-	if refused := validateLaunch(id, &next.Launch); refused != nil {
+	next.Launch.Resources, next.Wrapped = maps.Clone(r.Launch.Resources), maps.Clone(r.Wrapped)
+	if refused := change(&next); refused != nil {
 		return refused
 	}
 	return s.saveLocked(&next)
+}
+
+func put[V any](to *map[string]V, from map[string]V) {
+	if *to == nil && from != nil {
+		*to = map[string]V{}
+	}
+	maps.Copy(*to, from)
 }
 
 func (s *launchStore) remove(id string) error {
@@ -225,7 +275,7 @@ func (s *launchStore) remove(id string) error {
 		return fmt.Errorf("removing launch record: %w", err)
 	}
 	delete(s.records, id)
-	return syncDir(s.dir)
+	return s.sync()
 }
 
 func (r *record) status() *brokeradmin.Status {
@@ -234,7 +284,7 @@ func (r *record) status() *brokeradmin.Status {
 		LaunchID: r.LaunchID, HostData: hex.EncodeToString(host[:]),
 		Releases: r.Releases, MaxReleases: maxReleases(&r.Launch),
 		Refusals: r.Refusals, RefusalCount: r.RefusalCount,
-		Resources: slices.Sorted(maps.Keys(r.Launch.Resources)),
+		Resources: r.resources(),
 	}
 }
 
@@ -247,9 +297,7 @@ func validLaunchID(id string) bool {
 
 // validateLaunch checks a registration before it is believed for ever after.
 func validateLaunch(id string, l *brokeradmin.Launch) *contract.Refusal {
-	bad := func(format string, args ...any) *contract.Refusal {
-		return contract.Refuse("broker.registration-malformed", "correct the named field and register again", format, args...)
-	}
+	bad := badRegistration
 	m, err := contract.ParseManifest(l.Manifest)
 	switch {
 	case err != nil:
@@ -262,8 +310,6 @@ func validateLaunch(id string, l *brokeradmin.Launch) *contract.Refusal {
 		return bad("launch_digests: need 1 to 16")
 	case l.Releases < 0 || l.Releases > brokeradmin.MaxReleases:
 		return bad("releases: need 0 to %d", brokeradmin.MaxReleases)
-	case len(l.Resources) > brokeradmin.MaxResources:
-		return bad("resources: at most %d", brokeradmin.MaxResources)
 	}
 	raw, err := json.Marshal(l.Image)
 	if err != nil {
@@ -286,12 +332,30 @@ func validateLaunch(id string, l *brokeradmin.Launch) *contract.Refusal {
 		return bad("appraisal_policy: %v", err)
 	}
 	for name, value := range l.Resources {
-		if _, err := contract.ParseResource("kbs:///" + name); err != nil {
-			return bad("resources: %.400q is not repository/type/tag", name)
+		if refused := validateResource(name, value); refused != nil {
+			return refused
 		}
-		if len(value) == 0 || len(value) > brokeradmin.MaxResourceBytes {
-			return bad("resources: %s has %d bytes, need 1 to %d", name, len(value), brokeradmin.MaxResourceBytes)
-		}
+	}
+	return validateCount(len(l.Resources))
+}
+
+func badRegistration(format string, args ...any) *contract.Refusal {
+	return contract.Refuse("broker.registration-malformed", "correct the named field and register again", format, args...)
+}
+
+func validateResource(name string, value []byte) *contract.Refusal {
+	if _, err := contract.ParseResource("kbs:///" + name); err != nil {
+		return badRegistration("resources: %.400q is not repository/type/tag", name)
+	}
+	if len(value) == 0 || len(value) > brokeradmin.MaxResourceBytes {
+		return badRegistration("resources: %s has %d bytes, need 1 to %d", name, len(value), brokeradmin.MaxResourceBytes)
+	}
+	return nil
+}
+
+func validateCount(resources int) *contract.Refusal {
+	if resources > brokeradmin.MaxResources {
+		return badRegistration("resources: at most %d", brokeradmin.MaxResources)
 	}
 	return nil
 }

@@ -103,6 +103,7 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 	if change != nil {
 		change(&w.cfg)
 	}
+	t.Cleanup(w.stop)
 	w.start()
 	if err := w.admin.PutLaunch(t.Context(), launchID, &w.launch); err != nil {
 		t.Fatal(err)
@@ -113,6 +114,7 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 // start opens the broker on the state folder, as after a restart.
 func (w *world) start() {
 	w.t.Helper()
+	w.stop()
 	var err error
 	if w.server, err = New(w.cfg); err != nil {
 		w.t.Fatal(err)
@@ -120,11 +122,22 @@ func (w *world) start() {
 	w.web = httptest.NewUnstartedServer(w.server.Handler())
 	w.web.TLS = &tls.Config{MinVersion: tls.VersionTLS13}
 	w.web.StartTLS()
-	w.t.Cleanup(w.web.Close)
 	ca := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: w.web.Certificate().Raw})
 	if w.admin, err = brokeradmin.NewClient(w.web.URL, ca, adminToken); err != nil {
 		w.t.Fatal(err)
 	}
+}
+
+// stop ends the broker, as a crash would: nothing is written.
+func (w *world) stop() {
+	if w.server == nil {
+		return
+	}
+	w.web.Close()
+	if err := w.server.Close(); err != nil {
+		w.t.Error(err)
+	}
+	w.server = nil
 }
 
 func encode(t *testing.T, m *contract.Manifest) []byte {

@@ -73,18 +73,25 @@ func (w *world) publisher(digest string, policy uint64) (IDBlockFiles, *idblock.
 	return IDBlockFiles{Block: w.file("block-"+digest[:8], encode(signed.RawBlock)+"\n"), Auth: w.file("auth-"+digest[:8], encode(signed.RawAuth))}, signed
 }
 
+// predict is the launch digest of a deployment that says nothing of its machine.
+func (w *world) predict() string {
+	w.t.Helper()
+	guest, err := loadImage(w.profile.ImageDir)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	digest, err := guest.predict(defaultVCPUs, defaultCPUModel, guestFeatures)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return digest
+}
+
 func TestAnIDBlockGoesWithTheLaunchAndItsKeyIsDemanded(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	image, _ := w.push(0)
-	guest, err := loadImage(w.profile.ImageDir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	digest, err := guest.predict(defaultVCPUs, defaultCPUModel, guestFeatures)
-	if err != nil {
-		t.Fatal(err)
-	}
+	digest := w.predict()
 	o := w.options(image)
 	files, signed := w.publisher(digest, guestPolicy)
 	o.IDBlock = files
@@ -106,14 +113,7 @@ func TestDemandsThatNoLaunchCouldMeetAreRefusedEarly(t *testing.T) {
 	w := newWorld(t)
 	image, _ := w.push(0)
 	otherDigest, _ := w.publisher(strings.Repeat("0d", 48), guestPolicy)
-	guest, err := loadImage(w.profile.ImageDir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	digest, err := guest.predict(defaultVCPUs, defaultCPUModel, guestFeatures)
-	if err != nil {
-		t.Fatal(err)
-	}
+	digest := w.predict()
 	fitting, _ := w.publisher(digest, guestPolicy) // guest SVN 2, no author key
 	key := strings.Repeat("0d", 48)
 	for name, c := range map[string]struct {

@@ -161,8 +161,10 @@ type plan struct {
 	secretEnv map[string]string
 	manifest  []byte
 	signed    *signedLaunch
-	aside     string // the deployment that had this name
-	sent      bool   // the command may have reached the control plane
+	aside     string   // the deployment that had this name
+	unsure    bool     // the broker may know the launch although it did not say so
+	uploads   []string // objects in the store that this deployment makes
+	sent      bool     // the command may have reached the control plane
 }
 
 // Deploy brings a confidential guest up to the accepted command. It registers
@@ -204,26 +206,6 @@ func (t *Tenant) carryOut(ctx context.Context, p *plan) error {
 		return err
 	}
 	return t.launch(ctx, p)
-}
-
-// undo withdraws the keys and forgets the deployment, unless the command may
-// be on its way: then the guest needs its keys and the user needs the name.
-// A deployment that was to be replaced is back under its name.
-func (t *Tenant) undo(ctx context.Context, p *plan) error {
-	if p.sent {
-		return nil
-	}
-	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
-	defer cancel()
-	if err := t.abortUploads(undo, p.d); err != nil {
-		return err
-	}
-	if p.d.Stage != StagePrepared {
-		if err := t.broker.DeleteLaunch(undo, p.d.LaunchID); err != nil {
-			return fmt.Errorf("withdrawing the keys of launch %s at the broker, delete it there: %w", p.d.LaunchID, err)
-		}
-	}
-	return t.state.forget(p.d.Name, p.aside)
 }
 
 // prepare does what may fail without a trace first, then opens the state.
@@ -319,6 +301,9 @@ func (t *Tenant) seal(ctx context.Context, p *plan) error {
 	}
 	for _, s := range sources {
 		t.report.Step("input " + s.name)
+		if key := s.objectKey(prefix); key != "" {
+			p.uploads = append(p.uploads, key) // before: an upload may fail half way
+		}
 		object, err := t.input(ctx, prefix, s, p.key)
 		if err != nil {
 			return err
@@ -367,6 +352,7 @@ func (t *Tenant) register(ctx context.Context, p *plan) error {
 		TCBFloor: p.o.TCBFloor, ChipIDs: p.o.ChipIDs, AppraisalPolicy: p.d.Appraisal, Resources: p.resources,
 	})
 	if err != nil {
+		p.unsure = !unsent(err)
 		return fmt.Errorf("registering at the broker: %w", err)
 	}
 	p.d.Stage = StageRegistered

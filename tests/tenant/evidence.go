@@ -117,7 +117,7 @@ func (t *Tenant) awaitEvidence(ctx context.Context, guestID string, nonce []byte
 			return nil, fmt.Errorf("asking for the guest: %w", err)
 		}
 		if g.ended() {
-			return nil, contract.Refuse("tenant.guest-ended", "attest while the guest runs; tenant wait and deploy --wait do so by themselves",
+			return nil, contract.Refuse(codeGuestEnded, "attest while the guest runs; tenant wait and deploy --wait do so by themselves",
 				"guest %s has ended and answers no challenge", guestID)
 		}
 		if err := wait(ctx, pollInterval); err != nil {

@@ -45,6 +45,9 @@ type fakeNode struct {
 	guests map[string]*fakeGuest
 	// fail makes the next Launch fail without an answer.
 	fail error
+	// trouble meets the next requests for a guest, evidence each for evidence.
+	trouble  []error
+	evidence error
 	// onLaunch is called before each Launch is answered.
 	onLaunch func()
 	// silent nodes never say what became of a launch; status is what others
@@ -124,6 +127,11 @@ func (n *fakeNode) get(id string) (*fakeGuest, error) {
 func (n *fakeNode) Guest(_ context.Context, id string) (*Guest, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if len(n.trouble) > 0 {
+		err := n.trouble[0]
+		n.trouble = n.trouble[1:]
+		return nil, err
+	}
 	g, err := n.get(id)
 	if err != nil {
 		return nil, err
@@ -138,6 +146,9 @@ func (n *fakeNode) RequestEvidence(_ context.Context, id string, nonce []byte) e
 	g, err := n.get(id)
 	if err != nil {
 		return err
+	}
+	if n.evidence != nil {
+		return n.evidence
 	}
 	if g.state.ended() {
 		return contract.Refuse("guest.not-running", "attest while it runs", "guest %s does not run", id)

@@ -32,6 +32,8 @@ type ObjectStore interface {
 	// PresignGet and PresignPut return URLs that need no further credential.
 	PresignGet(ctx context.Context, bucket, key string, valid time.Duration) (string, error)
 	PresignPut(ctx context.Context, bucket, key string, valid time.Duration) (string, error)
+	// Remove deletes an object; one that is not there is no error.
+	Remove(ctx context.Context, bucket, key string) error
 }
 
 // pinnedTransport trusts the CA in file and nothing else, over TLS 1.3.
@@ -142,6 +144,15 @@ func (s *s3Store) PresignPut(ctx context.Context, bucket, key string, valid time
 	return u.String(), nil
 }
 
+func (s *s3Store) Remove(ctx context.Context, bucket, key string) error {
+	if err := s.client.RemoveObject(ctx, bucket, key, minio.RemoveObjectOptions{}); err != nil {
+		if err := storeError("removing "+bucket+"/"+key, err); !noObject(err) {
+			return err
+		}
+	}
+	return nil
+}
+
 // source is one --dataset or --model.
 type source struct {
 	name        string // under /inputs
@@ -186,6 +197,15 @@ func parseSource(text string) (source, error) {
 	return s, nil
 }
 
+// objectKey is where deploying a source puts its ciphertext; empty when it is
+// sealed already and stays where it is.
+func (s source) objectKey(prefix string) string {
+	if s.scheme == "encrypted" {
+		return ""
+	}
+	return prefix + s.name + ".age"
+}
+
 // input brings one source into the store as ciphertext and returns where it
 // is. Plaintext is sealed on the way, in memory.
 func (t *Tenant) input(ctx context.Context, prefix string, s source, key *dataKey) (DeployedObject, error) {
@@ -206,7 +226,7 @@ func (t *Tenant) input(ctx context.Context, prefix string, s source, key *dataKe
 		if err != nil {
 			return DeployedObject{}, err
 		}
-		return t.sealAndPut(ctx, s.name, prefix+s.name+".age", plain, size, key)
+		return t.sealAndPut(ctx, s.name, s.objectKey(prefix), plain, size, key)
 	default:
 		f, err := os.Open(s.path)
 		if err != nil {
@@ -221,7 +241,7 @@ func (t *Tenant) input(ctx context.Context, prefix string, s source, key *dataKe
 		if err != nil {
 			return DeployedObject{}, err
 		}
-		return t.sealAndPut(ctx, s.name, prefix+s.name+".age", plain, info.Size(), key)
+		return t.sealAndPut(ctx, s.name, s.objectKey(prefix), plain, info.Size(), key)
 	}
 }
 

@@ -30,6 +30,7 @@ const (
 	codeNotFound       = "tenant.not-found"
 	codeNameInUse      = "tenant.name-in-use"
 	codeUsage          = "tenant.usage"
+	codeGuestEnded     = "tenant.guest-ended"
 	codeNotSealed      = "tenant.not-sealed"
 	codeAlreadySealed  = "tenant.already-sealed"
 	codeFormatGPG      = "tenant.format-gpg"

@@ -236,13 +236,21 @@ func (s *stateDir) object(bucket, key string) (DeployedObject, bool, error) {
 }
 
 func (s *stateDir) remember(o DeployedObject) error {
+	return s.changeIndex(func(index objectIndex) { index[o.Bucket+"/"+o.Key] = o })
+}
+
+func (s *stateDir) forgetObject(bucket, key string) error {
+	return s.changeIndex(func(index objectIndex) { delete(index, bucket+"/"+key) })
+}
+
+func (s *stateDir) changeIndex(change func(objectIndex)) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	index, err := s.objectsLocked()
 	if err != nil {
 		return err
 	}
-	index[o.Bucket+"/"+o.Key] = o
+	change(index)
 	data, err := json.MarshalIndent(index, "", "  ")
 	if err != nil {
 		return fmt.Errorf("encoding object index: %w", err)

@@ -76,12 +76,21 @@ func (t *Tenant) await(ctx context.Context, name string, enough func(*Guest) boo
 	if err != nil {
 		return nil, err
 	}
-	w := waiter{t: t, d: d}
+	w := waiter{t: t, d: d, silence: patience{within: evidencePatience, now: t.now}}
+	outage := patience{within: outagePatience, now: t.now}
 	for {
 		g, err := t.control.Guest(ctx, d.GuestID)
 		if err != nil {
-			return nil, fmt.Errorf("asking for the guest: %w", err)
+			err = fmt.Errorf("asking for the guest: %w", err)
+			if lasting(ctx, err) || outage.over() {
+				return nil, err
+			}
+			if wait(ctx, pollInterval) != nil {
+				return nil, err
+			}
+			continue
 		}
+		outage.reset()
 		if g.Status != w.last {
 			w.last = g.Status
 			t.report.Step("guest is " + stateWord(g.Status))
@@ -105,11 +114,51 @@ func (t *Tenant) await(ctx context.Context, name string, enough func(*Guest) boo
 	}
 }
 
+// How long await goes on without what it waits for. A guest needs minutes to
+// boot and to answer under emulation, seconds on silicon.
+const (
+	outagePatience   = 2 * time.Minute
+	evidencePatience = 15 * time.Minute
+)
+
+// patience ends some time after the first failure in a row.
+type patience struct {
+	within time.Duration
+	now    func() time.Time
+	since  time.Time
+}
+
+func (p *patience) over() bool {
+	if p.since.IsZero() {
+		p.since = p.now()
+	}
+	return p.now().Sub(p.since) >= p.within
+}
+
+func (p *patience) reset() { p.since = time.Time{} }
+
+// lasting reports whether asking again would end the same. What passes is that
+// nobody answered, and what a guest's node says while the guest comes and goes.
+func lasting(ctx context.Context, err error) bool {
+	if ctx.Err() != nil {
+		return true
+	}
+	if refused, ok := errors.AsType[*contract.Refusal](err); ok {
+		switch refused.Code {
+		case codeGuestEnded, "guest.not-running", "evidence.timeout", "evidence.busy":
+			return false
+		}
+		return true
+	}
+	return !errors.Is(err, ErrUnreachable) && !errors.Is(err, context.DeadlineExceeded)
+}
+
 // waiter attests a guest once, while it runs.
 type waiter struct {
 	t        *Tenant
 	d        *Deployment
 	last     api.GuestStatus
+	silence  patience
 	attested bool
 	// answered are the events of uploads that need no further answer; begun is
 	// how often each result's upload was begun anew.
@@ -117,8 +166,8 @@ type waiter struct {
 	begun    map[string]int
 }
 
-// attest tries once. A guest that cannot answer yet is asked again; evidence
-// that does not hold ends the wait.
+// attest tries once. A guest that cannot answer yet is asked again, for a
+// time; evidence that does not hold ends the wait.
 func (w *waiter) attest(ctx context.Context, g *Guest) error {
 	if w.attested || !g.answers() {
 		return nil
@@ -126,12 +175,15 @@ func (w *waiter) attest(ctx context.Context, g *Guest) error {
 	try, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	v, err := w.t.Attest(try, w.d.Name, VerifyOptions{})
-	if err != nil {
-		refused := contract.AsRefusal(err)
-		if ctx.Err() != nil || refused.Code == codeUsage {
-			return err
-		}
-		return nil // not yet, or ended meanwhile: the next poll tells
+	switch {
+	case err == nil:
+	case lasting(ctx, err):
+		return fmt.Errorf("attesting the guest: %w", err)
+	case w.silence.over():
+		return contract.Refuse("tenant.evidence-timeout", "stop the guest with tenant stop, look at the node, and deploy again; its results could not be verified",
+			"guest %s runs and has given no evidence for %v", w.d.GuestID, evidencePatience).Because(err)
+	default:
+		return nil // the next poll tells more
 	}
 	if err := v.refusal(); err != nil {
 		return err

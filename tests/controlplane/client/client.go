@@ -242,6 +242,10 @@ func (c *Client) call(ctx context.Context, method, path string, body, reply any)
 		if json.Unmarshal(raw, &refusal) == nil && refusal.Code != "" {
 			return &refusal
 		}
+		switch resp.StatusCode {
+		case http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout: // of what stands before it
+			return fmt.Errorf("%w: %s", ErrUnreachable, resp.Status)
+		}
 		return fmt.Errorf("asking the control plane: it answered %s", resp.Status)
 	}
 	if out, ok := reply.(*[]byte); ok {

@@ -141,7 +141,10 @@ func NewClient(rawURL string, caPEM []byte, token string) (*Client, error) {
 		ResponseHeaderTimeout: 30 * time.Second,
 		IdleConnTimeout:       30 * time.Second,
 	}
-	return &Client{strings.TrimSuffix(rawURL, "/") + PathPrefix, token, &http.Client{Transport: transport, Timeout: time.Minute}}, nil
+	return &Client{strings.TrimSuffix(rawURL, "/") + PathPrefix, token, &http.Client{
+		Transport: transport, Timeout: time.Minute,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}}, nil
 }
 
 // PutLaunch registers or updates a launch.
@@ -197,15 +200,22 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte) ([]by
 		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
 	}
 	defer resp.Body.Close() //nolint:errcheck // the body was read or is of no use
-	out, err := io.ReadAll(io.LimitReader(resp.Body, MaxLaunchBytes))
+	out, err := io.ReadAll(io.LimitReader(resp.Body, MaxLaunchBytes+1))
 	if err != nil {
 		return nil, fmt.Errorf("%w: reading answer: %w", ErrUnreachable, err)
+	}
+	if len(out) > MaxLaunchBytes {
+		return nil, fmt.Errorf("reading the key broker's answer: it has more than %d bytes", MaxLaunchBytes)
 	}
 	if resp.StatusCode >= 200 && resp.StatusCode < 300 {
 		return out, nil
 	}
 	var refused ErrorBody
 	if err := json.Unmarshal(out, &refused); err != nil || refused.Code == "" {
+		switch resp.StatusCode {
+		case http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout: // of what stands before it
+			return nil, fmt.Errorf("%w: %s", ErrUnreachable, resp.Status)
+		}
 		return nil, fmt.Errorf("key broker answered %s", resp.Status)
 	}
 	return nil, &contract.Refusal{Code: refused.Code, Message: refused.Message, Remedy: refused.Remedy}

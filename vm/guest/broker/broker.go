@@ -51,12 +51,24 @@ const retryPause = time.Second
 // words are in the message.
 const CodeRefused = "guest.broker-refused"
 
+// CodeAnswer is the code of an answer that no key broker gives.
+const CodeAnswer = "guest.broker-answer"
+
+var (
+	// errLater: the broker, or what stands before it, does not answer now.
+	errLater = errors.New("the broker may answer later")
+	// errUncounted: an answer to the challenge that cost no release, so that
+	// a new challenge may be asked for.
+	errUncounted = errors.New("the broker has counted nothing")
+)
+
 // Client of one broker, for one launch.
 type Client struct {
 	base  string
 	http  *http.Client
 	key   *ecdsa.PrivateKey
 	token string
+	pause time.Duration // before another try
 }
 
 // New makes a client with a fresh key.
@@ -69,7 +81,7 @@ func New(url string, transport http.RoundTripper) (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making cookie jar: %w", err)
 	}
-	return &Client{base: strings.TrimSuffix(url, "/") + "/kbs/v0/", key: key, http: &http.Client{
+	return &Client{base: strings.TrimSuffix(url, "/") + "/kbs/v0/", key: key, pause: retryPause, http: &http.Client{
 		Transport: transport, Jar: jar, Timeout: time.Minute,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}, nil
@@ -91,8 +103,22 @@ func (c *Client) jwk() (json.RawMessage, error) {
 
 // Attest proves the guest to the broker: its challenge is answered with what
 // evidence makes of the report data. A broker that cannot be reached is tried
-// until ctx ends; but the answer is sent once, because the broker counts.
-func (c *Client) Attest(ctx context.Context, evidence func(context.Context, [contract.ReportDataSize]byte) (contract.BrokerEvidence, error)) error {
+// until ctx ends. But an answer is sent once, because the broker counts: there
+// is a second challenge only when it is certain that the first counted nothing,
+// for instance because the broker was restarted between the two.
+func (c *Client) Attest(ctx context.Context, evidence Evidence) error {
+	for {
+		err := c.exchange(ctx, evidence)
+		if !errors.Is(err, errUncounted) || !c.rest(ctx) {
+			return err
+		}
+	}
+}
+
+// Evidence makes evidence over report data.
+type Evidence = func(context.Context, [contract.ReportDataSize]byte) (contract.BrokerEvidence, error)
+
+func (c *Client) exchange(ctx context.Context, evidence Evidence) error {
 	key, err := c.jwk()
 	if err != nil {
 		return err
@@ -100,24 +126,25 @@ func (c *Client) Attest(ctx context.Context, evidence func(context.Context, [con
 	var challenge struct {
 		Nonce string `json:"nonce"`
 	}
-	if err := c.retry(ctx, func() error {
-		answer, err := c.post(ctx, "auth", map[string]any{"version": protocolVersion, "tee": teeSNP, "extra-params": ""})
-		if err != nil {
-			return err
-		}
-		return json.Unmarshal(answer, &challenge)
+	var answer []byte
+	if err := c.retry(ctx, func() (err error) {
+		answer, err = c.post(ctx, "auth", map[string]any{"version": protocolVersion, "tee": teeSNP, "extra-params": ""})
+		return err
 	}); err != nil {
 		return fmt.Errorf("asking for a challenge: %w", err)
 	}
+	if err := json.Unmarshal(answer, &challenge); err != nil {
+		return noAnswer("its challenge cannot be read", err)
+	}
 	data, err := contract.BrokerReportData("", challenge.Nonce, key)
 	if err != nil {
-		return err
+		return noAnswer("its challenge cannot be read", err)
 	}
 	e, err := evidence(ctx, data)
 	if err != nil {
 		return err
 	}
-	answer, err := c.post(ctx, "attest", map[string]any{
+	answer, err = c.post(ctx, "attest", map[string]any{
 		"init-data":    nil,
 		"runtime-data": map[string]any{"nonce": challenge.Nonce, "tee-pubkey": key},
 		"tee-evidence": map[string]any{"primary_evidence": e, "additional_evidence": ""},
@@ -129,7 +156,7 @@ func (c *Client) Attest(ctx context.Context, evidence func(context.Context, [con
 		Token string `json:"token"`
 	}
 	if err := json.Unmarshal(answer, &token); err != nil || token.Token == "" {
-		return errors.New("attesting: the broker's answer holds no token")
+		return noAnswer("it holds no token", err)
 	}
 	c.token = token.Token
 	return nil
@@ -146,28 +173,46 @@ func (c *Client) Resource(ctx context.Context, r contract.Resource) ([]byte, err
 	}
 	obj, err := jose.ParseEncryptedJSON(string(sealed), []jose.KeyAlgorithm{keyAlgorithm}, []jose.ContentEncryption{contentCipher})
 	if err != nil {
-		return nil, fmt.Errorf("reading resource %s: %w", r, err)
+		return nil, noAnswer("it is no encrypted resource", fmt.Errorf("reading resource %s: %w", r, err))
 	}
 	secret, err := obj.Decrypt(c.key)
 	if err != nil {
-		return nil, fmt.Errorf("opening resource %s: %w", r, err)
+		return nil, noAnswer("its resource is not encrypted to this guest", fmt.Errorf("opening resource %s: %w", r, err))
 	}
 	return secret, nil
 }
 
-// retry repeats what failed because nobody answered.
+// noAnswer refuses an answer that no key broker gives.
+func noAnswer(what string, cause error) error {
+	return contract.Refuse(CodeAnswer, "check that the manifest's broker URL is the key broker's own", "the key broker's answer is none: %s", what).Because(cause)
+}
+
+// retry repeats what may be asked twice and failed because nobody answered.
 func (c *Client) retry(ctx context.Context, do func() error) error {
 	for {
 		err := do()
-		var dial *net.OpError
-		if err == nil || !errors.As(err, &dial) {
+		if err == nil || !mayPass(err) || !c.rest(ctx) {
 			return err
 		}
-		select {
-		case <-ctx.Done():
-			return err
-		case <-time.After(retryPause):
-		}
+	}
+}
+
+// mayPass tells a broker that is down, slow or restarted from one that says no
+// and from one that is another's.
+func mayPass(err error) bool {
+	var op *net.OpError
+	var timeout net.Error
+	return errors.Is(err, errLater) || errors.As(err, &op) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		(errors.As(err, &timeout) && timeout.Timeout())
+}
+
+// rest waits, and reports whether it is worth another try.
+func (c *Client) rest(ctx context.Context) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(c.pause):
+		return true
 	}
 }
 
@@ -191,6 +236,10 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte, limit
 		req.Header.Set("Authorization", "Bearer "+c.token)
 	}
 	resp, err := c.http.Do(req)
+	var op *net.OpError
+	if errors.As(err, &op) && op.Op == "dial" {
+		return nil, fmt.Errorf("asking broker: %w: %w", errUncounted, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("asking broker: %w", err)
 	}
@@ -200,7 +249,7 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte, limit
 		return nil, fmt.Errorf("reading broker's answer: %w", err)
 	}
 	if int64(len(data)) > limit {
-		return nil, fmt.Errorf("reading broker's answer: more than %d bytes", limit)
+		return nil, noAnswer(fmt.Sprintf("it has more than %d bytes", limit), nil)
 	}
 	if resp.StatusCode != http.StatusOK {
 		return nil, refusal(resp.StatusCode, data)
@@ -208,8 +257,22 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte, limit
 	return data, nil
 }
 
-// refusal carries the broker's own reason, which is the tenant's own word.
+// refusal carries the broker's own reason, which is the tenant's own word, and
+// why it may be worth another try, if it is.
 func refusal(status int, data []byte) error {
+	refused, code := brokersWords(status, data)
+	switch {
+	case code == "broker.session-unknown", code == "broker.session-expired":
+		return refused.Because(errUncounted)
+	case code == "broker.rate-limited", status == http.StatusServiceUnavailable && strings.HasPrefix(code, "broker."):
+		return refused.Because(errors.Join(errUncounted, errLater))
+	case status == http.StatusTooManyRequests, status == http.StatusBadGateway, status == http.StatusServiceUnavailable, status == http.StatusGatewayTimeout:
+		return refused.Because(errLater)
+	}
+	return refused
+}
+
+func brokersWords(status int, data []byte) (_ *contract.Refusal, code string) {
 	var r struct {
 		Type    string `json:"type"`
 		Detail  string `json:"detail"`
@@ -218,7 +281,7 @@ func refusal(status int, data []byte) error {
 		Remedy  string `json:"remedy"`
 	}
 	if err := json.Unmarshal(data, &r); err != nil || (r.Message == "" && r.Detail == "") {
-		return contract.Refuse(CodeRefused, "look at the key broker's log", "the key broker refused with status %d", status)
+		return contract.Refuse(CodeRefused, "look at the key broker's log", "the key broker refused with status %d", status), ""
 	}
 	if r.Message == "" { // another implementation's error body
 		r.Message, r.Code = r.Detail, r.Type
@@ -226,7 +289,7 @@ func refusal(status int, data []byte) error {
 	if r.Remedy == "" {
 		r.Remedy = "look at the key broker's log"
 	}
-	return contract.Refuse(CodeRefused, shorten(r.Remedy, maxRemedy), "the key broker refused: %s (%s)", shorten(r.Message, maxMessage), shorten(r.Code, maxCode))
+	return contract.Refuse(CodeRefused, shorten(r.Remedy, maxRemedy), "the key broker refused: %s (%s)", shorten(r.Message, maxMessage), shorten(r.Code, maxCode)), r.Code
 }
 
 func shorten(s string, limit int) string {

@@ -78,9 +78,19 @@ func TestAnswersThatAreNoneAreErrors(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			if err := talk(t, answers); err == nil {
-				t.Error("accepted")
+			err := talk(t, answers)
+			refused, ok := errors.AsType[*contract.Refusal](err)
+			if want := wanted(name); !ok || refused.Code != want || refused.Remedy == "" {
+				t.Errorf("%v, want %s", err, want)
 			}
 		})
 	}
+}
+
+// wanted is the code of an answer that is none; a redirect is a refusal.
+func wanted(name string) string {
+	if name == "redirect" {
+		return broker.CodeRefused
+	}
+	return broker.CodeAnswer
 }

@@ -19,8 +19,10 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp"
 	"github.com/confidential-node/agent/tests/keybroker"
+	"github.com/confidential-node/agent/tests/keybroker/hsm"
 )
 
 // usageError is a wrong invocation; it exits with 2.
@@ -34,6 +36,9 @@ func main() {
 		return
 	}
 	fmt.Fprintln(os.Stderr, "keybroker:", err)
+	if refused, ok := errors.AsType[*contract.Refusal](err); ok {
+		fmt.Fprintln(os.Stderr, "keybroker: remedy:", refused.Remedy)
+	}
 	code := 1
 	if _, usage := errors.AsType[usageError](err); usage {
 		code = 2
@@ -49,6 +54,7 @@ type options struct {
 	emulatedRoots       []string
 	products            []string
 	development         bool
+	token               hsm.Config
 	logLevel, logFormat string
 }
 
@@ -63,12 +69,7 @@ key only. It speaks the CoCo KBS protocol 0.4.0 over TLS 1.3.
 
 Exit codes: 0 stopped on request, 1 failed, 2 usage.`,
 		SilenceUsage: true, SilenceErrors: true,
-		Args: func(_ *cobra.Command, args []string) error {
-			if len(args) > 0 {
-				return usageError{fmt.Errorf("unexpected argument %q; see keybroker --help", args[0])}
-			}
-			return nil
-		},
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return run(cmd.Context(), &o) },
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error {
@@ -87,10 +88,12 @@ Exit codes: 0 stopped on request, 1 failed, 2 usage.`,
 	f.StringSliceVar(&o.products, "allow-product", nil, "processor `LINE` to accept although it is excluded by default (milan: its root can be extracted in software)")
 	f.StringVar(&o.logLevel, "log-level", "info", "trace, debug, info, warn or error")
 	f.StringVar(&o.logFormat, "log-format", "text", "text or json")
+	tokenFlags(f, &o.token)
+	cmd.AddCommand(newToken())
 	return cmd
 }
 
-func run(ctx context.Context, o *options) error {
+func run(ctx context.Context, o *options) (err error) {
 	for name, value := range map[string]string{"cert": o.cert, "key": o.key, "state-dir": o.stateDir, "admin-token-file": o.tokenFile} {
 		if value == "" {
 			return usageError{fmt.Errorf("--%s is required", name)}
@@ -117,13 +120,21 @@ func run(ctx context.Context, o *options) error {
 	if err != nil {
 		return err
 	}
+	wrapping, err := openToken(&o.token)
+	if err != nil {
+		return err
+	}
+	if wrapping != nil {
+		defer func() { err = errors.Join(err, wrapping.Close()) }()
+	}
 	server, err := keybroker.New(keybroker.Config{
-		StateDir: o.stateDir, AdminToken: strings.TrimSpace(string(token)), EmulatedRoots: roots,
+		StateDir: o.stateDir, AdminToken: strings.TrimSpace(string(token)), Token: wrapping, EmulatedRoots: roots,
 		AllowDevelopmentImage: o.development, AllowProducts: products, Issuer: o.issuer, Logger: logger,
 	})
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, server.Close()) }()
 	if len(roots) > 0 || o.development {
 		logger.Warn("trial mode: do not register real secrets", "emulated_roots", len(roots), "development_image", o.development)
 	}

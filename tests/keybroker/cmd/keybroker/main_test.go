@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/confidential-node/agent/tests/keybroker/hsm/hsmtest"
 )
 
 func TestWrongInvocationsAreUsageErrors(t *testing.T) {
@@ -18,6 +20,9 @@ func TestWrongInvocationsAreUsageErrors(t *testing.T) {
 		{"--nonsense"},
 		{"--cert", "a", "--key", "b", "--state-dir", "c"},
 		{"--cert", "a", "--key", "b", "--state-dir", "c", "--admin-token-file", "d", "--allow-product", "rome"},
+		{"token"},
+		{"token", "init"},
+		{"token", "rewrap", "--token-library", "a"},
 	} {
 		root := newRoot()
 		root.SetArgs(args)
@@ -42,5 +47,31 @@ func TestMissingFilesAndShortTokensStopTheBroker(t *testing.T) {
 	}
 	if _, err := loadRoots([]string{file}); err == nil || !strings.Contains(err.Error(), "parsing emulated root") {
 		t.Error(err)
+	}
+}
+
+// The way of an operator: a store as it was before tokens is brought under a
+// key, under the next one, and served.
+func TestTheTokensKeysAreMadeChangedAndUsed(t *testing.T) {
+	soft := hsmtest.New(t)
+	state := t.TempDir()
+	flags := []string{"--token-library", soft.Library, "--token", soft.Label, "--token-pin-file", soft.PINFile}
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"token", "init"}, "wrapping key keybroker-1 made\n"},
+		{[]string{"token", "init"}, "wrapping key keybroker-1 is there\n"},
+		{[]string{"token", "migrate", "--state-dir", state}, "0 of 0 launches changed; all are wrapped by keybroker-1, and no older key is needed\n"},
+		{[]string{"token", "rotate"}, "wrapping key keybroker-2 made\n"},
+		{[]string{"token", "rewrap", "--state-dir", state}, "0 of 0 launches changed; all are wrapped by keybroker-2, and no older key is needed\n"},
+	} {
+		var out bytes.Buffer
+		root := newRoot()
+		root.SetArgs(append(c.args, flags...))
+		root.SetOut(&out)
+		if err := root.ExecuteContext(t.Context()); err != nil || out.String() != c.want {
+			t.Errorf("%v: %q %v", c.args, out.String(), err)
+		}
 	}
 }
