@@ -134,3 +134,22 @@ func TestKernelAPublishedPortIsReachedByIPv6(t *testing.T) {
 		return err
 	})
 }
+
+func TestKernelPortsOfProcessesAreSeen(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	w := newWorld(t, nil)
+	if err := errors.Join(serve(t, "0.0.0.0:20003"), serve(t, "[::1]:20004"), serve(t, "[::]:20005")); err != nil {
+		t.Fatal(err)
+	}
+	open, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", "127.0.0.1:20003")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer open.Close() //nolint:errcheck // the test is over
+	ports, err := w.host.Listening()
+	if err != nil || len(ports) != 3 || !ports[20003] || !ports[20004] || !ports[20005] {
+		t.Errorf("listening %v, %v", ports, err)
+	}
+}
