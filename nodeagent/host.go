@@ -228,10 +228,13 @@ func (a *agent) status(ctx context.Context) (admin.Status, error) {
 	for _, f := range a.endorsements.Findings() {
 		warn("%s: %s; %s", f.Code, f.Message, f.Remedy)
 	}
+	counts := a.relay.Counts()
+	s.Relay = admin.Relay{Open: counts.Open, Routed: counts.Routed, Refused: counts.Refused}
 	for _, g := range a.guests.Snapshot() {
 		guest := admin.Guest{
 			ID: g.ID, Generation: g.Generation, Status: g.Status.Word(), GuestPhase: string(g.Phase),
 			Step: g.Step, Ending: g.Undoing, Since: g.Since, VCPUs: g.VCPUs, MemoryMiB: g.MemoryMiB,
+			Relayed: counts.PerGuest[g.ID],
 		}
 		for _, p := range g.Ports {
 			guest.Ports = append(guest.Ports, admin.Port(p))

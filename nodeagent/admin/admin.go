@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/output"
 )
 
@@ -44,6 +45,7 @@ type Status struct {
 	Control      Control   `json:"control"`
 	Hypervisor   string    `json:"hypervisor"`
 	Guests       []Guest   `json:"guests"`
+	Relay        Relay     `json:"relay"`
 	// Warnings are findings that need an operator, each with its remedy.
 	Warnings []string `json:"warnings"`
 }
@@ -60,6 +62,16 @@ type Control struct {
 	LastError     string    `json:"last_error,omitempty"`
 }
 
+// Relay is what passes through the agent to guests: connections by server
+// name, and by IPv6 to published ports.
+type Relay struct {
+	// Open now; Routed since the agent started.
+	Open   int    `json:"open"`
+	Routed uint64 `json:"routed"`
+	// Refused since the agent started, by reason.
+	Refused map[relay.Reason]uint64 `json:"refused,omitempty"`
+}
+
 // Guest is one guest as the agent knows it.
 type Guest struct {
 	ID         string `json:"id"`
@@ -74,6 +86,8 @@ type Guest struct {
 	MemoryMiB uint64    `json:"memory_mib"`
 	Ports     []Port    `json:"ports,omitempty"`
 	Reason    string    `json:"reason,omitempty"`
+	// Relayed connections that are open.
+	Relayed int `json:"relayed,omitempty"`
 }
 
 // Port is one published TCP port.
