@@ -15,6 +15,8 @@ import (
 	"math/big"
 	"net"
 	"net/netip"
+	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -596,6 +598,89 @@ func TestTenThousandClientsThatSayNothingLeaveNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = conn.Close()
+}
+
+func TestWhoNamesNobodyGivesWayToWhoDoes(t *testing.T) {
+	t.Parallel()
+	g := newGuest(t, "a.guests.example")
+	r, addr := serve(t, Limits{Connections: 4, Hello: time.Hour})
+	route(t, r, "guest", "a.guests.example", g)
+	var silent []net.Conn
+	for range 4 {
+		conn, err := dialTCP(addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer hangUp(conn)
+		silent = append(silent, conn)
+	}
+	until(t, "all places are taken", func() bool { return r.Counts().Open == 4 })
+	for i := range 4 {
+		conn, err := call(addr, "a.guests.example", g)
+		if err != nil {
+			t.Fatalf("the %d. that names a guest: %v", i+1, err)
+		}
+		defer hangUp(conn)
+		_ = silent[i].SetReadDeadline(time.Now().Add(30 * time.Second))
+		if _, err := silent[i].Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("the %d. that waits did not give way: %v", i+1, err)
+		}
+	}
+	if conn, err := call(addr, "a.guests.example", g); err == nil {
+		hangUp(conn)
+		t.Error("a connection to a guest gave way")
+	}
+	until(t, "all are told apart", func() bool {
+		c := r.Counts()
+		return c.Open == 4 && c.Refused[Slow] == 4 && c.Refused[Full] == 1
+	})
+}
+
+// Not parallel: other tests have descriptors too. The pipes that the kernel
+// copies through are pooled until the garbage is collected.
+func TestDescriptorsAreGivenBack(t *testing.T) {
+	descriptors := func() int {
+		runtime.GC()
+		entries, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(entries)
+	}
+	g := newGuest(t, "a.guests.example")
+	r, addr := serve(t, Limits{})
+	route(t, r, "guest", "a.guests.example", g)
+	before := descriptors()
+	for range 20 {
+		var open []io.Closer
+		for n := range 48 {
+			switch n % 3 {
+			case 0:
+				conn, err := call(addr, "a.guests.example", g)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if _, err := conn.Write(make([]byte, 64<<10)); err != nil {
+					t.Fatal(err)
+				}
+				open = append(open, conn)
+			default:
+				conn, err := dialTCP(addr)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if n%3 == 1 {
+					_, _ = conn.Write([]byte("GET / HTTP/1.1\r\n"))
+				}
+				open = append(open, conn)
+			}
+		}
+		for _, conn := range open {
+			hangUp(conn)
+		}
+		until(t, "all have left", func() bool { return r.Counts().Open == 0 })
+	}
+	until(t, "the descriptors are back", func() bool { return descriptors() <= before+2 })
 }
 
 func FuzzHello(f *testing.F) {

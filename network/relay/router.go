@@ -11,6 +11,7 @@ package relay
 
 import (
 	"cmp"
+	"container/list"
 	"context"
 	"errors"
 	"maps"
@@ -30,7 +31,9 @@ import (
 // Limits of a router. The zero value of a field is its default.
 type Limits struct {
 	// Connections bounds all connections at a time. Default 2048; each takes
-	// two descriptors and, while data waits, up to 64 KiB in a pipe.
+	// two descriptors and, while data waits, up to 64 KiB in a pipe. When there
+	// are as many, the one that has waited longest without naming a guest gives
+	// way.
 	Connections int
 	// PerSource bounds those of one IPv4 address or IPv6 /64. Default 64.
 	PerSource int
@@ -113,6 +116,7 @@ type Router struct {
 	ports   map[uint16]port
 	sources map[netip.Prefix]int
 	open    map[*connection]struct{}
+	waiting *list.List // of those in open that have no guest yet, oldest first
 	counts  Counts
 }
 
@@ -129,7 +133,7 @@ func New(cfg Config, logger hclog.Logger) *Router {
 	listen := net.ListenConfig{}
 	return &Router{
 		cfg: cfg, log: logger.Named("relay"), dial: dial, listen: listen.Listen, ctx: ctx, cancel: cancel,
-		names: map[string]Route{}, ports: map[uint16]port{}, sources: map[netip.Prefix]int{}, open: map[*connection]struct{}{},
+		names: map[string]Route{}, ports: map[uint16]port{}, sources: map[netip.Prefix]int{}, open: map[*connection]struct{}{}, waiting: list.New(),
 		counts: Counts{Refused: map[Reason]uint64{}, PerGuest: map[string]int{}},
 	}
 }
@@ -413,23 +417,48 @@ func (r *Router) admit(client *net.TCPConn) (*connection, Reason) {
 	defer r.mu.Unlock()
 	from := source(client.RemoteAddr())
 	switch {
-	case r.over || len(r.open) >= r.cfg.Connections:
+	case r.over:
 		return nil, Full
 	case r.sources[from] >= r.cfg.PerSource:
 		return nil, SourceFull
+	case len(r.open) >= r.cfg.Connections && !r.giveWayLocked():
+		return nil, Full
 	}
 	c := &connection{client: client, source: from}
 	r.open[c] = struct{}{}
+	c.place = r.waiting.PushBack(c)
 	r.sources[from]++
 	return c, ""
 }
 
-// leave undoes admit and claim.
+// giveWayLocked ends the connection that has waited longest without naming a
+// guest, as SYN caches do: silent clients from many addresses do not keep out
+// one that says at once whom it wants.
+func (r *Router) giveWayLocked() bool {
+	oldest := r.waiting.Front()
+	if oldest == nil {
+		return false
+	}
+	if c, ok := oldest.Value.(*connection); ok {
+		r.leaveLocked(c)
+	}
+	return true
+}
+
+// leave undoes admit and claim. It may be called again.
 func (r *Router) leave(c *connection) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.leaveLocked(c)
+}
+
+func (r *Router) leaveLocked(c *connection) {
 	c.closeLocked()
+	if _, in := r.open[c]; !in {
+		return
+	}
 	delete(r.open, c)
+	r.waiting.Remove(c.place)
 	if r.sources[c.source]--; r.sources[c.source] == 0 {
 		delete(r.sources, c.source)
 	}
@@ -446,7 +475,7 @@ func (r *Router) byName(c *connection) (Route, []byte, Reason) {
 	_ = c.client.SetReadDeadline(time.Now().Add(r.cfg.Hello))
 	name, first, err := hello(r.ctx, c.client)
 	if err != nil {
-		if timeout, ok := errors.AsType[net.Error](err); ok && timeout.Timeout() {
+		if timeout, ok := errors.AsType[net.Error](err); errors.Is(err, net.ErrClosed) || ok && timeout.Timeout() {
 			return Route{}, nil, Slow
 		}
 		return Route{}, nil, NotTLS
@@ -478,7 +507,11 @@ func (r *Router) claimLocked(c *connection, route Route) Reason {
 	if r.counts.PerGuest[route.Guest] >= r.cfg.PerGuest {
 		return GuestFull
 	}
+	if c.closed {
+		return Slow // it gave way meanwhile
+	}
 	c.guest = route.Guest
+	r.waiting.Remove(c.place)
 	r.counts.PerGuest[route.Guest]++
 	return ""
 }
