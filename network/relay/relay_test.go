@@ -16,7 +16,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"runtime"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -636,21 +636,26 @@ func TestWhoNamesNobodyGivesWayToWhoDoes(t *testing.T) {
 	})
 }
 
-// Not parallel: other tests have descriptors too. The pipes that the kernel
-// copies through are pooled until the garbage is collected.
-func TestDescriptorsAreGivenBack(t *testing.T) {
-	descriptors := func() int {
-		runtime.GC()
+// Not parallel: other tests have sockets too. The collector would close those
+// that were forgotten.
+func TestSocketsAreGivenBack(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	sockets := func() (n int) {
 		entries, err := os.ReadDir("/proc/self/fd")
 		if err != nil {
 			t.Fatal(err)
 		}
-		return len(entries)
+		for _, e := range entries {
+			if to, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil && strings.HasPrefix(to, "socket:") {
+				n++
+			}
+		}
+		return n
 	}
 	g := newGuest(t, "a.guests.example")
 	r, addr := serve(t, Limits{})
 	route(t, r, "guest", "a.guests.example", g)
-	before := descriptors()
+	before := sockets()
 	for range 20 {
 		var open []io.Closer
 		for n := range 48 {
@@ -680,7 +685,28 @@ func TestDescriptorsAreGivenBack(t *testing.T) {
 		}
 		until(t, "all have left", func() bool { return r.Counts().Open == 0 })
 	}
-	until(t, "the descriptors are back", func() bool { return descriptors() <= before+2 })
+	until(t, "the sockets are back", func() bool { return sockets() <= before })
+}
+
+func TestNothingOfAHelloIsLogged(t *testing.T) {
+	t.Parallel()
+	var logged bytes.Buffer
+	r := New(Config{}, hclog.New(&hclog.LoggerOptions{Level: hclog.Trace, Output: &logged}))
+	defer r.Close()
+	listen := net.ListenConfig{}
+	l, err := listen.Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.group.Go(func() { _ = r.serve(l, r.byName) })
+	route(t, r, "guest", "canary.guests.example", guest{addr: netip.MustParseAddrPort("127.0.0.1:1")})
+	for _, name := range []string{"canary.guests.example", "canary.other.example"} {
+		_ = alert(l.Addr().String(), &tls.Config{ServerName: name, InsecureSkipVerify: true})
+	}
+	r.Close()
+	if !strings.Contains(logged.String(), "refused") || strings.Contains(logged.String(), "canary") {
+		t.Errorf("logged:\n%s", &logged)
+	}
 }
 
 func FuzzHello(f *testing.F) {
