@@ -31,7 +31,8 @@ import (
 // Limits of a router. The zero value of a field is its default.
 type Limits struct {
 	// Connections bounds all connections at a time. Default 2048; each takes
-	// two descriptors and, while data waits, up to 64 KiB in a pipe. When there
+	// two descriptors and, while data waits, two more and up to 64 KiB in a
+	// pipe for each direction. When there
 	// are as many, the one that has waited longest without naming a guest gives
 	// way.
 	Connections int
