@@ -102,7 +102,7 @@ func (k *kernel) forget(addr netip.Addr) error {
 	return k.note("forget", addr.String())
 }
 
-func (k *kernel) listening() (map[uint16]bool, error) { return nil, nil }
+func (k *kernel) listening() (map[uint16]bool, error) { return map[uint16]bool{}, nil }
 
 func (k *kernel) ephemeral() (func(uint16) bool, error) {
 	return func(port uint16) bool { return port >= k.ephemeralFrom }, nil

@@ -257,7 +257,7 @@ func TestKernelGuestsShareATLSPortByName(t *testing.T) {
 // namespace.
 func serveTLS(t *testing.T, cert tls.Certificate, name string) error {
 	t.Helper()
-	l, err := tls.Listen("tcp", ":8443", &tls.Config{Certificates: []tls.Certificate{cert}}) //nolint:noctx // ends with the test
+	l, err := tls.Listen("tcp", ":8443", &tls.Config{Certificates: []tls.Certificate{cert}})
 	if err != nil {
 		return err
 	}

@@ -45,7 +45,7 @@ type DeployOptions struct {
 	// the guest on its shared port. A port without one gets its own.
 	ServerNames  map[int]string
 	Compliance   string
-	AuditLogging  bool
+	AuditLogging bool
 	// Confidential and AttestationRequired cannot be turned off.
 	Confidential, AttestationRequired bool
 
