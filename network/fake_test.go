@@ -24,13 +24,16 @@ type kernel struct {
 	fail    map[string]error // by the first word of an effect
 	forward bool
 	rules   string // JSON ruleset
-	heard   chan struct{}
-	closed  chan struct{}
+	// ephemeralFrom is the first port that the kernel gives away.
+	ephemeralFrom uint16
+	heard         chan struct{}
+	closed        chan struct{}
 }
 
 func newKernel() *kernel {
 	return &kernel{
-		taps: map[string]Tap{}, fail: map[string]error{}, rules: `{"nftables":[]}`,
+		ephemeralFrom: 32768,
+		taps:          map[string]Tap{}, fail: map[string]error{}, rules: `{"nftables":[]}`,
 		heard: make(chan struct{}, 16), closed: make(chan struct{}),
 	}
 }
@@ -97,6 +100,12 @@ func (k *kernel) forget(addr netip.Addr) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.note("forget", addr.String())
+}
+
+func (k *kernel) listening() (map[uint16]bool, error) { return map[uint16]bool{}, nil }
+
+func (k *kernel) ephemeral() (func(uint16) bool, error) {
+	return func(port uint16) bool { return port >= k.ephemeralFrom }, nil
 }
 
 func (k *kernel) forwarding() (bool, error) { return k.forward, nil }

@@ -33,6 +33,8 @@ type links interface {
 	forwarding() (bool, error)
 	setForwarding(on bool) error
 	changes() (notifier, error)
+	listening() (map[uint16]bool, error)
+	ephemeral() (given func(port uint16) bool, err error)
 }
 
 // notifier tells when nftables changed. Close ends a wait.
@@ -357,29 +359,4 @@ func (h *Host) RestoreForwarding(previous bool) error {
 		return nil
 	}
 	return h.links.setForwarding(false)
-}
-
-// ChoosePort returns a host port that no guest publishes, no process listens
-// on and taken does not claim: the caller's ports of launches under way. It
-// reserves nothing; Add refuses if the port is used meanwhile.
-func (h *Host) ChoosePort(ctx context.Context, taken func(port uint16) bool) (uint16, error) {
-	h.mu.Lock()
-	used := map[uint16]bool{}
-	for _, m := range h.guests {
-		for _, p := range m.guest.Ports {
-			used[p.Host] = true
-		}
-	}
-	h.mu.Unlock()
-	for n := int(h.cfg.PublishedPorts.First); n <= int(h.cfg.PublishedPorts.Last); n++ {
-		port := uint16(n)
-		if port != 0 && !used[port] && !taken(port) && h.portFree(ctx, port) == nil {
-			return port, nil
-		}
-		if err := ctx.Err(); err != nil {
-			return 0, fmt.Errorf("choosing a port: %w", err)
-		}
-	}
-	return 0, contract.Refuse("network.ports-exhausted", "widen network.published_ports, or stop a guest",
-		"no port in %d-%d is free", h.cfg.PublishedPorts.First, h.cfg.PublishedPorts.Last)
 }

@@ -111,9 +111,58 @@ func TestPortOfAHostProcessIsRefused(t *testing.T) {
 	if code := refusalCode(h.Add(t.Context(), g)); code != "network.port-in-use" || len(k.taps) != 0 {
 		t.Errorf("refused as %q, taps %v", code, k.taps)
 	}
-	port, err := h.ChoosePort(t.Context(), func(p uint16) bool { return p == 20001 })
-	if err != nil || port != 20002 {
-		t.Errorf("chose %d, %v", port, err)
+}
+
+func TestPublishedPortsThatTheKernelGivesAwayAreFound(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	h := newTestHost(k)
+	last := h.cfg.PublishedPorts.Last
+	for from, want := range map[uint16]int{32768: 0, last + 1: 0, last: 1, 1024: 1} {
+		k.ephemeralFrom = from
+		found, err := h.Findings(t.Context())
+		if err != nil || len(found) != want {
+			t.Errorf("given away from %d: %+v, %v", from, found, err)
+		}
+		if want > 0 && (found[0].Code != FindingPortsEphemeral || !strings.Contains(found[0].Remedy, "ip_local_reserved_ports=")) {
+			t.Errorf("found %+v", found[0])
+		}
+	}
+}
+
+func TestReservedPortsAreNotEphemeral(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	dir := filepath.Join(root, "proc/sys/net/ipv4")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	set := func(given, reserved string) {
+		t.Helper()
+		if err := errors.Join(os.WriteFile(filepath.Join(dir, "ip_local_port_range"), []byte(given), 0o600),
+			os.WriteFile(filepath.Join(dir, "ip_local_reserved_ports"), []byte(reserved), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set("10000\t65535\n", "20000-20100,30000\n")
+	given, err := kernelLinks{root}.ephemeral()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for port, want := range map[uint16]bool{9999: false, 10000: true, 20000: false, 20100: false, 20101: true, 30000: false, 30001: true, 65535: true} {
+		if given(port) != want {
+			t.Errorf("port %d is given away: %v", port, !want)
+		}
+	}
+	set("32768\t60999\n", "\n")
+	if given, err = (kernelLinks{root}).ephemeral(); err != nil || given(20000) || !given(40000) {
+		t.Errorf("nothing reserved: %v", err)
+	}
+	for _, bad := range []string{"x", "70000", "2-1", "1-2-3", "-"} {
+		set("32768 60999", bad)
+		if _, err := (kernelLinks{root}).ephemeral(); err == nil {
+			t.Errorf("%q was taken for ports", bad)
+		}
 	}
 }
 

@@ -147,6 +147,8 @@ const (
 	FindingForwardingOff = "network.forwarding-off"
 	FindingRulesLost     = "network.rules-lost"
 	FindingTapMissing    = "network.tap-missing"
+	// FindingPortsEphemeral: published ports that the kernel gives to processes.
+	FindingPortsEphemeral = "network.ports-ephemeral"
 )
 
 // Finding is something on the host that keeps guests from what they may do,
@@ -190,6 +192,11 @@ func (h *Host) Findings(ctx context.Context) ([]Finding, error) {
 		return out, err
 	}
 	out = append(out, legacy...)
+	overlap, err := h.ephemeralFinding()
+	if err != nil {
+		return out, err
+	}
+	out = append(out, overlap...)
 	forwarding, err := h.links.forwarding()
 	if err != nil {
 		return out, err

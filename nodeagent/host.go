@@ -268,10 +268,13 @@ func (a *agent) status(ctx context.Context) (admin.Status, error) {
 	for _, r := range a.headroom.Left(ctx).Shortages {
 		s.Shortages = append(s.Shortages, fmt.Sprintf("%s: %s; %s", r.Code, r.Message, r.Remedy))
 	}
+	counts := a.relay.Counts()
+	s.Relay = admin.Relay{Open: counts.Open, Routed: counts.Routed, Refused: counts.Refused}
 	for _, g := range a.guests.Snapshot() {
 		guest := admin.Guest{
 			ID: g.ID, Generation: g.Generation, Status: g.Status.Word(), GuestPhase: string(g.Phase),
 			Step: g.Step, Ending: g.Undoing, Since: g.Since, VCPUs: g.VCPUs, MemoryMiB: g.MemoryMiB,
+			Relayed: counts.PerGuest[g.ID],
 		}
 		for _, p := range g.Ports {
 			guest.Ports = append(guest.Ports, admin.Port(p))

@@ -15,6 +15,7 @@ import (
 	"github.com/santhosh-tekuri/jsonschema/v6"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/admin"
 	"github.com/confidential-node/agent/nodeagent/output"
 	"github.com/confidential-node/agent/nodeagent/store"
@@ -152,13 +153,14 @@ func TestStatusTableTellsLinkEpochAndGuests(t *testing.T) {
 		Control:    admin.Control{Connected: true, State: "connected", Server: "tls://c:1", LastRoundTrip: now.Add(-3 * time.Second)},
 		Clock:      admin.Clock{Now: now, Reason: "it jumped (clock.jumped)"},
 		Hypervisor: "QEMU 10.1", Warnings: []string{"low on disk"}, Shortages: []string{"host.disk-full: full"}, IssuerEpoch: 0,
-		Guests: []admin.Guest{{ID: "g-1", Status: "running", Step: "domain", Since: now.Add(-time.Minute), VCPUs: 2, MemoryMiB: 1024, Ports: []admin.Port{{Guest: 8000, Host: 20000}}}},
+		Guests: []admin.Guest{{ID: "g-1", Status: "running", Step: "domain", Since: now.Add(-time.Minute), VCPUs: 2, MemoryMiB: 1024, Relayed: 2, Ports: []admin.Port{{Guest: 8000, Host: 20000}, {Guest: 8001, Host: 443, Name: "job.guests.example"}}}},
+		Relay:  admin.Relay{Open: 2, Routed: 7, Refused: map[relay.Reason]uint64{relay.UnknownName: 5, relay.Slow: 1}},
 	}
 	var out bytes.Buffer
 	if err := printStatus(&out, s, now); err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"last confirmed round trip 3s ago", "none yet", "low on disk", "closed: the host", "host.disk-full: full", "g-1", "1m0s", "domain", "20000->8000", "connected to tls://c:1 (connected)", "NOT TRUSTED, nothing is launched: it jumped"} {
+	for _, want := range []string{"last confirmed round trip 3s ago", "none yet", "low on disk", "closed: the host", "host.disk-full: full", "g-1", "1m0s", "domain", "20000->8000", "job.guests.example:443->8001", "2 connections open, 7 routed, 1 refused (slow), 5 refused (unknown-name)", "connected to tls://c:1 (connected)", "NOT TRUSTED, nothing is launched: it jumped"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no %q in\n%s", want, out.String())
 		}

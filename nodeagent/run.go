@@ -234,6 +234,7 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 
 func newRelay(cfg config.Config, logger hclog.Logger) *relay.Router {
 	return relay.New(relay.Config{Listen: cfg.Network.TLS.Listen, Limits: relay.Limits{
+		Connections: cfg.Network.MaxRelayedConnections, Idle: time.Duration(cfg.Network.RelayIdle),
 		PerGuest: cfg.Network.MaxPortConnections, PerSource: cfg.Network.MaxSourceConnections,
 	}}, logger)
 }

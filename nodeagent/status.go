@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"path/filepath"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -36,6 +38,15 @@ func newStatusCommand() *cobra.Command {
 	cmd.Flags().StringVar(&socket, "socket", filepath.Join(config.Default().RunDir, admin.SocketName), "the agent's admin socket")
 	cmd.Flags().DurationVar(&timeout, "timeout", 10*time.Second, "how long to wait for the answer")
 	return cmd
+}
+
+// refusals lists what the relay refused, by reason.
+func refusals(r admin.Relay) string {
+	var b strings.Builder
+	for _, reason := range slices.Sorted(maps.Keys(r.Refused)) {
+		fmt.Fprintf(&b, ", %d refused (%s)", r.Refused[reason], reason)
+	}
+	return b.String()
 }
 
 func printStatus(out io.Writer, s admin.Status, now time.Time) error {
@@ -85,6 +96,9 @@ func printStatus(out io.Writer, s admin.Status, now time.Time) error {
 	fmt.Fprintf(w, "outbox\t%d events waiting\n", s.Outbox)
 	fmt.Fprintf(w, "audit log\t%d entries, the control plane has confirmed %d\n", s.Audit.Entries, s.Audit.Witnessed)
 	fmt.Fprintf(w, "guests\t%d\n", len(s.Guests))
+	if refused := refusals(s.Relay); s.Relay.Routed > 0 || refused != "" {
+		fmt.Fprintf(w, "relay\t%d connections open, %d routed%s\n", s.Relay.Open, s.Relay.Routed, refused)
+	}
 	for _, warning := range s.Warnings {
 		fmt.Fprintf(w, "warning\t%s\n", warning)
 	}

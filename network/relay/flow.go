@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"container/list"
 	"context"
 	"errors"
 	"io"
@@ -21,6 +22,7 @@ type connection struct {
 	server *net.TCPConn
 	guest  string
 	closed bool
+	place  *list.Element // among those that wait
 }
 
 func (c *connection) closeLocked() {

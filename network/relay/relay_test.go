@@ -18,7 +18,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -226,37 +225,6 @@ func TestClientsThatNameNoGuestAreTold(t *testing.T) {
 	refused := r.Counts().Refused
 	if refused[UnknownName] != 1 || refused[NoName] != 1 || refused[Unreachable] != 1 {
 		t.Errorf("counted %v", refused)
-	}
-}
-
-func TestWhatIsNoClientHelloIsCutOff(t *testing.T) {
-	t.Parallel()
-	r, addr := serve(t, Limits{Hello: 300 * time.Millisecond})
-	giant := []byte{22, 3, 1, 0x40, 0, 1, 0, 0xf0, 0}
-	for name, c := range map[string]struct {
-		send []byte
-		want Reason
-	}{
-		"HTTP":                  {[]byte("GET / HTTP/1.1\r\nHost: a.guests.example\r\n\r\n"), NotTLS},
-		"noise":                 {bytes.Repeat([]byte{0xff}, 4096), NotTLS},
-		"nothing":               {nil, Slow},
-		"a head and no more":    {[]byte{22, 3, 1}, Slow},
-		"a hello without end":   {append(giant, make([]byte, 64<<10)...), NotTLS},
-		"an alert":              {alertInternalError, NotTLS},
-		"a record of no length": {bytes.Repeat([]byte{22, 3, 1, 0, 0}, 8192), NotTLS},
-	} {
-		before := r.Counts().Refused[c.want]
-		conn, err := dialTCP(addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
-		_, _ = conn.Write(c.send)
-		if got, _ := io.ReadAll(conn); len(got) != 0 {
-			t.Errorf("%s: answered % x", name, got)
-		}
-		_ = conn.Close()
-		until(t, name+" refused as "+string(c.want), func() bool { return r.Counts().Refused[c.want] == before+1 })
 	}
 }
 
@@ -564,38 +532,6 @@ func TestNamesAreHostNames(t *testing.T) {
 			t.Errorf("%q under s.example: %v", name, !want)
 		}
 	}
-}
-
-func TestTenThousandClientsThatSayNothingLeaveNothing(t *testing.T) {
-	t.Parallel()
-	g := newGuest(t, "a.guests.example")
-	r, addr := serve(t, Limits{Connections: 256, PerSource: 128, Hello: time.Minute})
-	route(t, r, "guest", "a.guests.example", g)
-	var held []net.Conn
-	for range 10000 {
-		conn, err := dialTCP(addr)
-		if errors.Is(err, syscall.ECONNRESET) {
-			continue // refused before it knew that it was accepted
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		if len(held) < 200 {
-			held = append(held, conn)
-			continue
-		}
-		_ = conn.Close()
-	}
-	until(t, "all but 128 were refused", func() bool { return r.Counts().Refused[SourceFull] >= 10000-128-200 && r.Counts().Open <= 128 })
-	for _, conn := range held {
-		_ = conn.Close()
-	}
-	until(t, "the places are free", func() bool { return r.Counts().Open == 0 })
-	conn, err := call(addr, "a.guests.example", g)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_ = conn.Close()
 }
 
 func FuzzHello(f *testing.F) {

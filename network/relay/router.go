@@ -11,6 +11,7 @@ package relay
 
 import (
 	"cmp"
+	"container/list"
 	"context"
 	"errors"
 	"maps"
@@ -30,7 +31,10 @@ import (
 // Limits of a router. The zero value of a field is its default.
 type Limits struct {
 	// Connections bounds all connections at a time. Default 2048; each takes
-	// two descriptors and, while data waits, up to 64 KiB in a pipe.
+	// two descriptors and, while data waits, two more and up to 64 KiB in a
+	// pipe for each direction. When there
+	// are as many, the one that has waited longest without naming a guest gives
+	// way.
 	Connections int
 	// PerSource bounds those of one IPv4 address or IPv6 /64. Default 64.
 	PerSource int
@@ -113,6 +117,7 @@ type Router struct {
 	ports   map[uint16]port
 	sources map[netip.Prefix]int
 	open    map[*connection]struct{}
+	waiting *list.List // of those in open that have no guest yet, oldest first
 	counts  Counts
 }
 
@@ -129,7 +134,7 @@ func New(cfg Config, logger hclog.Logger) *Router {
 	listen := net.ListenConfig{}
 	return &Router{
 		cfg: cfg, log: logger.Named("relay"), dial: dial, listen: listen.Listen, ctx: ctx, cancel: cancel,
-		names: map[string]Route{}, ports: map[uint16]port{}, sources: map[netip.Prefix]int{}, open: map[*connection]struct{}{},
+		names: map[string]Route{}, ports: map[uint16]port{}, sources: map[netip.Prefix]int{}, open: map[*connection]struct{}{}, waiting: list.New(),
 		counts: Counts{Refused: map[Reason]uint64{}, PerGuest: map[string]int{}},
 	}
 }
@@ -361,175 +366,4 @@ func (r *Router) Counts() Counts {
 	c.Open = len(r.open)
 	c.Refused, c.PerGuest = maps.Clone(r.counts.Refused), maps.Clone(r.counts.PerGuest)
 	return c
-}
-
-// serve accepts connections until the router or the listener is closed.
-// Where each leads says find, which may read of it.
-func (r *Router) serve(listener net.Listener, find func(*connection) (Route, []byte, Reason)) error {
-	stop := context.AfterFunc(r.ctx, func() { _ = listener.Close() })
-	defer stop()
-	for {
-		conn, err := listener.Accept()
-		if errors.Is(err, net.ErrClosed) {
-			return nil
-		}
-		if err != nil {
-			if !temporary(r.ctx, err) {
-				return err
-			}
-			continue
-		}
-		client, ok := conn.(*net.TCPConn)
-		if !ok {
-			_ = conn.Close()
-			continue
-		}
-		c, reason := r.admit(client)
-		if reason != "" {
-			r.refuse(client, reason, false)
-			continue
-		}
-		r.group.Go(func() { r.handle(c, find) })
-	}
-}
-
-// source is what one client's connections are counted by.
-func source(a net.Addr) netip.Prefix {
-	tcp, ok := a.(*net.TCPAddr)
-	if !ok {
-		return netip.Prefix{}
-	}
-	addr := tcp.AddrPort().Addr().Unmap().WithZone("")
-	bits := addr.BitLen()
-	if addr.Is6() {
-		bits = 64
-	}
-	return netip.PrefixFrom(addr, bits).Masked()
-}
-
-// admit counts a new client, or says why not.
-func (r *Router) admit(client *net.TCPConn) (*connection, Reason) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	from := source(client.RemoteAddr())
-	switch {
-	case r.over || len(r.open) >= r.cfg.Connections:
-		return nil, Full
-	case r.sources[from] >= r.cfg.PerSource:
-		return nil, SourceFull
-	}
-	c := &connection{client: client, source: from}
-	r.open[c] = struct{}{}
-	r.sources[from]++
-	return c, ""
-}
-
-// leave undoes admit and claim.
-func (r *Router) leave(c *connection) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	c.closeLocked()
-	delete(r.open, c)
-	if r.sources[c.source]--; r.sources[c.source] == 0 {
-		delete(r.sources, c.source)
-	}
-	if c.guest == "" {
-		return
-	}
-	if r.counts.PerGuest[c.guest]--; r.counts.PerGuest[c.guest] == 0 {
-		delete(r.counts.PerGuest, c.guest)
-	}
-}
-
-// byName reads whom a client of the shared port wants.
-func (r *Router) byName(c *connection) (Route, []byte, Reason) {
-	_ = c.client.SetReadDeadline(time.Now().Add(r.cfg.Hello))
-	name, first, err := hello(r.ctx, c.client)
-	if err != nil {
-		if timeout, ok := errors.AsType[net.Error](err); ok && timeout.Timeout() {
-			return Route{}, nil, Slow
-		}
-		return Route{}, nil, NotTLS
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	route, known := r.names[name]
-	switch {
-	case name == "":
-		return route, nil, NoName
-	case !known:
-		return route, nil, UnknownName
-	}
-	return route, first, r.claimLocked(c, route)
-}
-
-func (r *Router) byPort(c *connection, number uint16) (Route, []byte, Reason) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	p, known := r.ports[number]
-	if !known {
-		return Route{}, nil, UnknownName
-	}
-	return p.route, nil, r.claimLocked(c, p.route)
-}
-
-// claimLocked counts the connection as one of the guest's.
-func (r *Router) claimLocked(c *connection, route Route) Reason {
-	if r.counts.PerGuest[route.Guest] >= r.cfg.PerGuest {
-		return GuestFull
-	}
-	c.guest = route.Guest
-	r.counts.PerGuest[route.Guest]++
-	return ""
-}
-
-// refuse hangs up, and tells a client that speaks TLS by an alert why.
-func (r *Router) refuse(client *net.TCPConn, reason Reason, isTLS bool) {
-	r.mu.Lock()
-	r.counts.Refused[reason]++
-	r.mu.Unlock()
-	r.log.Debug("connection refused", "from", client.RemoteAddr(), "reason", reason)
-	_ = client.SetWriteDeadline(time.Now().Add(time.Second))
-	switch {
-	case !isTLS:
-		_ = client.SetLinger(0) // no TIME_WAIT for those who only take
-	case reason == NoName || reason == UnknownName:
-		_, _ = client.Write(alertUnrecognizedName)
-	default:
-		_, _ = client.Write(alertInternalError)
-	}
-	_ = client.Close()
-}
-
-// handle takes a client to its guest.
-func (r *Router) handle(c *connection, find func(*connection) (Route, []byte, Reason)) {
-	defer r.leave(c)
-	route, first, reason := find(c)
-	if reason == "" && !r.connect(r.ctx, c, route) {
-		reason = Unreachable
-	}
-	if reason != "" {
-		r.refuse(c.client, reason, reason != NotTLS && reason != Slow && route.Port == 0)
-		return
-	}
-	c.relay(first, r.cfg.Idle)
-}
-
-// connect opens the guest's side. False when the guest does not answer, or
-// was dropped meanwhile.
-func (r *Router) connect(ctx context.Context, c *connection, route Route) bool {
-	guest, err := r.dial(ctx, route.To)
-	if err != nil {
-		r.log.Debug("guest does not answer", "guest", route.Guest, "error", err)
-		return false
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if c.closed {
-		_ = guest.Close()
-		return false
-	}
-	c.server = guest
-	r.counts.Routed++
-	return true
 }

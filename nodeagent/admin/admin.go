@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/output"
 )
 
@@ -51,6 +52,7 @@ type Status struct {
 	Shortages []string `json:"shortages,omitempty"`
 	Clock     Clock    `json:"clock"`
 	Audit     Audit    `json:"audit"`
+	Relay     Relay    `json:"relay"`
 	// Warnings are findings that need an operator, each with its remedy.
 	Warnings []string `json:"warnings"`
 }
@@ -85,6 +87,16 @@ type Audit struct {
 	Witnessed int64 `json:"witnessed"`
 }
 
+// Relay is what passes through the agent to guests: connections by server
+// name, and by IPv6 to published ports.
+type Relay struct {
+	// Open now; Routed since the agent started.
+	Open   int    `json:"open"`
+	Routed uint64 `json:"routed"`
+	// Refused since the agent started, by reason.
+	Refused map[relay.Reason]uint64 `json:"refused,omitempty"`
+}
+
 // Guest is one guest as the agent knows it.
 type Guest struct {
 	ID         string `json:"id"`
@@ -99,6 +111,8 @@ type Guest struct {
 	MemoryMiB uint64    `json:"memory_mib"`
 	Ports     []Port    `json:"ports,omitempty"`
 	Reason    string    `json:"reason,omitempty"`
+	// Relayed connections that are open.
+	Relayed int `json:"relayed,omitempty"`
 }
 
 // Port is one published TCP port.

@@ -125,6 +125,13 @@ type Network struct {
 	// MaxSourceConnections bounds those of one client, an IPv4 address or an
 	// IPv6 /64, to all published ports, 1 to 65536. Default 128.
 	MaxSourceConnections int `toml:"max_source_connections"`
+	// MaxRelayedConnections bounds those that pass through the agent: by
+	// server name, and by IPv6. Each takes up to six descriptors, of which the
+	// unit allows 65536. 1 to 8192. Default 2048.
+	MaxRelayedConnections int `toml:"max_relayed_connections"`
+	// RelayIdle is how long one of them may carry nothing, 10s to 24h. Default
+	// 10m.
+	RelayIdle Duration `toml:"relay_idle"`
 	// TLS is the port that guests share by server name. Default none.
 	TLS SharedTLS `toml:"tls"`
 }
@@ -234,6 +241,7 @@ func Default() Config {
 		Network: Network{
 			GuestCIDR:      netip.MustParsePrefix("10.213.0.0/16"),
 			PublishedPorts: PortRange{20000, 29999}, MaxPortConnections: 1024, MaxSourceConnections: 128,
+			MaxRelayedConnections: 2048, RelayIdle: Duration(10 * time.Minute),
 		},
 		Policy: Policy{
 			MaxGuests: 16, MaxVCPUs: 64, MaxMemoryMiB: 1 << 20, ReserveMemoryMiB: 4096,
@@ -372,6 +380,8 @@ func (c *Config) validate(path string, at map[string]string) error {
 	check(c.Libvirt.QEMUUser != "", "libvirt.qemu_user", "is empty")
 	check(c.Network.GuestCIDR.Addr().Is4() && c.Network.GuestCIDR.Bits() <= 28, "network.guest_cidr", "%s is not IPv4 of /28 or wider", c.Network.GuestCIDR)
 	check(c.Network.MaxPortConnections >= 1 && c.Network.MaxPortConnections <= 1<<16, "network.max_port_connections", "%d is not within 1..65536", c.Network.MaxPortConnections)
+	check(c.Network.MaxRelayedConnections >= 1 && c.Network.MaxRelayedConnections <= 8192, "network.max_relayed_connections", "%d is not within 1..8192", c.Network.MaxRelayedConnections)
+	within("network.relay_idle", c.Network.RelayIdle, 10*time.Second, 24*time.Hour)
 	check(c.Network.MaxSourceConnections >= 1 && c.Network.MaxSourceConnections <= 1<<16, "network.max_source_connections", "%d is not within 1..65536", c.Network.MaxSourceConnections)
 	tls, ports := c.Network.TLS, c.Network.PublishedPorts
 	check((tls.Listen == "") == (tls.Domain == ""), "network.tls", "listen and domain belong together")

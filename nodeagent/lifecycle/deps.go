@@ -54,6 +54,8 @@ type Network interface {
 	Remove(ctx context.Context, guestID string) error
 	Observe(ctx context.Context) ([]network.Tap, error)
 	Sweep(ctx context.Context, keep map[string]bool) error
+	// Listening returns the TCP ports that processes of the host listen on.
+	Listening() (map[uint16]bool, error)
 
 	Forwarding() (bool, error)
 	EnableForwarding() (previous bool, err error)

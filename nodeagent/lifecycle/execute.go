@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"strconv"
 	"time"
 
@@ -194,6 +195,11 @@ func (m *Manager) host(ctx context.Context, guestID string) (admit.Host, error) 
 		return admit.Host{}, contract.Refuse("admit.hypervisor-silent", "see that libvirtd (or virtqemud) runs on the host, then launch again",
 			"the host's hypervisor does not answer").Because(err)
 	}
+	listening, err := m.d.Network.Listening()
+	if err != nil {
+		// The network refuses a port in use when it comes to it.
+		m.log.Warn("the ports of the host's processes are not known, a launch may be given one of them", keyError, err)
+	}
 	const slotBits = 30 // each guest has a /30
 	h := admit.Host{
 		Cordoned: on, CordonReason: reason, Policy: m.c.Policy, Emulated: m.c.Emulated, Capacity: m.c.Capacity,
@@ -201,6 +207,7 @@ func (m *Manager) host(ctx context.Context, guestID string) (admit.Host, error) 
 		SharedTLS: m.c.SharedTLS,
 		Used:      admit.Used{Slots: map[uint32]bool{}, Ports: map[uint16]bool{}, Names: map[string]bool{}},
 	}
+	maps.Copy(h.Used.Ports, listening)
 	for _, g := range m.live() {
 		r := g.record()
 		h.Used.Slots[r.Slot] = true

@@ -39,6 +39,7 @@ type guest struct {
 	begun    bool    // its launch, by this run
 	attached bool    // spool, network and metadata are this process's
 	asked    bool    // to power off
+	routed   bool    // its routes through the relay are this process's
 	pending  *ending // decided, but not on disk yet
 	paths    []string
 	measured Measured
@@ -243,16 +244,38 @@ func routes(r store.Guest, to netip.Addr) []relay.Route {
 // connect puts the guest's network in force: its tap and rules, and its routes
 // through the relay.
 func (g *guest) connect(ctx context.Context) error {
-	rec := g.record()
-	nic := g.m.c.nic(rec)
-	if err := g.m.d.Network.Adopt(ctx, []network.Guest{nic}); err != nil {
+	if err := g.m.d.Network.Adopt(ctx, []network.Guest{g.m.c.nic(g.record())}); err != nil {
 		return err
 	}
-	link, err := network.Describe(g.m.c.Network, nic)
+	return g.route(ctx)
+}
+
+// route sets the guest's routes through the relay.
+func (g *guest) route(ctx context.Context) error {
+	rec := g.record()
+	link, err := network.Describe(g.m.c.Network, g.m.c.nic(rec))
 	if err != nil {
 		return err
 	}
-	return g.m.d.Relay.Set(ctx, g.id, routes(rec, link.GuestAddr.Addr()))
+	if err := g.m.d.Relay.Set(ctx, g.id, routes(rec, link.GuestAddr.Addr())); err != nil {
+		return err
+	}
+	g.routed = true
+	return nil
+}
+
+// reroute tries route until it has worked once. A process that took a port
+// while no agent ran keeps clients from the guest, and nothing else: the guest
+// is looked after all the same.
+func (g *guest) reroute(ctx context.Context) {
+	if g.routed {
+		return
+	}
+	if err := g.route(ctx); err != nil {
+		g.finding("clients do not reach it by IPv6 or by name: " + err.Error())
+		return
+	}
+	g.finding("")
 }
 
 // session is what metadata serves the guest.

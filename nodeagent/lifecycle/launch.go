@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/network"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/headroom"
 	"github.com/confidential-node/agent/nodeagent/store"
@@ -164,7 +165,7 @@ func (g *guest) adopt(ctx context.Context) error {
 	if err := g.m.holdForwarding(); err != nil {
 		return err
 	}
-	if err := g.connect(ctx); err != nil {
+	if err := g.m.d.Network.Adopt(ctx, []network.Guest{g.m.c.nic(rec)}); err != nil {
 		return fmt.Errorf("adopting network of guest %s: %w", g.id, err)
 	}
 	if err := errors.Join(g.m.d.Metadata.Close(g.id), g.serve(ctx)); err != nil {
@@ -193,6 +194,7 @@ func (g *guest) watch(ctx context.Context) error {
 		if end != nil {
 			return g.decideEnd(*end)
 		}
+		g.reroute(ctx)
 		g.askToEnd(ctx, rec)
 		if err := g.m.pause(ctx, g.wake, min(at.Sub(now), g.m.c.Poll)); err != nil {
 			return err

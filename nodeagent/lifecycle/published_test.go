@@ -2,7 +2,9 @@ package lifecycle_test
 
 import (
 	"context"
+	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -68,4 +70,66 @@ func TestAGuestIsReachedByPortAndNameUntilItIsToStop(t *testing.T) {
 	}
 	h.world.PowerOff(guestID)
 	h.ends(t.Context(), stopped, "")
+}
+
+func TestAPortOfAProcessIsPassedOver(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	h.world.Listen(20000, 20001)
+	m := h.life(t.Context(), nil)
+	h.refused(t.Context(), m, h.command(func(l *api.LaunchGuest) {
+		l.Ports = []*api.PublishedPort{{GuestPort: 8000, HostPort: 20001}}
+	}), "admit.port-in-use")
+	if err := h.execute(t.Context(), m, h.command(func(l *api.LaunchGuest) {
+		l.Ports = []*api.PublishedPort{{GuestPort: 8000}}
+	})); err != nil {
+		t.Fatal(err)
+	}
+	h.published("the first free port", []network.Publish{{Host: 20002, Guest: 8000}}, []relay.Route{{Port: 20002}})
+}
+
+// A launch goes on where the host's sockets cannot be listed.
+func TestUnknownPortsStopNoLaunch(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	h.world.Fail("listening", errors.New("no sock_diag"))
+	m := h.life(t.Context(), nil)
+	if err := h.execute(t.Context(), m, h.command(func(l *api.LaunchGuest) {
+		l.Ports = []*api.PublishedPort{{GuestPort: 8000}}
+	})); err != nil {
+		t.Fatal(err)
+	}
+	h.published("the first port", []network.Publish{{Host: 20000, Guest: 8000}}, []relay.Route{{Port: 20000}})
+}
+
+func TestAnAdoptedGuestIsServedThoughItsRoutesAreTaken(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	ports, routes := []network.Publish{{Host: 20000, Guest: 8000}}, []relay.Route{{Port: 20000}}
+	ctx, die := context.WithCancel(t.Context())
+	m, over := h.lifeUntil(ctx, nil)
+	if err := h.execute(ctx, m, h.command(func(l *api.LaunchGuest) {
+		l.Ports = []*api.PublishedPort{{GuestPort: 8000}}
+	})); err != nil {
+		t.Fatal(err)
+	}
+	h.until("it runs", func() bool {
+		g, err := h.store.Guest(guestID)
+		return err == nil && g.Status >= api.GuestStatus_GUEST_STATUS_STARTED
+	})
+	die()
+	<-over
+	h.world.ProcessDied()
+	h.world.Fail("relay", errors.New("another process has the port"))
+	m = h.life(t.Context(), nil)
+	<-m.Ready()
+	h.published("by the kernel alone", ports, nil)
+	h.until("metadata is served, and the operator told", func() bool {
+		views := m.Snapshot()
+		_, served := h.world.Session(guestID)
+		return served && len(views) == 1 && strings.Contains(views[0].Finding, "another process has the port")
+	})
+	h.world.Fail("relay", nil)
+	h.published("the port is free again", ports, routes)
+	h.until("nothing is left to tell", func() bool { return m.Snapshot()[0].Finding == "" })
 }

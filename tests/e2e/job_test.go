@@ -194,14 +194,23 @@ func TestAnAttestedServiceOutlivesItsAgent(t *testing.T) {
 	w, hosts := newWorld(t, trial.HostOptions{})
 	h, u := hosts[0], w.tenant("alice", trial.TenantOptions{})
 	u.write("model.bin", canaryModel)
-	d := u.deploy("llm", "--model", "file://model.bin", "--result", "summary.json", "--port", "8000", "--command", "/workload", "--command", "serve", "--wait-running")
+	d := u.deploy("llm", "--model", "file://model.bin", "--result", "summary.json", "--port", "8000", "--port", "8001", "--server-name", "8001=llm.guests.example",
+		"--command", "/workload", "--command", "serve", "--wait-running")
 	infer := func() trial.Answer {
-		return u.run(0, "confidential", "call", "llm", "/v1/infer", "-X", "POST", "-d", "prompt")
+		return u.run(0, "confidential", "call", "llm", "/v1/infer", "--port", "8000", "-X", "POST", "-d", "prompt")
 	}
+	// By name, on the port that all guests share: evidence is verified over the
+	// connection, and then the workload, which serves 8000 alone, is not there.
+	byName := func() {
+		says(t, u.run(1, "confidential", "call", "llm", "/v1/infer", "--port", "8001"), "the workload answered 502")
+	}
+	byName()
+	says(t, u.run(0, "status", "llm"), "8001 published as llm.guests.example:443")
+	says(t, u.run(3, "confidential", "call", "llm", "/v1/infer", "--port", "8001", "--server-name", "other.guests.example"), "unrecognized name")
 	first := infer()
 	says(t, first, `"answer"`)
 	// A client that expects another image sends nothing.
-	says(t, u.run(5, "confidential", "call", "llm", "/v1/infer", "-X", "POST", "-d", "prompt", "--expected-image", trial.Repository+"@sha256:"+strings.Repeat("0", 64)),
+	says(t, u.run(5, "confidential", "call", "llm", "/v1/infer", "-X", "POST", "-d", "prompt", "--port", "8000", "--expected-image", trial.Repository+"@sha256:"+strings.Repeat("0", 64)),
 		"workload-image")
 	w.everythingIsSeen(h)
 	found, err := w.Search(w.ctx, [][]byte{[]byte(canaryModel)})
@@ -230,7 +239,8 @@ func TestAnAttestedServiceOutlivesItsAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.adopted(h, d.GuestID)
-	u.run(0, "confidential", "call", "llm", "/quit", "-X", "POST")
+	byName() // its way is there again
+	u.run(0, "confidential", "call", "llm", "/quit", "--port", "8000", "-X", "POST")
 	u.run(0, "wait", "llm")
 	if s := u.results("llm"); s.Served != 3 {
 		t.Errorf("the workload served %d prompts, want 3: the one of the distrustful client was sent", s.Served)

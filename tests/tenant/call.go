@@ -2,6 +2,7 @@ package tenant
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -49,7 +50,7 @@ func (t *Tenant) HTTPClient(name, addr string, o VerifyOptions) (*http.Client, e
 // by itself; the comparison of its key with REPORT_DATA does.
 func (t *Tenant) dialAttested(ctx context.Context, d *Deployment, addr string, o VerifyOptions) (_ net.Conn, err error) {
 	dialer := tls.Dialer{Config: &tls.Config{
-		MinVersion: tls.VersionTLS13, NextProtos: []string{"http/1.1"},
+		ServerName: o.ServerName, MinVersion: tls.VersionTLS13, NextProtos: []string{"http/1.1"},
 		InsecureSkipVerify: true, //nolint:gosec // the key is compared with the evidence below, which is stronger
 	}}
 	raw, err := dialer.DialContext(ctx, "tcp", addr)
@@ -126,33 +127,37 @@ func readEvidence(r io.Reader, req *http.Request) ([]byte, error) {
 }
 
 // Address finds where the node publishes a port of the deployment: the
-// profile's guest_host with the port from the platform. port 0 means the only
-// one. A wrong answer costs the connection and no more.
-func (t *Tenant) Address(ctx context.Context, name string, port int) (string, error) {
+// profile's guest_host with the port from the platform, and the server name to
+// ask for there, if it has one. Without guest_host a server name is where to
+// connect to. port 0 means the only one. A wrong answer costs the connection
+// and no more.
+func (t *Tenant) Address(ctx context.Context, name string, port int) (addr, serverName string, err error) {
 	if err := t.needControl(); err != nil {
-		return "", err
+		return "", "", err
 	}
 	d, err := t.launched(name)
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
 	if port == 0 {
 		if len(d.Ports) != 1 {
-			return "", Usage("deployment %q has %d ports; say which with --port", name, len(d.Ports))
+			return "", "", Usage("deployment %q has %d ports; say which with --port", name, len(d.Ports))
 		}
 		port = d.Ports[0]
 	}
-	if t.profile.GuestHost == "" {
-		return "", Usage("the profile lacks guest_host; or give --address HOST:PORT")
-	}
 	g, err := t.control.Guest(ctx, d.GuestID)
 	if err != nil {
-		return "", fmt.Errorf("asking for the guest: %w", err)
+		return "", "", fmt.Errorf("asking for the guest: %w", err)
 	}
-	host, ok := g.Ports[uint32(port)]
+	published, ok := g.Ports[uint32(port)]
 	if !ok {
-		return "", contract.Refuse("tenant.port-not-found", "wait until the guest has started, and use one of its --port values",
+		return "", "", contract.Refuse("tenant.port-not-found", "wait until the guest has started, and use one of its --port values",
 			"port %d of %q is not published", port, name)
 	}
-	return net.JoinHostPort(t.profile.GuestHost, fmt.Sprint(host)), nil
+	serverName = g.ServerNames[uint32(port)]
+	host := cmp.Or(t.profile.GuestHost, serverName)
+	if host == "" {
+		return "", "", Usage("the profile lacks guest_host; or give --address HOST:PORT")
+	}
+	return net.JoinHostPort(host, fmt.Sprint(published)), serverName, nil
 }

@@ -41,6 +41,9 @@ type Guest struct {
 	ExitCode int32             `json:"exit_code,omitempty"`
 	// Ports maps the guest's port to the host's.
 	Ports map[uint32]uint32 `json:"ports,omitempty"`
+	// ServerNames maps the guest's port to the name by which clients reach it
+	// on the node's shared TLS port.
+	ServerNames map[uint32]string `json:"server_names,omitempty"`
 	// StepMS is the milliseconds of each finished step.
 	StepMS map[string]uint64 `json:"step_ms,omitempty"`
 	// Uploads wait for this tool.

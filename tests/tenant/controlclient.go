@@ -59,10 +59,13 @@ func (c *controlClient) Guest(ctx context.Context, guestID string) (*Guest, erro
 	}
 	g := &Guest{
 		GuestID: guestID, Node: view.Node, Status: state.GetStatus(), Refusal: view.Refusal, Phase: state.GetGuestPhase(),
-		ExitCode: state.GetExitCode(), StepMS: state.GetStepMs(), Ports: map[uint32]uint32{}, Refused: view.Outcome == client.OutcomeRefused,
+		ExitCode: state.GetExitCode(), StepMS: state.GetStepMs(), Ports: map[uint32]uint32{}, ServerNames: map[uint32]string{}, Refused: view.Outcome == client.OutcomeRefused,
 	}
 	for _, p := range state.GetPorts() {
 		g.Ports[p.GetGuestPort()] = p.GetHostPort()
+		if name := p.GetServerName(); name != "" {
+			g.ServerNames[p.GetGuestPort()] = name
+		}
 	}
 	for i := range view.Uploads {
 		wanted, ready, err := view.Uploads[i].Decode()

@@ -59,7 +59,7 @@ func TestControlClientLaunchesAndReadsStates(t *testing.T) {
 	mux.HandleFunc("GET /v1/guests/g", func(w http.ResponseWriter, _ *http.Request) {
 		state, err := protojson.Marshal(&api.GuestState{
 			GuestId: "g", Status: api.GuestStatus_GUEST_STATUS_FAILED, ExitCode: 3,
-			Ports:   []*api.PublishedPort{{GuestPort: 8000, HostPort: 20000}},
+			Ports:   []*api.PublishedPort{{GuestPort: 8000, HostPort: 20000}, {GuestPort: 8001, HostPort: 443, ServerName: "job.guests.example"}},
 			Refusal: &api.Refusal{Code: "guest.broker-refused", Message: "no", Remedy: "ask"},
 		})
 		if err != nil {
@@ -85,7 +85,7 @@ func TestControlClientLaunchesAndReadsStates(t *testing.T) {
 		t.Errorf("%+v %v", launched, err)
 	}
 	g, err := c.Guest(t.Context(), "g")
-	if err != nil || !g.ended() || g.Ports[8000] != 20000 || g.ExitCode != 3 || g.Refusal.Code != "guest.broker-refused" || g.Refused {
+	if err != nil || !g.ended() || g.Ports[8000] != 20000 || g.Ports[8001] != 443 || len(g.ServerNames) != 1 || g.ServerNames[8001] != "job.guests.example" || g.ExitCode != 3 || g.Refusal.Code != "guest.broker-refused" || g.Refused {
 		t.Errorf("%+v %v", g, err)
 	}
 	if g, err := c.Guest(t.Context(), "refused"); err != nil || !g.Refused || g.Refusal.Code != "launch.digest-mismatch" {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/gpu"
+	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
 )
@@ -33,8 +35,11 @@ type DeployOptions struct {
 	// KeyManagement is "file" or "hsm".
 	KeyManagement string
 	Ports         []int
-	Compliance    string
-	AuditLogging  bool
+	// ServerNames are the names, by port, under which the node routes TLS to
+	// the guest on its shared port. A port without one gets its own.
+	ServerNames  map[int]string
+	Compliance   string
+	AuditLogging bool
 	// Confidential and AttestationRequired cannot be turned off.
 	Confidential, AttestationRequired bool
 
@@ -105,6 +110,14 @@ func (o *DeployOptions) check() error {
 	for _, port := range o.Ports {
 		if port < 1 || port > 65535 {
 			return Usage("--port %d is not 1 to 65535", port)
+		}
+	}
+	for port, name := range o.ServerNames {
+		if !slices.Contains(o.Ports, port) {
+			return Usage("--server-name %d=%s is for no --port", port, name)
+		}
+		if err := relay.CheckName(name); err != nil {
+			return err
 		}
 	}
 	for _, name := range o.Results {
@@ -424,7 +437,7 @@ func (t *Tenant) command(ctx context.Context, p *plan) (*api.LaunchGuest, error)
 		l.RunTimeout = durationpb.New(p.o.RunTimeout)
 	}
 	for _, port := range p.o.Ports {
-		l.Ports = append(l.Ports, &api.PublishedPort{GuestPort: uint32(port)})
+		l.Ports = append(l.Ports, &api.PublishedPort{GuestPort: uint32(port), ServerName: p.o.ServerNames[port]})
 	}
 	valid := t.profile.presignFor()
 	for _, in := range p.d.Inputs {
@@ -452,6 +465,20 @@ func (t *Tenant) command(ctx context.Context, p *plan) (*api.LaunchGuest, error)
 		l.Results.Uploads = append(l.Results.Uploads, upload)
 	}
 	return l, nil
+}
+
+// ParseServerNames parses PORT=NAME; names do not depend on case.
+func ParseServerNames(pairs []string) (map[int]string, error) {
+	out := map[int]string{}
+	for _, p := range pairs {
+		number, name, ok := strings.Cut(p, "=")
+		port, err := strconv.Atoi(number)
+		if _, twice := out[port]; !ok || err != nil || name == "" || twice {
+			return nil, Usage("--server-name %q is not PORT=NAME, or its port is given twice", p)
+		}
+		out[port] = strings.ToLower(name)
+	}
+	return out, nil
 }
 
 // Pairs decodes repeated NAME=VALUE flags.

@@ -95,6 +95,32 @@ func TestDeploySendsOnlyCiphertextAndPinsEverything(t *testing.T) {
 	}
 }
 
+func TestAServerNameIsAskedForAndItsFeatureDemanded(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	image, _ := w.push(0)
+	o := w.options(image)
+	o.Ports, o.ServerNames = []int{8000, 8001}, map[int]string{8001: "job.guests.example"}
+	if _, err := w.tenant.Deploy(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	ports := w.guest().command.GetPorts()
+	if len(ports) != 2 || ports[0].GetServerName() != "" || ports[1].GetServerName() != "job.guests.example" || ports[1].GetGuestPort() != 8001 {
+		t.Errorf("asked for %v", ports)
+	}
+	if !slices.Contains(o.features(), api.FeaturePortsServerName) {
+		t.Error("a node without shared port would take it")
+	}
+	for _, pairs := range [][]string{{"8000"}, {"x=a.b"}, {"8000="}, {"8000=a.b", "8000=c.d"}} {
+		if _, err := ParseServerNames(pairs); code(err) != codeUsage {
+			t.Errorf("%q: %v", pairs, err)
+		}
+	}
+	if names, err := ParseServerNames([]string{"8000=Job.Guests.Example"}); err != nil || names[8000] != "job.guests.example" {
+		t.Errorf("%v %v", names, err)
+	}
+}
+
 func TestPlaintextInTheStoreIsSealedBeforeItGoesBack(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -242,6 +268,8 @@ func TestForbiddenDeploymentsEndInTheirRefusal(t *testing.T) {
 		{"not confidential", "tenant.confidential-mandatory", func(o *DeployOptions) { o.Confidential = false }},
 		{"no attestation", "tenant.attestation-mandatory", func(o *DeployOptions) { o.AttestationRequired = false }},
 		{"unknown key management", codeUsage, func(o *DeployOptions) { o.KeyManagement = "cloud" }},
+		{"a server name for no port", codeUsage, func(o *DeployOptions) { o.ServerNames = map[int]string{9: "a.example"} }},
+		{"a server name that is none", "network.name-malformed", func(o *DeployOptions) { o.ServerNames = map[int]string{8000: "10.0.0.1"} }},
 		{"bad name", codeUsage, func(o *DeployOptions) { o.Name = "../x" }},
 		{"no image", codeUsage, func(o *DeployOptions) { o.Image = "" }},
 		{"count without gpu", codeUsage, func(o *DeployOptions) { o.GPUCount = 4 }},

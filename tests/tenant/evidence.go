@@ -65,6 +65,9 @@ type VerifyOptions struct {
 	AllowEmulatedRoots    []string
 	AllowDevelopmentImage bool
 	AllowProducts         []string
+	// ServerName is the name that a connection to the guest asks for; "" asks
+	// for none. It only finds the guest, and proves nothing.
+	ServerName string
 	// Appraisal adds to what the deployment demands.
 	Appraisal brokeradmin.AppraisalPolicy
 	spki      []byte

@@ -362,7 +362,7 @@ func endpoint(t *testing.T, g *fakeGuest, cert tls.Certificate, asked *atomic.In
 	s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path != evidencePath {
 			asked.Add(1)
-			io.WriteString(w, "hello from inside") //nolint:errcheck // the client notices
+			io.WriteString(w, "hello from inside"+r.TLS.ServerName) //nolint:errcheck // the client notices
 			return
 		}
 		nonce, err := hex.DecodeString(r.URL.Query().Get("nonce"))
@@ -411,6 +411,14 @@ func TestCallReachesTheAttestedGuestOnly(t *testing.T) {
 		if got, err := get(client, addr); err != nil || got != "hello from inside" {
 			t.Fatalf("%q %v", got, err)
 		}
+	}
+	// A name finds the guest where many share a port.
+	client, err = w.tenant.HTTPClient("job", addr, VerifyOptions{ServerName: "job.guests.example"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := get(client, addr); err != nil || got != "hello from insidejob.guests.example" {
+		t.Errorf("%q %v", got, err)
 	}
 	// A host in the middle has its own key and relays the guest's evidence.
 	asked.Store(0)

@@ -20,6 +20,9 @@ func (o *DeployOptions) features() []string {
 	if len(o.Ports) > 0 {
 		out = append(out, api.FeaturePortsAttestedTLS)
 	}
+	if len(o.ServerNames) > 0 {
+		out = append(out, api.FeaturePortsServerName)
+	}
 	if o.IDBlock.Block != "" {
 		out = append(out, api.FeatureLaunchIDBlock)
 	}

@@ -137,6 +137,10 @@ dead_man = "20s"
 reserve_memory_mib = 1024
 {{.Policy}}
 
+[network.tls]
+listen = ":443"
+domain = "guests.example"
+
 [blob]
 ca_file = "/etc/nodeagent/ca.pem"
 

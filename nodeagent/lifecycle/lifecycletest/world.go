@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -34,6 +35,7 @@ type World struct {
 	listeners  map[chan vm.Event]bool
 	taps       map[string]network.Guest
 	routes     map[string][]relay.Route
+	listening  map[uint16]bool
 	forwarding bool
 	sessions   map[string]metadata.Session
 	blobs      map[string][][32]byte // by owner
@@ -462,6 +464,26 @@ func (w *World) tapsLocked() []network.Tap {
 		out = append(out, network.Tap{Name: link.Tap, GuestID: id, Up: true})
 	}
 	return out
+}
+
+// Listen has processes of the host listen on ports.
+func (w *World) Listen(ports ...uint16) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.listening = map[uint16]bool{}
+	for _, p := range ports {
+		w.listening[p] = true
+	}
+}
+
+// Listening implements lifecycle.Network.
+func (w Net) Listening() (map[uint16]bool, error) {
+	if err := w.enter(context.Background(), "listening"); err != nil {
+		return nil, err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return maps.Clone(w.listening), nil
 }
 
 // Observe implements lifecycle.Network.

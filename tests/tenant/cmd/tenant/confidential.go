@@ -151,7 +151,7 @@ func readEvidence(path string) ([]byte, error) {
 
 func newCall(a *app) *cobra.Command {
 	var f verifyFlags
-	var address, method, data string
+	var address, serverName, method, data string
 	var port int
 	cmd := &cobra.Command{
 		Use:   "call N /PATH",
@@ -168,9 +168,12 @@ it binds this very connection, and only then send the request.`,
 				return tenant.Usage("path %q does not start with /", args[1])
 			}
 			if address == "" {
-				if address, err = t.Address(ctx, args[0], port); err != nil {
+				if address, o.ServerName, err = t.Address(ctx, args[0], port); err != nil {
 					return err
 				}
+			}
+			if serverName != "" {
+				o.ServerName = serverName
 			}
 			client, err := t.HTTPClient(args[0], address, o)
 			if err != nil {
@@ -196,6 +199,7 @@ it binds this very connection, and only then send the request.`,
 	}
 	f.register(cmd.Flags())
 	cmd.Flags().StringVar(&address, "address", "", "HOST:PORT to connect to, instead of the platform's word")
+	cmd.Flags().StringVar(&serverName, "server-name", "", "name to ask for on the node's shared TLS port, instead of the platform's word")
 	cmd.Flags().IntVar(&port, "port", 0, "the guest's port, when it has several")
 	cmd.Flags().StringVarP(&method, "request", "X", http.MethodGet, "HTTP method")
 	cmd.Flags().StringVarP(&data, "data", "d", "", "request body")

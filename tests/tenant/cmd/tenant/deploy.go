@@ -15,6 +15,7 @@ import (
 type deployFlags struct {
 	tenant.DeployOptions
 	env, secretEnv []string
+	serverNames    []string
 	minTCB         string
 	wait, running  bool
 }
@@ -32,6 +33,7 @@ func (d *deployFlags) register(f *pflag.FlagSet) {
 	f.StringVar(&o.EncryptionKey, "encryption-key", "", "file://PATH of the inputs' key; without it a new key is made")
 	f.StringVar(&o.KeyManagement, "key-management", "file", "file or hsm")
 	f.IntSliceVar(&o.Ports, "port", nil, "port the workload serves behind attested TLS; may be repeated")
+	f.StringArrayVar(&d.serverNames, "server-name", nil, "PORT=NAME, a name by which clients reach the port on the node's shared TLS port; may be repeated")
 	f.StringVar(&o.Compliance, "compliance", "", "compliance profile the node must have, for instance hipaa")
 	f.BoolVar(&o.AttestationRequired, "attestation-required", true, "cannot be turned off")
 	f.BoolVar(&o.AuditLogging, "audit-logging", false, "the node must write an audit log")
@@ -83,6 +85,9 @@ func newDeployConfidential(a *app) *cobra.Command {
 				return err
 			}
 			if d.SecretEnv, err = tenant.Pairs("secret-env", d.secretEnv); err != nil {
+				return err
+			}
+			if d.ServerNames, err = tenant.ParseServerNames(d.serverNames); err != nil {
 				return err
 			}
 			if d.TCBFloor, err = tenant.ParseTCB(d.minTCB); err != nil {

@@ -87,7 +87,11 @@ func showStatus(w io.Writer, s *tenant.Status) error {
 	if s.Guest != nil {
 		fmt.Fprintf(&b, "guest     %s on %s: %s %s\n", d.GuestID, d.Node, s.State, s.Guest.Phase)
 		for guest, host := range s.Guest.Ports {
-			fmt.Fprintf(&b, "port      %d published as %d\n", guest, host)
+			at := fmt.Sprint(host)
+			if name := s.Guest.ServerNames[guest]; name != "" {
+				at = name + ":" + at
+			}
+			fmt.Fprintf(&b, "port      %d published as %s\n", guest, at)
 		}
 		if r := s.Guest.Refusal; r != nil {
 			fmt.Fprintf(&b, "refused   %s\n  code:   %s\n  remedy: %s\n", r.Message, r.Code, r.Remedy)
