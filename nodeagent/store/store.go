@@ -11,6 +11,7 @@
 //	commands  id -> Command record
 //	guests    id -> Guest record
 //	outbox    u64 big-endian sequence -> Event (protobuf) record
+//	gpus      address -> GPU record (package gpu/pool); absent until there is one
 //
 // Version 1 had no guests. An older layout is migrated when it is opened, step
 // by step in one transaction; a newer one is refused.
@@ -70,6 +71,7 @@ const (
 	recordCordon
 	recordForwarding
 	recordReport
+	recordGPU
 )
 
 // ErrDamaged means that a record or page does not check.
@@ -237,11 +239,15 @@ func (s *Store) check(version uint32) error {
 	return s.view(func(tx *bbolt.Tx) error {
 		seen := 0
 		err := tx.ForEach(func(name []byte, b *bbolt.Bucket) error {
-			kind, known := buckets()[string(name)]
-			if !known {
+			kind, required := buckets()[string(name)]
+			switch {
+			case required:
+				seen++
+			case string(name) == bucketGPUs:
+				kind = recordGPU
+			default:
 				return fmt.Errorf("%w: unknown bucket", ErrDamaged)
 			}
-			seen++
 			return b.ForEach(func(_, raw []byte) error {
 				if kind == 0 && len(raw) > 0 {
 					_, err := unseal(raw[0], raw)

@@ -2,6 +2,8 @@ package vfiotest
 
 import (
 	"encoding/binary"
+	"errors"
+	"maps"
 	"path/filepath"
 	"strings"
 
@@ -102,6 +104,21 @@ func (k *Kernel) viable(group string) bool {
 func (k *Kernel) Close(fd int) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	return k.close(fd)
+}
+
+// ProcessDied closes every file, as the kernel does when a process ends.
+func (k *Kernel) ProcessDied() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var errs []error
+	for fd := range maps.Clone(k.files) {
+		errs = append(errs, k.close(fd))
+	}
+	return errors.Join(errs...)
+}
+
+func (k *Kernel) close(fd int) error {
 	f := k.files[fd]
 	if f == nil {
 		return unix.EBADF
