@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -20,23 +21,24 @@ const (
 	modelSwitch   = "NVSwitch"
 )
 
-// Reserve promises count GPUs of a model to a guest, all or none. Reserving
-// again for the same guest changes nothing. Refusals: gpu.not-managed,
-// gpu.none-of-model, gpu.capacity, gpu.not-settled and those of gpu.Rule.
-func (p *Pool) Reserve(guestID, model string, count int) error {
-	if r := gpu.Rule(model, count); r != nil {
-		return r
-	}
+// Available refuses what Reserve would refuse now: gpu.not-managed,
+// gpu.none-of-model, gpu.capacity, gpu.not-settled and what gpu.Rule refuses.
+func (p *Pool) Available(model string, count int) *contract.Refusal {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	_, refusal := p.pickLocked(model, count)
+	return refusal
+}
+
+func (p *Pool) pickLocked(model string, count int) ([]vfio.Address, *contract.Refusal) {
+	if r := gpu.Rule(model, count); r != nil {
+		return nil, r
+	}
 	if !p.settled {
-		return contract.Refuse("gpu.not-settled", "launch again in a minute", "the node has not accounted for its GPUs yet")
+		return nil, contract.Refuse("gpu.not-settled", "launch again in a minute", "the node has not accounted for its GPUs yet")
 	}
 	var all []Record
 	for _, d := range p.devices {
-		if d.rec.has(guestID) {
-			return nil
-		}
 		if !d.named {
 			continue
 		}
@@ -46,7 +48,20 @@ func (p *Pool) Reserve(guestID, model string, count int) error {
 		}
 		all = append(all, r)
 	}
-	set, refusal := pick(all, gpu.Canonical(model), count)
+	return pick(all, gpu.Canonical(model), count)
+}
+
+// Reserve promises count GPUs of a model to a guest, all or none. Reserving
+// again for the same guest changes nothing. It refuses as Available does.
+func (p *Pool) Reserve(guestID, model string, count int) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, d := range p.devices {
+		if d.rec.has(guestID) {
+			return nil
+		}
+	}
+	set, refusal := p.pickLocked(model, count)
 	if refusal != nil {
 		return refusal
 	}
@@ -200,11 +215,47 @@ func values(set []*Record) []Record {
 	return all
 }
 
-// Return takes back what a guest has: its domain is gone. Each device is reset
-// and verified; Return ends when each is clean or quarantined. A reservation
-// that never came near the device ends at once.
-func (p *Pool) Return(ctx context.Context, guestID string) error {
+// Guests are those that have a device or are promised one.
+func (p *Pool) Guests() []string {
 	p.mu.Lock()
+	defer p.mu.Unlock()
+	ids := map[string]bool{}
+	for _, d := range p.devices {
+		if d.rec.has(d.rec.Guest) {
+			ids[d.rec.Guest] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(ids))
+}
+
+// Abandon takes back what a guest has that is gone, and leaves it to Run to
+// reset and verify it. A reservation that never came near the device ends at
+// once.
+func (p *Pool) Abandon(guestID string) error {
+	_, err := p.takeBack(guestID)
+	poke(p.wake)
+	return err
+}
+
+// Return takes back what a guest has: its domain is gone. Each device is reset
+// and verified; Return ends when each is clean or quarantined.
+func (p *Pool) Return(ctx context.Context, guestID string) error {
+	mine, err := p.takeBack(guestID)
+	if err != nil {
+		return err
+	}
+	for _, a := range mine {
+		if err := p.work(ctx, a); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// takeBack returns also what was taken back before and is not clean yet.
+func (p *Pool) takeBack(guestID string) ([]vfio.Address, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	var mine []vfio.Address
 	var changed []Record
 	for a, d := range p.devices {
@@ -222,16 +273,6 @@ func (p *Pool) Return(ctx context.Context, guestID string) error {
 			changed = append(changed, r)
 		}
 	}
-	err := p.putLocked(changed...)
-	p.mu.Unlock()
-	if err != nil {
-		return err
-	}
 	slices.Sort(mine)
-	for _, a := range mine {
-		if err := p.work(ctx, a); err != nil {
-			return err
-		}
-	}
-	return nil
+	return mine, p.putLocked(changed...)
 }

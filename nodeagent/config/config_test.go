@@ -74,6 +74,9 @@ func TestBadConfigurationNamesFileLineAndKey(t *testing.T) {
 		"more than one PUT":   {minimal + "[policy]\nresults_quota = 5368709121\n", `agent.toml:9: key "policy.results_quota"`},
 		"missing":             {strings.Replace(minimal, "host_id", "# host_id", 1), `agent.toml: key "host_id"`},
 		"guest range too wee": {minimal + "[network]\nguest_cidr = \"10.0.0.0/30\"\n", `agent.toml:9: key "network.guest_cidr"`},
+		"gpu of no form":      {minimal + "[gpu]\nmanage = [\"41:00.0\"]\n", `agent.toml:9: key "gpu.manage": "41:00.0" is no PCI address`},
+		"gpu twice":           {minimal + "[gpu]\nmanage = [\"0000:41:00.0\", \"0000:41:00.0\"]\n", `"0000:41:00.0" is there twice`},
+		"all and one":         {minimal + "[gpu]\nmanage = [\"all-capable\", \"0000:41:00.0\"]\n", `"all-capable" stands alone`},
 		"plain key service":   {"key_service = \"http://kdsintf.amd.com\"\n" + minimal, `agent.toml:1: key "key_service"`},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -84,7 +84,18 @@ func (m *Manager) launch(ctx context.Context, cmd *api.Command, l *api.LaunchGue
 	if err != nil {
 		return err
 	}
+	// Before the guest's record: a guest that is accepted has its GPUs, and a
+	// reservation for a guest that never was ends with the next Settle.
+	if want := manifest.GPU; want != nil {
+		if err := m.d.GPUs.Reserve(ctx, rec.ID, want.Model, want.Count); err != nil {
+			return err
+		}
+		m.mark("gpus-reserved")
+	}
 	if err := m.d.Records.PutGuest(rec, m.stateEvent(rec)); err != nil {
+		if manifest.GPU != nil {
+			err = errors.Join(err, m.d.GPUs.Abandon(rec.ID))
+		}
 		if errors.Is(err, store.ErrOutboxFull) {
 			return contract.Refuse("admit.outbox-full", "let the node reach its control plane, then launch again",
 				"too many events of this node wait to be confirmed").Because(err)
@@ -168,6 +179,9 @@ func (m *Manager) host(ctx context.Context, guestID string) (admit.Host, error) 
 		Cordoned: on, CordonReason: reason, Policy: m.c.Policy, Emulated: m.c.Emulated, Capacity: m.c.Capacity,
 		PublishedPorts: config.PortRange(m.c.Network.PublishedPorts), Slots: 1 << max(0, slotBits-m.c.Network.GuestCIDR.Bits()), Images: images, GPURule: m.d.GPURule,
 		Used: admit.Used{Slots: map[uint32]bool{}, Ports: map[uint16]bool{}},
+	}
+	if m.d.GPUs != nil {
+		h.GPUs = m.d.GPUs.Available
 	}
 	for _, g := range m.live() {
 		r := g.record()

@@ -38,6 +38,10 @@ type guest struct {
 	pending  *ending // decided, but not on disk yet
 	paths    []string
 	measured Measured
+	// passthrough is what the domain is started with, foreign what an adopted
+	// one has that it was not.
+	passthrough Passthrough
+	foreign     string
 
 	mu     sync.Mutex
 	rec    store.Guest
