@@ -14,6 +14,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/sealed"
 	"github.com/confidential-node/agent/gpu"
+	"github.com/confidential-node/agent/gpu/pool"
 	"github.com/confidential-node/agent/network"
 	"github.com/confidential-node/agent/nodeagent/admin"
 	"github.com/confidential-node/agent/nodeagent/api"
@@ -25,9 +26,11 @@ import (
 	"github.com/confidential-node/agent/nodeagent/inbox"
 	"github.com/confidential-node/agent/nodeagent/lifecycle"
 	"github.com/confidential-node/agent/nodeagent/metadata"
+	"github.com/confidential-node/agent/nodeagent/passthrough"
 	"github.com/confidential-node/agent/nodeagent/platform"
 	"github.com/confidential-node/agent/nodeagent/store"
 	"github.com/confidential-node/agent/nodeagent/supervise"
+	"github.com/confidential-node/agent/vfio"
 	"github.com/confidential-node/agent/vm/libvirt"
 )
 
@@ -87,6 +90,7 @@ type agent struct {
 	network      *network.Host
 	endorsements *endorsements.Provider
 	metadata     *metadata.Server
+	gpus         *pool.Pool
 	guests       *lifecycle.Manager
 	inbox        *inbox.Inbox
 	link         *control.Link
@@ -105,6 +109,7 @@ func runAgent(ctx context.Context, cfg config.Config, logger hclog.Logger) (err 
 	tasks.Go("hypervisor", a.driver.Run)
 	tasks.Go("network", a.network.Run)
 	tasks.Go("endorsements", a.endorsements.Run)
+	tasks.Go("gpus", a.gpus.Run)
 	tasks.Go("guests", a.guests.Run)
 	tasks.Go("inbox", a.inbox.Run)
 	tasks.Go("link", a.link.Run)
@@ -187,7 +192,15 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	}
 	a.driver = libvirt.New(cfg.Libvirt.URI, logger)
 	a.metadata = metadata.New(logger, time.Now)
+	pci := pciHost("/")
+	a.gpus, err = pool.New(pool.Deps{
+		Records: a.store, Host: pci, System: vfio.Kernel{}, Logger: logger, Hook: failpoint.FromEnvironment().Hit,
+	}, pool.Config{Manage: cfg.GPU.Manage, BootID: a.host.bootID})
+	if err != nil {
+		return nil, errors.Join(err, a.store.Close())
+	}
 	a.guests, err = lifecycle.New(lifecycle.Deps{
+		GPUs:    passthrough.Host{Pool: a.gpus, PCI: pci, Versions: a.versions},
 		Records: a.store, Hypervisor: a.driver, Network: a.network, Metadata: a.metadata,
 		Blobs: blobs{cache}, Spools: spoolsOf{spools}, Images: a.images, Measure: lifecycle.Predict, TEE: tee, GPURule: gpu.Rule,
 		Endorsements: a.endorsements.Endorsements, Logger: logger, Hook: failpoint.FromEnvironment().Hit,
@@ -211,7 +224,7 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	if err != nil {
 		return nil, errors.Join(err, a.store.Close())
 	}
-	a.socket = admin.New(socketFile(cfg), a.status)
+	a.socket = admin.New(socketFile(cfg), a.status, gpuDoor{a.gpus})
 	return a, nil
 }
 

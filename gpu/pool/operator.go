@@ -39,6 +39,8 @@ func (p *Pool) order(a vfio.Address, verb string, change func(r *Record) error) 
 const (
 	CodeInUse = "gpu.in-use"
 	CodeBusy  = "gpu.busy"
+	// CodeNotManaged refuses an order for a device that is not the agent's.
+	CodeNotManaged = "gpu.not-managed"
 )
 
 // Release has a device switched off CC and given back to the driver it came

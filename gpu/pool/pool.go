@@ -280,7 +280,7 @@ func (p *Pool) hold(ctx context.Context, a vfio.Address) (*device, error) {
 }
 
 func notManaged(a vfio.Address) *contract.Refusal {
-	return contract.Refuse("gpu.not-managed", "name it in gpu.manage of the configuration and restart the agent; `nodeagent gpu list` shows what is managed",
+	return contract.Refuse(CodeNotManaged, "name it in gpu.manage of the configuration and restart the agent; `nodeagent gpu list` shows what is managed",
 		"the agent does not manage %s", a)
 }
 

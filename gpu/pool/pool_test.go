@@ -480,7 +480,10 @@ func TestWhatASilentSiliconOrKernelDoesIsQuarantined(t *testing.T) {
 	}{
 		{"FSP silent", func(w *world) { w.hardware[first].Break(func(f *gputest.Faults) { f.FSPSilent = true }) }, "gpu.fsp-silent"},
 		{"never boots", func(w *world) { w.hardware[first].Break(func(f *gputest.Faults) { f.BootNever = true }) }, "gpu.boot-timeout"},
-		{"a reset that changes no mode", func(w *world) { w.hardware[first].Break(func(f *gputest.Faults) { f.ModeStuck = true }); w.hardware[first].SetKnob(8, 0) }, ""},
+		{"a reset that changes no mode", func(w *world) {
+			w.hardware[first].Break(func(f *gputest.Faults) { f.ModeStuck = true })
+			w.hardware[first].SetKnob(8, 0)
+		}, ""},
 		{"devtools, whatever is set", func(w *world) { w.hardware[first].Break(func(f *gputest.Faults) { f.ModeRegister = &devtools }) }, "gpu.mode-mismatch"},
 		{"BMC locks it off", func(w *world) {
 			w.hardware[first].SetKnob(8, 0)

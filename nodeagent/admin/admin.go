@@ -1,6 +1,7 @@
 // Package admin is the agent's local door: HTTP over a unix socket that only
 // root can open (0600), used by the agent's own verbs. It owns the socket,
-// answers from snapshots, and changes nothing. A Server may be used from many
+// answers from snapshots, and passes orders about GPUs on; it changes nothing
+// itself. A Server may be used from many
 // goroutines; Run ends when its context does.
 package admin
 
@@ -9,7 +10,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"os"
@@ -86,11 +86,12 @@ type Port struct {
 type Server struct {
 	path   string
 	status func(context.Context) (Status, error)
+	gpus   GPUs
 }
 
 // New returns a server that will listen on path.
-func New(path string, status func(context.Context) (Status, error)) *Server {
-	return &Server{path, status}
+func New(path string, status func(context.Context) (Status, error), gpus GPUs) *Server {
+	return &Server{path, status, gpus}
 }
 
 // Run listens until ctx ends. A socket left over by a dead agent is replaced;
@@ -111,6 +112,7 @@ func (s *Server) Run(ctx context.Context) error {
 		w.Header().Set("Content-Type", "application/json")
 		_ = json.NewEncoder(w).Encode(status)
 	})
+	handleGPUs(mux, s.gpus)
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 8 << 10}
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()
@@ -143,37 +145,36 @@ func listen(ctx context.Context, config *net.ListenConfig, path string) (net.Lis
 // FetchStatus asks the agent behind the socket. An error wraps ErrUnreachable
 // when nobody answers.
 func FetchStatus(ctx context.Context, socket string) (Status, error) {
-	client := &http.Client{Transport: &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-		},
-		DisableKeepAlives: true,
-	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent/v1/status", http.NoBody)
+	body, err := ask(ctx, socket, http.MethodGet, "/v1/status", nil)
+	if errors.Is(err, errAnswer) {
+		return Status{}, fmt.Errorf("asking for status: %s", body)
+	}
 	if err != nil {
 		return Status{}, err
-	}
-	resp, err := client.Do(req)
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
-		return Status{}, fmt.Errorf("%w: nothing listens on %s; is nodeagent running? (systemctl status nodeagent, or --socket)", ErrUnreachable, socket)
-	}
-	if errors.Is(err, os.ErrPermission) {
-		return Status{}, fmt.Errorf("%w: no permission to open %s; run as root", ErrUnreachable, socket)
-	}
-	if err != nil {
-		return Status{}, fmt.Errorf("%w: %w", ErrUnreachable, err)
-	}
-	defer resp.Body.Close() //nolint:errcheck // read only
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxReplyBytes))
-	if err != nil {
-		return Status{}, fmt.Errorf("reading status: %w", err)
-	}
-	if resp.StatusCode != http.StatusOK {
-		return Status{}, fmt.Errorf("asking for status: %s", body)
 	}
 	var status Status
 	if err := json.Unmarshal(body, &status); err != nil {
 		return Status{}, fmt.Errorf("reading status: %w", err)
 	}
 	return status, nil
+}
+
+func dial(socket string) *http.Client {
+	return &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		},
+		DisableKeepAlives: true,
+	}}
+}
+
+// unreachable says why nobody answers.
+func unreachable(err error, socket string) error {
+	switch {
+	case errors.Is(err, os.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("%w: nothing listens on %s; is nodeagent running? (systemctl status nodeagent, or --socket)", ErrUnreachable, socket)
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("%w: no permission to open %s; run as root", ErrUnreachable, socket)
+	}
+	return fmt.Errorf("%w: %w", ErrUnreachable, err)
 }

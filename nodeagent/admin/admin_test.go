@@ -28,7 +28,7 @@ func TestStatusTravelsOverASocketOnlyItsOwnerCanOpen(t *testing.T) {
 	}
 
 	want := Status{Header: output.NewHeader("Status"), HostID: "host-1", Guests: []Guest{{ID: "g", VCPUs: 2}}}
-	server := New(socket, func(context.Context) (Status, error) { return want, nil })
+	server := New(socket, func(context.Context) (Status, error) { return want, nil }, nil)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- server.Run(ctx) }()

@@ -28,4 +28,7 @@
 //     again with the names of what changed (changed). Commands are as before.
 //   - 3 (2026-11-25): ResultGivenUp; a further StopGuest ends the wait for an
 //     object store.
+//   - 4 (2026-11-26): Capability lists GPUs with model, state, CC mode and why
+//     one is not offered (gpus). Launches whose manifest asks for GPUs are
+//     carried out; the command itself is as before.
 package api

@@ -2,7 +2,7 @@ package api
 
 // CapabilityVersion is this build's protocol integer. The diary in the
 // package comment says what each value added.
-const CapabilityVersion = 3
+const CapabilityVersion = 4
 
 // Features a command may require by name. A name means the whole behaviour:
 // a node that does it in part does not list it.

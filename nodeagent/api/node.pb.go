@@ -1945,7 +1945,10 @@ type Capability struct {
 	// Names of what changed since the report before this one, also across a
 	// restart of the node; empty in the reports that follow a connect. What
 	// goes up and down by itself, as free ASIDs, is no change.
-	Changed       []string `protobuf:"bytes,18,rep,name=changed,proto3" json:"changed,omitempty"`
+	Changed []string `protobuf:"bytes,18,rep,name=changed,proto3" json:"changed,omitempty"`
+	// GPUs and NVSwitches: those that the node manages, and what its operator
+	// named and cannot be had.
+	Gpus          []*GPU `protobuf:"bytes,19,rep,name=gpus,proto3" json:"gpus,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2106,6 +2109,115 @@ func (x *Capability) GetChanged() []string {
 	return nil
 }
 
+func (x *Capability) GetGpus() []*GPU {
+	if x != nil {
+		return x.Gpus
+	}
+	return nil
+}
+
+// GPU is one device.
+type GPU struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// PCI address, or what the node's configuration calls it.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Model as manifests name it, "H100"; "NVSwitch"; empty when not known.
+	Model string `protobuf:"bytes,2,opt,name=model,proto3" json:"model,omitempty"`
+	// Variant of the board; empty when not known.
+	Board string `protobuf:"bytes,3,opt,name=board,proto3" json:"board,omitempty"`
+	// "unmanaged", "bound", "clean" (free), "reserved", "attached", "dirty",
+	// "quarantined", or "refused" for what cannot be had.
+	State string `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`
+	// CC mode that was read back last: "off", "on", "devtools", "ppcie" or
+	// "unknown". The tenant's own evidence is the proof.
+	Mode string `protobuf:"bytes,5,opt,name=mode,proto3" json:"mode,omitempty"`
+	// It is on duty: free, a guest's, or on its way between.
+	Offered bool `protobuf:"varint,6,opt,name=offered,proto3" json:"offered,omitempty"`
+	// Why it is not offered, or what it waits for; absent when all is well.
+	Why           *Refusal `protobuf:"bytes,7,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GPU) Reset() {
+	*x = GPU{}
+	mi := &file_node_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GPU) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GPU) ProtoMessage() {}
+
+func (x *GPU) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GPU.ProtoReflect.Descriptor instead.
+func (*GPU) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *GPU) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *GPU) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *GPU) GetBoard() string {
+	if x != nil {
+		return x.Board
+	}
+	return ""
+}
+
+func (x *GPU) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *GPU) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *GPU) GetOffered() bool {
+	if x != nil {
+		return x.Offered
+	}
+	return false
+}
+
+func (x *GPU) GetWhy() *Refusal {
+	if x != nil {
+		return x.Why
+	}
+	return nil
+}
+
 // SEVSNP is what the machine has of SEV-SNP. Absent means not known.
 type SEVSNP struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2152,7 +2264,7 @@ type SEVSNP struct {
 
 func (x *SEVSNP) Reset() {
 	*x = SEVSNP{}
-	mi := &file_node_proto_msgTypes[22]
+	mi := &file_node_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2164,7 +2276,7 @@ func (x *SEVSNP) String() string {
 func (*SEVSNP) ProtoMessage() {}
 
 func (x *SEVSNP) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[22]
+	mi := &file_node_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2177,7 +2289,7 @@ func (x *SEVSNP) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SEVSNP.ProtoReflect.Descriptor instead.
 func (*SEVSNP) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{22}
+	return file_node_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SEVSNP) GetEnabled() bool {
@@ -2320,7 +2432,7 @@ type TCBVersion struct {
 
 func (x *TCBVersion) Reset() {
 	*x = TCBVersion{}
-	mi := &file_node_proto_msgTypes[23]
+	mi := &file_node_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2332,7 +2444,7 @@ func (x *TCBVersion) String() string {
 func (*TCBVersion) ProtoMessage() {}
 
 func (x *TCBVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[23]
+	mi := &file_node_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2345,7 +2457,7 @@ func (x *TCBVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TCBVersion.ProtoReflect.Descriptor instead.
 func (*TCBVersion) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{23}
+	return file_node_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *TCBVersion) GetRaw() uint64 {
@@ -2407,7 +2519,7 @@ type ASIDs struct {
 
 func (x *ASIDs) Reset() {
 	*x = ASIDs{}
-	mi := &file_node_proto_msgTypes[24]
+	mi := &file_node_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2419,7 +2531,7 @@ func (x *ASIDs) String() string {
 func (*ASIDs) ProtoMessage() {}
 
 func (x *ASIDs) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[24]
+	mi := &file_node_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2432,7 +2544,7 @@ func (x *ASIDs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ASIDs.ProtoReflect.Descriptor instead.
 func (*ASIDs) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{24}
+	return file_node_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ASIDs) GetTotal() uint32 {
@@ -2482,7 +2594,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_node_proto_msgTypes[25]
+	mi := &file_node_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2494,7 +2606,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[25]
+	mi := &file_node_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2507,7 +2619,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{25}
+	return file_node_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Finding) GetCode() string {
@@ -2568,7 +2680,7 @@ type Component struct {
 
 func (x *Component) Reset() {
 	*x = Component{}
-	mi := &file_node_proto_msgTypes[26]
+	mi := &file_node_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2580,7 +2692,7 @@ func (x *Component) String() string {
 func (*Component) ProtoMessage() {}
 
 func (x *Component) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[26]
+	mi := &file_node_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2593,7 +2705,7 @@ func (x *Component) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Component.ProtoReflect.Descriptor instead.
 func (*Component) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{26}
+	return file_node_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Component) GetName() string {
@@ -2664,7 +2776,7 @@ type EndorsementState struct {
 
 func (x *EndorsementState) Reset() {
 	*x = EndorsementState{}
-	mi := &file_node_proto_msgTypes[27]
+	mi := &file_node_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2676,7 +2788,7 @@ func (x *EndorsementState) String() string {
 func (*EndorsementState) ProtoMessage() {}
 
 func (x *EndorsementState) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[27]
+	mi := &file_node_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2689,7 +2801,7 @@ func (x *EndorsementState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndorsementState.ProtoReflect.Descriptor instead.
 func (*EndorsementState) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{27}
+	return file_node_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *EndorsementState) GetCertificate() Conclusion {
@@ -2748,7 +2860,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_node_proto_msgTypes[28]
+	mi := &file_node_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2760,7 +2872,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[28]
+	mi := &file_node_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2773,7 +2885,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{28}
+	return file_node_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Heartbeat) GetUptimeSeconds() uint64 {
@@ -2967,7 +3079,7 @@ const file_node_proto_rawDesc = "" +
 	"\bguest_id\x18\x01 \x01(\tR\aguestId\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
 	"\x04size\x18\x03 \x01(\x04R\x04size\x12/\n" +
-	"\arefusal\x18\x04 \x01(\v2\x15.nodeagent.v1.RefusalR\arefusal\"\x9b\x05\n" +
+	"\arefusal\x18\x04 \x01(\v2\x15.nodeagent.v1.RefusalR\arefusal\"\xc2\x05\n" +
 	"\n" +
 	"Capability\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12#\n" +
@@ -2990,7 +3102,16 @@ const file_node_proto_rawDesc = "" +
 	"components\x18\x10 \x03(\v2\x17.nodeagent.v1.ComponentR\n" +
 	"components\x12B\n" +
 	"\fendorsements\x18\x11 \x01(\v2\x1e.nodeagent.v1.EndorsementStateR\fendorsements\x12\x18\n" +
-	"\achanged\x18\x12 \x03(\tR\achanged\"\xa8\x05\n" +
+	"\achanged\x18\x12 \x03(\tR\achanged\x12%\n" +
+	"\x04gpus\x18\x13 \x03(\v2\x11.nodeagent.v1.GPUR\x04gpus\"\xb2\x01\n" +
+	"\x03GPU\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05model\x18\x02 \x01(\tR\x05model\x12\x14\n" +
+	"\x05board\x18\x03 \x01(\tR\x05board\x12\x14\n" +
+	"\x05state\x18\x04 \x01(\tR\x05state\x12\x12\n" +
+	"\x04mode\x18\x05 \x01(\tR\x04mode\x12\x18\n" +
+	"\aoffered\x18\x06 \x01(\bR\aoffered\x12'\n" +
+	"\x03why\x18\a \x01(\v2\x15.nodeagent.v1.RefusalR\x03why\"\xa8\x05\n" +
 	"\x06SEVSNP\x12\x18\n" +
 	"\aenabled\x18\x01 \x01(\bR\aenabled\x12\x1c\n" +
 	"\tprocessor\x18\x02 \x01(\tR\tprocessor\x12\x1e\n" +
@@ -3091,7 +3212,7 @@ func file_node_proto_rawDescGZIP() []byte {
 }
 
 var file_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_node_proto_goTypes = []any{
 	(GuestStatus)(0),              // 0: nodeagent.v1.GuestStatus
 	(Conclusion)(0),               // 1: nodeagent.v1.Conclusion
@@ -3117,21 +3238,22 @@ var file_node_proto_goTypes = []any{
 	(*ResultUploaded)(nil),        // 21: nodeagent.v1.ResultUploaded
 	(*ResultGivenUp)(nil),         // 22: nodeagent.v1.ResultGivenUp
 	(*Capability)(nil),            // 23: nodeagent.v1.Capability
-	(*SEVSNP)(nil),                // 24: nodeagent.v1.SEVSNP
-	(*TCBVersion)(nil),            // 25: nodeagent.v1.TCBVersion
-	(*ASIDs)(nil),                 // 26: nodeagent.v1.ASIDs
-	(*Finding)(nil),               // 27: nodeagent.v1.Finding
-	(*Component)(nil),             // 28: nodeagent.v1.Component
-	(*EndorsementState)(nil),      // 29: nodeagent.v1.EndorsementState
-	(*Heartbeat)(nil),             // 30: nodeagent.v1.Heartbeat
-	nil,                           // 31: nodeagent.v1.LaunchGuest.HostsEntry
-	nil,                           // 32: nodeagent.v1.GuestState.StepMsEntry
-	(*timestamppb.Timestamp)(nil), // 33: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 34: google.protobuf.Duration
+	(*GPU)(nil),                   // 24: nodeagent.v1.GPU
+	(*SEVSNP)(nil),                // 25: nodeagent.v1.SEVSNP
+	(*TCBVersion)(nil),            // 26: nodeagent.v1.TCBVersion
+	(*ASIDs)(nil),                 // 27: nodeagent.v1.ASIDs
+	(*Finding)(nil),               // 28: nodeagent.v1.Finding
+	(*Component)(nil),             // 29: nodeagent.v1.Component
+	(*EndorsementState)(nil),      // 30: nodeagent.v1.EndorsementState
+	(*Heartbeat)(nil),             // 31: nodeagent.v1.Heartbeat
+	nil,                           // 32: nodeagent.v1.LaunchGuest.HostsEntry
+	nil,                           // 33: nodeagent.v1.GuestState.StepMsEntry
+	(*timestamppb.Timestamp)(nil), // 34: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 35: google.protobuf.Duration
 }
 var file_node_proto_depIdxs = []int32{
-	33, // 0: nodeagent.v1.Command.not_before:type_name -> google.protobuf.Timestamp
-	33, // 1: nodeagent.v1.Command.expires_at:type_name -> google.protobuf.Timestamp
+	34, // 0: nodeagent.v1.Command.not_before:type_name -> google.protobuf.Timestamp
+	34, // 1: nodeagent.v1.Command.expires_at:type_name -> google.protobuf.Timestamp
 	3,  // 2: nodeagent.v1.Command.launch_guest:type_name -> nodeagent.v1.LaunchGuest
 	10, // 3: nodeagent.v1.Command.stop_guest:type_name -> nodeagent.v1.StopGuest
 	11, // 4: nodeagent.v1.Command.request_evidence:type_name -> nodeagent.v1.RequestEvidence
@@ -3142,47 +3264,49 @@ var file_node_proto_depIdxs = []int32{
 	5,  // 9: nodeagent.v1.LaunchGuest.machine:type_name -> nodeagent.v1.Machine
 	6,  // 10: nodeagent.v1.LaunchGuest.inputs:type_name -> nodeagent.v1.InputBlob
 	7,  // 11: nodeagent.v1.LaunchGuest.results:type_name -> nodeagent.v1.ResultTarget
-	34, // 12: nodeagent.v1.LaunchGuest.start_timeout:type_name -> google.protobuf.Duration
-	34, // 13: nodeagent.v1.LaunchGuest.run_timeout:type_name -> google.protobuf.Duration
+	35, // 12: nodeagent.v1.LaunchGuest.start_timeout:type_name -> google.protobuf.Duration
+	35, // 13: nodeagent.v1.LaunchGuest.run_timeout:type_name -> google.protobuf.Duration
 	9,  // 14: nodeagent.v1.LaunchGuest.ports:type_name -> nodeagent.v1.PublishedPort
-	31, // 15: nodeagent.v1.LaunchGuest.hosts:type_name -> nodeagent.v1.LaunchGuest.HostsEntry
+	32, // 15: nodeagent.v1.LaunchGuest.hosts:type_name -> nodeagent.v1.LaunchGuest.HostsEntry
 	8,  // 16: nodeagent.v1.ResultTarget.uploads:type_name -> nodeagent.v1.ResultUpload
-	34, // 17: nodeagent.v1.StopGuest.grace:type_name -> google.protobuf.Duration
-	33, // 18: nodeagent.v1.Event.at:type_name -> google.protobuf.Timestamp
+	35, // 17: nodeagent.v1.StopGuest.grace:type_name -> google.protobuf.Duration
+	34, // 18: nodeagent.v1.Event.at:type_name -> google.protobuf.Timestamp
 	17, // 19: nodeagent.v1.Event.command_refused:type_name -> nodeagent.v1.CommandRefused
 	19, // 20: nodeagent.v1.Event.guest_state:type_name -> nodeagent.v1.GuestState
 	20, // 21: nodeagent.v1.Event.evidence:type_name -> nodeagent.v1.EvidenceReady
 	21, // 22: nodeagent.v1.Event.result_uploaded:type_name -> nodeagent.v1.ResultUploaded
 	23, // 23: nodeagent.v1.Event.capability:type_name -> nodeagent.v1.Capability
-	30, // 24: nodeagent.v1.Event.heartbeat:type_name -> nodeagent.v1.Heartbeat
+	31, // 24: nodeagent.v1.Event.heartbeat:type_name -> nodeagent.v1.Heartbeat
 	18, // 25: nodeagent.v1.Event.command_done:type_name -> nodeagent.v1.CommandDone
 	22, // 26: nodeagent.v1.Event.result_given_up:type_name -> nodeagent.v1.ResultGivenUp
 	16, // 27: nodeagent.v1.CommandRefused.refusal:type_name -> nodeagent.v1.Refusal
 	0,  // 28: nodeagent.v1.GuestState.status:type_name -> nodeagent.v1.GuestStatus
 	16, // 29: nodeagent.v1.GuestState.refusal:type_name -> nodeagent.v1.Refusal
-	32, // 30: nodeagent.v1.GuestState.step_ms:type_name -> nodeagent.v1.GuestState.StepMsEntry
+	33, // 30: nodeagent.v1.GuestState.step_ms:type_name -> nodeagent.v1.GuestState.StepMsEntry
 	9,  // 31: nodeagent.v1.GuestState.ports:type_name -> nodeagent.v1.PublishedPort
 	16, // 32: nodeagent.v1.ResultGivenUp.refusal:type_name -> nodeagent.v1.Refusal
 	4,  // 33: nodeagent.v1.Capability.images:type_name -> nodeagent.v1.BootImage
-	24, // 34: nodeagent.v1.Capability.sev_snp:type_name -> nodeagent.v1.SEVSNP
-	28, // 35: nodeagent.v1.Capability.components:type_name -> nodeagent.v1.Component
-	29, // 36: nodeagent.v1.Capability.endorsements:type_name -> nodeagent.v1.EndorsementState
-	25, // 37: nodeagent.v1.SEVSNP.current_tcb:type_name -> nodeagent.v1.TCBVersion
-	25, // 38: nodeagent.v1.SEVSNP.reported_tcb:type_name -> nodeagent.v1.TCBVersion
-	26, // 39: nodeagent.v1.SEVSNP.asids:type_name -> nodeagent.v1.ASIDs
-	27, // 40: nodeagent.v1.SEVSNP.findings:type_name -> nodeagent.v1.Finding
-	1,  // 41: nodeagent.v1.Component.meets:type_name -> nodeagent.v1.Conclusion
-	1,  // 42: nodeagent.v1.Component.meets_gpu:type_name -> nodeagent.v1.Conclusion
-	1,  // 43: nodeagent.v1.EndorsementState.certificate:type_name -> nodeagent.v1.Conclusion
-	33, // 44: nodeagent.v1.EndorsementState.certificate_not_after:type_name -> google.protobuf.Timestamp
-	1,  // 45: nodeagent.v1.EndorsementState.revocation_list:type_name -> nodeagent.v1.Conclusion
-	33, // 46: nodeagent.v1.EndorsementState.revocation_list_next_update:type_name -> google.protobuf.Timestamp
-	27, // 47: nodeagent.v1.EndorsementState.findings:type_name -> nodeagent.v1.Finding
-	48, // [48:48] is the sub-list for method output_type
-	48, // [48:48] is the sub-list for method input_type
-	48, // [48:48] is the sub-list for extension type_name
-	48, // [48:48] is the sub-list for extension extendee
-	0,  // [0:48] is the sub-list for field type_name
+	25, // 34: nodeagent.v1.Capability.sev_snp:type_name -> nodeagent.v1.SEVSNP
+	29, // 35: nodeagent.v1.Capability.components:type_name -> nodeagent.v1.Component
+	30, // 36: nodeagent.v1.Capability.endorsements:type_name -> nodeagent.v1.EndorsementState
+	24, // 37: nodeagent.v1.Capability.gpus:type_name -> nodeagent.v1.GPU
+	16, // 38: nodeagent.v1.GPU.why:type_name -> nodeagent.v1.Refusal
+	26, // 39: nodeagent.v1.SEVSNP.current_tcb:type_name -> nodeagent.v1.TCBVersion
+	26, // 40: nodeagent.v1.SEVSNP.reported_tcb:type_name -> nodeagent.v1.TCBVersion
+	27, // 41: nodeagent.v1.SEVSNP.asids:type_name -> nodeagent.v1.ASIDs
+	28, // 42: nodeagent.v1.SEVSNP.findings:type_name -> nodeagent.v1.Finding
+	1,  // 43: nodeagent.v1.Component.meets:type_name -> nodeagent.v1.Conclusion
+	1,  // 44: nodeagent.v1.Component.meets_gpu:type_name -> nodeagent.v1.Conclusion
+	1,  // 45: nodeagent.v1.EndorsementState.certificate:type_name -> nodeagent.v1.Conclusion
+	34, // 46: nodeagent.v1.EndorsementState.certificate_not_after:type_name -> google.protobuf.Timestamp
+	1,  // 47: nodeagent.v1.EndorsementState.revocation_list:type_name -> nodeagent.v1.Conclusion
+	34, // 48: nodeagent.v1.EndorsementState.revocation_list_next_update:type_name -> google.protobuf.Timestamp
+	28, // 49: nodeagent.v1.EndorsementState.findings:type_name -> nodeagent.v1.Finding
+	50, // [50:50] is the sub-list for method output_type
+	50, // [50:50] is the sub-list for method input_type
+	50, // [50:50] is the sub-list for extension type_name
+	50, // [50:50] is the sub-list for extension extendee
+	0,  // [0:50] is the sub-list for field type_name
 }
 
 func init() { file_node_proto_init() }
@@ -3208,15 +3332,15 @@ func file_node_proto_init() {
 		(*Event_CommandDone)(nil),
 		(*Event_ResultGivenUp)(nil),
 	}
-	file_node_proto_msgTypes[22].OneofWrappers = []any{}
-	file_node_proto_msgTypes[24].OneofWrappers = []any{}
+	file_node_proto_msgTypes[23].OneofWrappers = []any{}
+	file_node_proto_msgTypes[25].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_node_proto_rawDesc), len(file_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   31,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
