@@ -174,9 +174,9 @@ func (f *gpuFlags) order(cmd *cobra.Command, address string, order admin.GPUOrde
 	case slices.Contains(want, pool.State(g.State)) && g.Resting():
 		return nil
 	case g.Quarantine != nil:
-		return &g.Quarantine.Refusal
+		return g.Quarantine.Refusal()
 	case g.Finding != nil:
-		return g.Finding
+		return g.Finding.Refusal()
 	}
 	return contract.Refuse("gpu.other-order", "see `nodeagent gpu show "+g.Address+"`", "%s is %s: something else was ordered meanwhile", g.Address, g.State)
 }

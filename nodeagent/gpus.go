@@ -44,6 +44,13 @@ func pciHost(root string) vfio.Host {
 	}
 }
 
+// openGPUs reads what the agent has taken over, and what it is to take.
+func (a *agent) openGPUs(pci vfio.Host, hook func(string) error) (err error) {
+	a.gpus, err = pool.New(pool.Deps{Records: a.store, Host: pci, System: vfio.Kernel{}, Logger: a.log, Hook: hook},
+		pool.Config{Manage: a.cfg.GPU.Manage, BootID: a.host.bootID})
+	return err
+}
+
 // versions are those that decide whether and how GPUs are attached.
 func (a *agent) versions(ctx context.Context) (floor.Versions, error) {
 	libvirt, qemu, err := a.driver.Versions(ctx)
@@ -60,7 +67,7 @@ func (d gpuDoor) List() admin.GPUList {
 		list.GPUs = append(list.GPUs, gpuDocument(v))
 	}
 	for _, p := range problems {
-		list.Problems = append(list.Problems, admin.GPUProblem{About: p.About, Refusal: *p.Why})
+		list.Problems = append(list.Problems, admin.GPUProblem{About: p.About, Reason: *admin.ReasonOf(p.Why)})
 	}
 	return list
 }
@@ -68,7 +75,7 @@ func (d gpuDoor) List() admin.GPUList {
 func gpuDocument(v pool.View) admin.GPU {
 	g := admin.GPU{
 		Address: string(v.Address), Model: v.Model.Name, Board: v.Model.Board, State: string(v.State), Since: v.Since, Step: string(v.Step), StepSince: v.StepAt,
-		Configured: v.Named, OnDuty: v.Duty, Leaving: v.Leaving, Guest: v.Guest, Mode: v.Mode.String(), PDI: v.PDI, UUID: v.UUID, FSP: v.FSP, Finding: v.Finding,
+		Configured: v.Named, OnDuty: v.Duty, Leaving: v.Leaving, Guest: v.Guest, Mode: v.Mode.String(), PDI: v.PDI, UUID: v.UUID, FSP: v.FSP, Finding: admin.ReasonOf(v.Finding),
 	}
 	if v.Step == pool.StepNone {
 		g.StepSince = time.Time{}
@@ -77,7 +84,7 @@ func gpuDocument(v pool.View) admin.GPU {
 		g.OriginalDriver = v.Bindings[0].Driver
 	}
 	if q := v.Quarantine; q != nil {
-		g.Quarantine = &admin.Quarantine{Refusal: *q.Reason, At: q.At, From: string(q.From), Step: string(q.Step), Guest: q.Guest, Evidence: q.Evidence}
+		g.Quarantine = &admin.Quarantine{Reason: *admin.ReasonOf(q.Reason), At: q.At, From: string(q.From), Step: string(q.Step), Guest: q.Guest, Evidence: q.Evidence}
 	}
 	return g
 }
@@ -102,14 +109,17 @@ func (d gpuDoor) Order(address string, o admin.GPUOrder) error {
 func gpuFacts(list admin.GPUList) []capability.GPU {
 	gpus := []capability.GPU{}
 	for _, g := range list.GPUs {
-		c := capability.GPU{Address: g.Address, Model: g.Model, Board: g.Board, State: g.State, Mode: g.Mode, Offered: g.Configured && g.State != "unmanaged" && g.Quarantine == nil && !g.Leaving, Why: g.Finding}
-		if g.Quarantine != nil {
-			c.Why = &g.Quarantine.Refusal
+		c := capability.GPU{Address: g.Address, Model: g.Model, Board: g.Board, State: g.State, Mode: g.Mode, Offered: g.Configured && g.State != "unmanaged" && g.Quarantine == nil && !g.Leaving}
+		switch {
+		case g.Quarantine != nil:
+			c.Why = g.Quarantine.Refusal()
+		case g.Finding != nil:
+			c.Why = g.Finding.Refusal()
 		}
 		gpus = append(gpus, c)
 	}
 	for _, p := range list.Problems {
-		gpus = append(gpus, capability.GPU{Address: p.About, State: "refused", Mode: "unknown", Why: &p.Refusal})
+		gpus = append(gpus, capability.GPU{Address: p.About, State: "refused", Mode: "unknown", Why: p.Refusal()})
 	}
 	return gpus
 }

@@ -30,7 +30,6 @@ import (
 	"github.com/confidential-node/agent/nodeagent/platform"
 	"github.com/confidential-node/agent/nodeagent/store"
 	"github.com/confidential-node/agent/nodeagent/supervise"
-	"github.com/confidential-node/agent/vfio"
 	"github.com/confidential-node/agent/vm/libvirt"
 )
 
@@ -192,18 +191,15 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	}
 	a.driver = libvirt.New(cfg.Libvirt.URI, logger)
 	a.metadata = metadata.New(logger, time.Now)
-	pci := pciHost("/")
-	a.gpus, err = pool.New(pool.Deps{
-		Records: a.store, Host: pci, System: vfio.Kernel{}, Logger: logger, Hook: failpoint.FromEnvironment().Hit,
-	}, pool.Config{Manage: cfg.GPU.Manage, BootID: a.host.bootID})
-	if err != nil {
+	points, pci := failpoint.FromEnvironment(), pciHost("/")
+	if err := a.openGPUs(pci, points.Hit); err != nil {
 		return nil, errors.Join(err, a.store.Close())
 	}
 	a.guests, err = lifecycle.New(lifecycle.Deps{
 		GPUs:    passthrough.Host{Pool: a.gpus, PCI: pci, Versions: a.versions},
 		Records: a.store, Hypervisor: a.driver, Network: a.network, Metadata: a.metadata,
 		Blobs: blobs{cache}, Spools: spoolsOf{spools}, Images: a.images, Measure: lifecycle.Predict, TEE: tee, GPURule: gpu.Rule,
-		Endorsements: a.endorsements.Endorsements, Logger: logger, Hook: failpoint.FromEnvironment().Hit,
+		Endorsements: a.endorsements.Endorsements, Logger: logger, Hook: points.Hit,
 	}, lifecycle.Config{
 		HostID: cfg.HostID, BootID: a.host.bootID, GuestsDir: guestsDir(cfg), Policy: cfg.Policy, Capacity: a.host.capacity,
 		Network: networkConfig, TapUser: a.host.qemuUID, TapGroup: a.host.qemuGID, DNS: dnsOf(cfg), Emulated: cfg.TEE == config.TEEEmulated,

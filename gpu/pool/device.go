@@ -225,39 +225,43 @@ func (p *Pool) comparePDI(o *opened, r *Record) error {
 	return nil
 }
 
+// nobody is the culprit when a set fails as a whole.
+const nobody = -1
+
 // check reads a whole set back before a guest gets it. The set of a board goes
-// into PPCIe here, all of it or nothing.
-func (p *Pool) check(ctx context.Context, set []*Record, mode ccmode.Mode) (culprit *Record, err error) {
+// into PPCIe here, all of it or nothing. culprit is the device that fails, or
+// nobody.
+func (p *Pool) check(ctx context.Context, set []*Record, mode ccmode.Mode) (culprit int, err error) {
 	var all []*ccmode.Device
 	var files []*opened
 	defer func() {
 		for i, o := range files {
 			if failed := o.close(set[i].Address); failed != nil {
-				culprit, err = set[i], errors.Join(err, failed)
+				culprit, err = i, errors.Join(err, failed)
 			}
 		}
 	}()
-	for _, r := range set {
+	for i, r := range set {
 		o, err := p.open(ctx, *r)
 		if err != nil {
-			return r, err
+			return i, err
 		}
 		files, all = append(files, o), append(all, o.Device)
 	}
 	if err := p.hook("inside:" + string(StepCheck)); err != nil {
-		return nil, err
+		return nobody, err
 	}
 	if mode == ccmode.ProtectedPCIe {
 		if _, err := ccmode.Apply(ctx, mode, all...); err != nil {
-			return nil, err
+			return nobody, err
 		}
 	}
 	for i, o := range files {
 		if err := p.readBack(ctx, o, set[i], mode); err != nil {
-			return set[i], err
+			return i, err
 		}
 	}
-	return nil, nil
+	return nobody, nil
 }
 
 // off switches CC off and sees the memory cleared.

@@ -190,8 +190,8 @@ func (p *Pool) Attach(ctx context.Context, guestID string) error {
 		return hooked
 	}
 	if err != nil {
-		if culprit != nil {
-			if put := p.fail(culprit, StepCheck, err, nil); put != nil {
+		if culprit != nobody {
+			if put := p.fail(set[culprit], StepCheck, err, nil); put != nil {
 				return put
 			}
 		}

@@ -42,12 +42,12 @@ type GPU struct {
 	OriginalDriver string      `json:"original_driver,omitempty"`
 	Quarantine     *Quarantine `json:"quarantine,omitempty"`
 	// Finding is what it waits for.
-	Finding *contract.Refusal `json:"finding,omitempty"`
+	Finding *Reason `json:"finding,omitempty"`
 }
 
 // Quarantine is why a device is withheld.
 type Quarantine struct {
-	contract.Refusal
+	Reason
 	At       time.Time `json:"at"`
 	From     string    `json:"from"`
 	Step     string    `json:"step,omitempty"`
@@ -58,7 +58,27 @@ type Quarantine struct {
 // GPUProblem is why something of gpu.manage cannot be had.
 type GPUProblem struct {
 	About string `json:"about"`
-	contract.Refusal
+	Reason
+}
+
+// Reason is a refusal that is told about a device.
+type Reason struct {
+	Code    string `json:"code"`
+	Message string `json:"message"`
+	Remedy  string `json:"remedy"`
+}
+
+// ReasonOf tells a refusal; nil stays nil.
+func ReasonOf(r *contract.Refusal) *Reason {
+	if r == nil {
+		return nil
+	}
+	return &Reason{r.Code, r.Message, r.Remedy}
+}
+
+// Refusal is the reason as an error.
+func (r Reason) Refusal() *contract.Refusal {
+	return &contract.Refusal{Code: r.Code, Message: r.Message, Remedy: r.Remedy}
 }
 
 // GPUList is the answer of `nodeagent gpu list`.
