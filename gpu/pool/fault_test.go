@@ -7,8 +7,12 @@ import (
 	"testing/synctest"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/confidential-node/agent/gpu/gputest"
 	"github.com/confidential-node/agent/gpu/pool"
+	"github.com/confidential-node/agent/vfio"
+	"github.com/confidential-node/agent/vfio/vfiotest"
 )
 
 func TestWhatASilentSiliconOrKernelDoesIsQuarantined(t *testing.T) {
@@ -91,6 +95,33 @@ func TestAnUnbindThatHangsIsStuck(t *testing.T) {
 	})
 }
 
+func TestABindThatFailsInTheMiddleLeavesNothingHalf(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, device(vga, gputest.RTXPRO6000(), "nouveau"),
+			vfiotest.Device{Address: sound, Vendor: 0x10de, Device: 0x22e8, Class: 0x040300, Group: "44", Driver: "snd_hda_intel"})
+		w.kernel.Fail("unbind", unix.EIO)
+		p, stop := w.life()
+		defer stop()
+		rest(t, p)
+		if v := view(t, p, vga); v.State != pool.Quarantined || v.Quarantine.Step != pool.StepBind {
+			t.Errorf("%s %+v", v.State, v.Quarantine)
+		}
+		for _, a := range []vfio.Address{vga, sound} {
+			if now := w.binding(a); now != w.before[a] {
+				t.Errorf("%s is %s, was %s", a, now, w.before[a])
+			}
+		}
+		w.kernel.Fail("unbind", nil)
+		if err := p.Reset(vga); err != nil {
+			t.Fatal(err)
+		}
+		rest(t, p)
+		if v := view(t, p, vga); v.State != pool.Clean || w.kernel.Driver(sound) != "vfio-pci" {
+			t.Errorf("the way out: %s %+v", v.State, v.Quarantine)
+		}
+	})
+}
+
 // sticky is a GPU that a killed guest left so that only its bus's reset helps.
 type sticky struct {
 	*gputest.Emulator
@@ -149,6 +180,10 @@ func TestBeforeAGuestGetsItTheModeMustBeOn(t *testing.T) {
 	}{
 		{"devtools staged by the BMC", func(e *gputest.Emulator) { e.SetKnob(6, 1) }, "gpu.mode-mismatch"},
 		{"CC off staged by the BMC", func(e *gputest.Emulator) { e.SetKnob(8, 0) }, "gpu.mode-mismatch"},
+		{"devtools staged, and resets without effect", func(e *gputest.Emulator) {
+			e.Break(func(f *gputest.Faults) { f.ModeStuck = true })
+			e.SetKnob(6, 1)
+		}, "gpu.mode-mismatch"},
 		{"no mode at all", func(e *gputest.Emulator) {
 			two := uint32(2)
 			e.Break(func(f *gputest.Faults) { f.ModeRegister = &two })
