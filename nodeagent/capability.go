@@ -55,7 +55,7 @@ whatever the host can do.`,
 			machine := lookAtMachine()
 			versions := func(ctx context.Context) (string, string, error) { return libvirt.Probe(ctx, cfg.Libvirt.URI, silent) }
 			facts := softwareFacts(cmd.Context(), machine.Facts.Kernel.Release, firmwareDirs("/", cfg), versions, silent)
-			facts.GPUs = localGPUs(cmd.Context(), socketFile(cfg), pciHost("/"))
+			facts.GPUs = localGPUs(cmd.Context(), socketFile(cfg), pciHost("/"), silent)
 			facts.Endorsements = localEndorsements(cmd.Context(), cfg, hclog.New(&hclog.LoggerOptions{Name: "nodeagent", Level: hclog.Warn, Output: cmd.ErrOrStderr()}))
 			doc := newCapability(machine, facts)
 			return format.Print(cmd.OutOrStdout(), doc, func(w io.Writer) error { return printCapability(w, doc) })

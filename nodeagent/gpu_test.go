@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/confidential-node/agent/gpu/gputest"
+	"github.com/confidential-node/agent/gpu/nvidia"
 	"github.com/confidential-node/agent/gpu/pool"
 	"github.com/confidential-node/agent/nodeagent/admin"
 	"github.com/confidential-node/agent/nodeagent/capability"
@@ -210,16 +211,21 @@ func TestTheCapabilityListsGPUs(t *testing.T) {
 	if err := d.pool.Quarantine(gpuAddress, "fan rattles"); err != nil {
 		t.Fatal(err)
 	}
-	got := localGPUs(t.Context(), d.socket, d.kernel.Host())
+	got := localGPUs(t.Context(), d.socket, d.kernel.Host(), hclog.NewNullLogger())
 	if len(got) != 2 || got[0].State != "quarantined" || got[0].Offered || got[0].Why.Code != "gpu.by-operator" || got[1].Why.Code != "vfio.no-device" {
 		t.Errorf("by the agent: %+v", got)
 	}
 	if err := d.kernel.Add(vfiotest.Device{Address: "0000:42:00.0", Vendor: 0x10de, Device: 0x20b0, Class: 0x030200, Group: "42"}); err != nil {
 		t.Fatal(err)
 	}
-	got = localGPUs(t.Context(), filepath.Join(t.TempDir(), "none"), d.kernel.Host())
+	got = localGPUs(t.Context(), filepath.Join(t.TempDir(), "none"), d.kernel.Host(), hclog.NewNullLogger())
 	if len(got) != 2 || got[0].Model != "H100" || got[0].State != "unmanaged" || got[1].Why.Code != "gpu.unsupported-model" {
 		t.Errorf("without: %+v", got)
+	}
+	ecc := true
+	capability.AddDriver(got, nvidia.Report{GPUs: []nvidia.GPU{{Address: gpuAddress, Name: "NVIDIA H100", VBIOS: "96.00.5E.00.01", ECC: &ecc, Rows: &nvidia.RemappedRows{}, Xids: []uint64{79}}}})
+	if got[0].Driver == nil || got[1].Driver != nil {
+		t.Errorf("the driver's facts: %+v", got)
 	}
 	doc := capabilityDocument{Header: output.NewHeader("Capability"), Report: capability.Judge(capability.Facts{GPUs: got})}
 	var out strings.Builder

@@ -2,12 +2,17 @@ package main
 
 import (
 	"context"
+	"errors"
 	"path/filepath"
+	"slices"
 	"time"
 
+	"github.com/NVIDIA/go-nvml/pkg/nvml"
+	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/gpu/nvidia"
 	"github.com/confidential-node/agent/gpu/pool"
 	"github.com/confidential-node/agent/nodeagent/admin"
 	"github.com/confidential-node/agent/nodeagent/capability"
@@ -46,9 +51,39 @@ func pciHost(root string) vfio.Host {
 
 // openGPUs reads what the agent has taken over, and what it is to take.
 func (a *agent) openGPUs(pci vfio.Host, hook func(string) error) (err error) {
-	a.gpus, err = pool.New(pool.Deps{Records: a.store, Host: pci, System: vfio.Kernel{}, Logger: a.log, Hook: hook},
+	a.gpus, err = pool.New(pool.Deps{Records: a.store, Host: pci, System: vfio.Kernel{}, Logger: a.log, Hook: hook,
+		UUIDs: func() map[string]vfio.Address { return uuids(pci, a.log) }},
 		pool.Config{Manage: a.cfg.GPU.Manage, BootID: a.host.bootID})
 	return err
+}
+
+// xidWatch is how long `nodeagent capability` watches for the driver's errors.
+const xidWatch = 300 * time.Millisecond
+
+// askDriver asks the nvidia driver, where it has a device at all. Its absence
+// is the usual state, and what it does not answer is only left out.
+func askDriver(functions []vfio.Function, watch time.Duration, log hclog.Logger) nvidia.Report {
+	if !slices.ContainsFunc(functions, func(f vfio.Function) bool { return f.Driver == "nvidia" }) {
+		return nvidia.Report{}
+	}
+	report, err := nvidia.Read(nvml.New(), watch)
+	if err != nil && !errors.Is(err, nvidia.ErrAbsent) {
+		log.Warn("the nvidia driver does not tell all of its GPUs", "err", err)
+	}
+	return report
+}
+
+// uuids are the names of the devices that the nvidia driver has now.
+func uuids(host vfio.Host, log hclog.Logger) map[string]vfio.Address {
+	functions, err := host.Functions()
+	if err != nil {
+		log.Debug("not all PCI devices can be read", "err", err)
+	}
+	names := map[string]vfio.Address{}
+	for _, g := range askDriver(functions, 0, log).GPUs {
+		names[g.UUID] = g.Address
+	}
+	return names
 }
 
 // versions are those that decide whether and how GPUs are attached.
@@ -125,16 +160,18 @@ func gpuFacts(list admin.GPUList) []capability.GPU {
 }
 
 // localGPUs asks the running agent for its GPUs; where none answers they are
-// those that could be managed, seen from outside.
-func localGPUs(ctx context.Context, socket string, host vfio.Host) []capability.GPU {
+// those that could be managed, seen from outside; nil where the bus cannot be
+// seen either.
+func localGPUs(ctx context.Context, socket string, host vfio.Host, log hclog.Logger) []capability.GPU {
 	ctx, cancel := context.WithTimeout(ctx, libvirtPatience)
 	defer cancel()
-	if list, err := admin.FetchGPUs(ctx, socket); err == nil {
-		return gpuFacts(list)
-	}
 	functions, err := host.Functions()
-	if err != nil {
-		return nil // no PCI here, or not to be seen
+	var gpus []capability.GPU
+	if list, offline := admin.FetchGPUs(ctx, socket); offline == nil {
+		gpus = gpuFacts(list)
+	} else if err == nil {
+		gpus = capability.Inventory(functions)
 	}
-	return capability.Inventory(functions)
+	capability.AddDriver(gpus, askDriver(functions, xidWatch, log))
+	return gpus
 }

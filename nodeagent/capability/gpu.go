@@ -1,8 +1,11 @@
 package capability
 
 import (
+	"slices"
+
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/gpu"
+	"github.com/confidential-node/agent/gpu/nvidia"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/vfio"
 )
@@ -20,6 +23,9 @@ type GPU struct {
 	Mode string `json:"mode"`
 	// Offered says that it is on duty: free, a guest's, or on its way between.
 	Offered bool `json:"offered"`
+	// Driver is what the nvidia driver knows of it; nil unless it is on that
+	// driver and the driver answers.
+	Driver *nvidia.GPU `json:"nvidia,omitempty"`
 	// Why it is not offered: quarantine, refusal, or what it waits for.
 	Why *contract.Refusal `json:"why,omitempty"`
 }
@@ -43,6 +49,16 @@ func Inventory(functions []vfio.Function) []GPU {
 		}
 	}
 	return gpus
+}
+
+// AddDriver puts what the nvidia driver knows beside the devices it has.
+func AddDriver(gpus []GPU, r nvidia.Report) {
+	for i := range gpus {
+		at := slices.IndexFunc(r.GPUs, func(g nvidia.GPU) bool { return string(g.Address) == gpus[i].Address })
+		if at >= 0 {
+			gpus[i].Driver = &r.GPUs[at]
+		}
+	}
 }
 
 func wireGPUs(gpus []GPU) (out []*api.GPU) {
