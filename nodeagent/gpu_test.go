@@ -218,6 +218,9 @@ func TestTheCapabilityListsGPUs(t *testing.T) {
 	if err := d.kernel.Add(vfiotest.Device{Address: "0000:42:00.0", Vendor: 0x10de, Device: 0x20b0, Class: 0x030200, Group: "42"}); err != nil {
 		t.Fatal(err)
 	}
+	if got = localGPUs(t.Context(), d.socket, d.kernel.Host(), hclog.NewNullLogger()); len(got) != 3 || got[2].State != "refused" {
+		t.Errorf("by the agent, with one it does not manage: %+v", got)
+	}
 	got = localGPUs(t.Context(), filepath.Join(t.TempDir(), "none"), d.kernel.Host(), hclog.NewNullLogger())
 	if len(got) != 2 || got[0].Model != "H100" || got[0].State != "unmanaged" || got[1].Why.Code != "gpu.unsupported-model" {
 		t.Errorf("without: %+v", got)

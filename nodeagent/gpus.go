@@ -159,9 +159,8 @@ func gpuFacts(list admin.GPUList) []capability.GPU {
 	return gpus
 }
 
-// localGPUs asks the running agent for its GPUs; where none answers they are
-// those that could be managed, seen from outside; nil where the bus cannot be
-// seen either.
+// localGPUs are the GPUs of the running agent, if one answers, and the host's
+// others as they are seen from outside.
 func localGPUs(ctx context.Context, socket string, host vfio.Host, log hclog.Logger) []capability.GPU {
 	ctx, cancel := context.WithTimeout(ctx, libvirtPatience)
 	defer cancel()
@@ -169,8 +168,14 @@ func localGPUs(ctx context.Context, socket string, host vfio.Host, log hclog.Log
 	var gpus []capability.GPU
 	if list, offline := admin.FetchGPUs(ctx, socket); offline == nil {
 		gpus = gpuFacts(list)
-	} else if err == nil {
-		gpus = capability.Inventory(functions)
+	}
+	for _, g := range capability.Inventory(functions) {
+		if !slices.ContainsFunc(gpus, func(known capability.GPU) bool { return known.Address == g.Address }) {
+			gpus = append(gpus, g)
+		}
+	}
+	if err != nil {
+		log.Debug("not all PCI devices can be read", "err", err)
 	}
 	capability.AddDriver(gpus, askDriver(functions, xidWatch, log))
 	return gpus

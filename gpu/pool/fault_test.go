@@ -95,6 +95,46 @@ func TestAnUnbindThatHangsIsStuck(t *testing.T) {
 	})
 }
 
+// A guest with much pinned memory lets go long after its domain is gone.
+func TestAGuestsDescriptorsAreWaitedFor(t *testing.T) {
+	for _, old := range []bool{false, true} {
+		for after, want := range map[time.Duration]string{time.Minute: "", time.Hour: "gpu.still-held"} {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t, device(first, gputest.H100(), "nvidia"))
+				if old {
+					w.kernel.WithoutIOMMUFD()
+				}
+				p, stop := w.life()
+				defer stop()
+				rest(t, p)
+				if err := errors.Join(p.Reserve(guest, "H100", 1), p.Attach(t.Context(), guest)); err != nil {
+					t.Fatal(err)
+				}
+				qemu, err := w.kernel.Host().Open(w.kernel, first)
+				if err != nil {
+					t.Fatal(err)
+				}
+				closed := make(chan error, 1)
+				go func() { wait(after); closed <- qemu.Close() }()
+				start := time.Now()
+				if err := p.Return(t.Context(), guest); err != nil {
+					t.Fatal(err)
+				}
+				v := view(t, p, first)
+				if want == "" && (v.State != pool.Clean || time.Since(start) < after) {
+					t.Errorf("%s after %s, %+v", v.State, time.Since(start), v.Quarantine)
+				}
+				if want != "" && (v.State != pool.Quarantined || v.Quarantine.Reason.Code != want) {
+					t.Errorf("%s %+v", v.State, v.Quarantine)
+				}
+				if err := <-closed; err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}
+
 func TestABindThatFailsInTheMiddleLeavesNothingHalf(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, device(vga, gputest.RTXPRO6000(), "nouveau"),

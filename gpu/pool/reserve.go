@@ -180,7 +180,8 @@ func (p *Pool) Attach(ctx context.Context, guestID string) error {
 	if err := p.hook("begun:" + string(StepCheck)); err != nil {
 		return err
 	}
-	within, cancel := context.WithTimeout(ctx, stepLimit)
+	within, cancel := context.WithTimeoutCause(ctx, stepLimit, contract.Refuse("gpu.step-timeout", "look at the kernel log, then launch again",
+		"reading the GPUs of guest %s back took longer than %s", guestID, stepLimit))
 	defer cancel()
 	culprit, err := p.check(within, set, modeOf(held))
 	if ctx.Err() != nil {

@@ -90,6 +90,16 @@ func (k *Kernel) members(group, driver string) (members []*Device) {
 	return members
 }
 
+// openGroups counts the group files that are open.
+func (k *Kernel) openGroups(group string) (n int) {
+	for _, f := range k.files {
+		if f.kind == "group" && f.group == group {
+			n++
+		}
+	}
+	return n
+}
+
 func (k *Kernel) viable(group string) bool {
 	for _, d := range k.members(group, "") {
 		kind := d.Class >> 8
@@ -226,6 +236,8 @@ func (k *Kernel) Ioctl(fd int, request uint, p []byte) (int, error) {
 		switch {
 		case word.Uint32(p) != 16 || iommu == nil || iommu.kind != "iommu":
 			return 0, unix.EINVAL
+		case f.device.holders > 0 && k.openGroups(f.group) == 0:
+			return 0, unix.EINVAL // one opener through the character device
 		case k.groups[f.group] > 0 || !k.viable(f.group):
 			return 0, unix.EBUSY
 		}
