@@ -239,9 +239,9 @@ func TestTheCapabilityListsGPUs(t *testing.T) {
 
 func TestTheHiddenWriterWrites(t *testing.T) {
 	t.Parallel()
-	h := pciHost("/")
+	h := pciHost("/host")
 	w, ok := h.Writer.(vfio.Disposable)
-	if !ok || len(w.Command) != 2 || w.Command[1] != writeVerb || h.Sysfs != "/sys" {
+	if !ok || len(w.Command) != 2 || w.Command[1] != writeVerb || h.Sysfs != "/host/sys" || w.Command[0] != "/host/proc/self/exe" {
 		t.Fatalf("%+v", h)
 	}
 	if code, _, stderr := run(t, writeVerb); code != exitUsage {

@@ -16,7 +16,9 @@ import (
 	"github.com/confidential-node/agent/gpu/pool"
 	"github.com/confidential-node/agent/nodeagent/admin"
 	"github.com/confidential-node/agent/nodeagent/capability"
+	"github.com/confidential-node/agent/nodeagent/failpoint"
 	"github.com/confidential-node/agent/nodeagent/output"
+	"github.com/confidential-node/agent/nodeagent/passthrough"
 	"github.com/confidential-node/agent/vfio"
 	"github.com/confidential-node/agent/vm/floor"
 )
@@ -50,11 +52,17 @@ func pciHost(root string) vfio.Host {
 }
 
 // openGPUs reads what the agent has taken over, and what it is to take.
-func (a *agent) openGPUs(pci vfio.Host, hook func(string) error) (err error) {
-	a.gpus, err = pool.New(pool.Deps{Records: a.store, Host: pci, System: vfio.Kernel{}, Logger: a.log, Hook: hook,
-		UUIDs: func() map[string]vfio.Address { return uuids(pci, a.log) }},
-		pool.Config{Manage: a.cfg.GPU.Manage, BootID: a.host.bootID})
+func (a *agent) openGPUs(pci vfio.Host) (err error) {
+	a.gpus, err = pool.New(pool.Deps{
+		Records: a.store, Host: pci, System: vfio.Kernel{}, Logger: a.log, Hook: failpoint.FromEnvironment().Hit,
+		UUIDs: func() map[string]vfio.Address { return uuids(pci, a.log) },
+	}, pool.Config{Manage: a.cfg.GPU.Manage, BootID: a.host.bootID})
 	return err
+}
+
+// passthrough is how guests get the agent's GPUs.
+func (a *agent) passthrough() passthrough.Host {
+	return passthrough.Host{Pool: a.gpus, PCI: pciHost("/"), Versions: a.versions}
 }
 
 // xidWatch is how long `nodeagent capability` watches for the driver's errors.

@@ -26,7 +26,6 @@ import (
 	"github.com/confidential-node/agent/nodeagent/inbox"
 	"github.com/confidential-node/agent/nodeagent/lifecycle"
 	"github.com/confidential-node/agent/nodeagent/metadata"
-	"github.com/confidential-node/agent/nodeagent/passthrough"
 	"github.com/confidential-node/agent/nodeagent/platform"
 	"github.com/confidential-node/agent/nodeagent/store"
 	"github.com/confidential-node/agent/nodeagent/supervise"
@@ -191,15 +190,13 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	}
 	a.driver = libvirt.New(cfg.Libvirt.URI, logger)
 	a.metadata = metadata.New(logger, time.Now)
-	points, pci := failpoint.FromEnvironment(), pciHost("/")
-	if err := a.openGPUs(pci, points.Hit); err != nil {
+	if err := a.openGPUs(pciHost("/")); err != nil {
 		return nil, errors.Join(err, a.store.Close())
 	}
 	a.guests, err = lifecycle.New(lifecycle.Deps{
-		GPUs:    passthrough.Host{Pool: a.gpus, PCI: pci, Versions: a.versions},
-		Records: a.store, Hypervisor: a.driver, Network: a.network, Metadata: a.metadata,
+		GPUs: a.passthrough(), Records: a.store, Hypervisor: a.driver, Network: a.network, Metadata: a.metadata,
 		Blobs: blobs{cache}, Spools: spoolsOf{spools}, Images: a.images, Measure: lifecycle.Predict, TEE: tee, GPURule: gpu.Rule,
-		Endorsements: a.endorsements.Endorsements, Logger: logger, Hook: points.Hit,
+		Endorsements: a.endorsements.Endorsements, Logger: logger, Hook: failpoint.FromEnvironment().Hit,
 	}, lifecycle.Config{
 		HostID: cfg.HostID, BootID: a.host.bootID, GuestsDir: guestsDir(cfg), Policy: cfg.Policy, Capacity: a.host.capacity,
 		Network: networkConfig, TapUser: a.host.qemuUID, TapGroup: a.host.qemuGID, DNS: dnsOf(cfg), Emulated: cfg.TEE == config.TEEEmulated,

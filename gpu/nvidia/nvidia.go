@@ -68,11 +68,10 @@ type RemappedRows struct {
 // that does not answer is left out and named in the error; the others are
 // there all the same.
 func Read(lib Library, watch time.Duration) (r Report, err error) {
-	switch ret := lib.Init(); ret {
-	case nvml.SUCCESS:
-	case nvml.ERROR_LIBRARY_NOT_FOUND, nvml.ERROR_DRIVER_NOT_LOADED:
+	switch ret := lib.Init(); {
+	case ret == nvml.ERROR_LIBRARY_NOT_FOUND, ret == nvml.ERROR_DRIVER_NOT_LOADED:
 		return r, fmt.Errorf("%w: %w", ErrAbsent, ret)
-	default:
+	case ret != nvml.SUCCESS:
 		return r, failed("initialising NVML", ret)
 	}
 	defer func() { err = errors.Join(err, failed("letting NVML go", lib.Shutdown())) }()
