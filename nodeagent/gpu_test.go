@@ -17,6 +17,7 @@ import (
 	"github.com/confidential-node/agent/gpu/pool"
 	"github.com/confidential-node/agent/nodeagent/admin"
 	"github.com/confidential-node/agent/nodeagent/capability"
+	"github.com/confidential-node/agent/nodeagent/config"
 	"github.com/confidential-node/agent/nodeagent/output"
 	"github.com/confidential-node/agent/nodeagent/store"
 	"github.com/confidential-node/agent/vfio"
@@ -234,6 +235,13 @@ func TestTheCapabilityListsGPUs(t *testing.T) {
 	var out strings.Builder
 	if err := printCapability(&out, doc); err != nil || !strings.Contains(out.String(), "gpu.unsupported-model") {
 		t.Errorf("%v\n%s", err, out.String())
+	}
+}
+
+func TestTheSelectorOfAllIsOneWord(t *testing.T) {
+	t.Parallel()
+	if config.AllCapable != pool.AllCapable {
+		t.Errorf("the configuration says %q, the pool understands %q", config.AllCapable, pool.AllCapable)
 	}
 }
 

@@ -41,7 +41,7 @@ func choose(selectors []string, functions []vfio.Function, uuids map[string]vfio
 			}
 			for _, f := range functions {
 				if model, ok := capable[f.Address]; ok {
-					s.take(f, model, functions, f.Driver == "vfio-pci" && !managed(f.Address))
+					s.take(f, model, functions, f.Bound() && !managed(f.Address))
 				}
 			}
 			continue

@@ -135,6 +135,27 @@ func TestAGuestsDescriptorsAreWaitedFor(t *testing.T) {
 	}
 }
 
+func TestAGPUThatIsTakenAwayIsNoticed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, device(first, gputest.H100(), "nvidia"), device(second, gputest.H100(), "nvidia"))
+		p, stop := w.life()
+		defer stop()
+		rest(t, p)
+		resets := w.hardware[second].Resets()
+		b := vfio.Binding{Address: second, Vendor: 0x10de, Device: 0x2330, Driver: "nvidia"}
+		if err := errors.Join(w.kernel.Remove(first), w.kernel.Host().GiveBack(t.Context(), b)); err != nil {
+			t.Fatal(err)
+		}
+		wait(2 * time.Minute)
+		if v := view(t, p, first); v.State != pool.Quarantined || v.Quarantine.Reason.Code != "vfio.no-device" {
+			t.Errorf("unplugged: %s %+v", v.State, v.Quarantine)
+		}
+		if v := view(t, p, second); v.State != pool.Clean || w.kernel.Driver(second) != "vfio-pci" || w.hardware[second].Resets() == resets {
+			t.Errorf("given to its driver behind our back: %s on %s", v.State, w.kernel.Driver(second))
+		}
+	})
+}
+
 func TestABindThatFailsInTheMiddleLeavesNothingHalf(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, device(vga, gputest.RTXPRO6000(), "nouveau"),

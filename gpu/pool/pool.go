@@ -231,6 +231,7 @@ func (p *Pool) Run(ctx context.Context) error {
 		settled := p.settled
 		p.mu.Unlock()
 		if settled {
+			p.drift()
 			for _, a := range p.addresses(func(*device) bool { return true }) {
 				if err := p.work(ctx, a); err != nil && ctx.Err() == nil {
 					p.log.Error("a GPU's work could not be recorded; it is tried again", "pci_addr", string(a), "err", err)
@@ -247,6 +248,34 @@ func (p *Pool) Run(ctx context.Context) error {
 		}
 		timer.Stop()
 	}
+}
+
+// drift sends a clean device to be verified that is no longer where it was
+// left: unplugged, or on another driver.
+func (p *Pool) drift() {
+	for _, a := range p.addresses(func(d *device) bool { return d.rec.State == Clean && !d.rec.Leaving }) {
+		f, err := p.d.Host.Function(a)
+		if err == nil && f.Bound() {
+			continue
+		}
+		p.log.Warn("a GPU was taken away, it is verified before it is offered again", "pci_addr", string(a), "driver", f.Driver, "err", err)
+		if err := p.suspect(a); err != nil {
+			p.log.Error("it could not be recorded", "pci_addr", string(a), "err", err)
+		}
+	}
+}
+
+// suspect makes a clean device dirty.
+func (p *Pool) suspect(a vfio.Address) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	r := p.devices[a].rec.clone()
+	next, ok := Next(r.State, EventRecheck)
+	if !ok || r.State != Clean {
+		return nil // reserved meanwhile: it is read back before a guest gets it
+	}
+	p.enter(&r, next)
+	return p.putLocked(r)
 }
 
 // addresses returns the devices that match, in order.
