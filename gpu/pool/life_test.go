@@ -1,6 +1,7 @@
 package pool_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -8,6 +9,7 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/confidential-node/agent/gpu/ccmode"
 	"github.com/confidential-node/agent/gpu/gputest"
@@ -152,7 +154,9 @@ func TestABoardGoesIntoPPCIeAsAWhole(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var all []vfiotest.Device
 		for i := range 8 {
-			all = append(all, device(vfio.Address(fmt.Sprintf("0000:5%d:00.0", i)), gputest.H100(), ""))
+			h100 := device(vfio.Address(fmt.Sprintf("0000:5%d:00.0", i)), gputest.H100(), "")
+			h100.ResetTakes = 100 * time.Millisecond
+			all = append(all, h100)
 		}
 		for i := range 4 {
 			all = append(all, device(vfio.Address(fmt.Sprintf("0000:6%d:00.0", i)), gputest.NVSwitch(), ""))
@@ -166,6 +170,15 @@ func TestABoardGoesIntoPPCIeAsAWhole(t *testing.T) {
 		}
 		if err := p.Reserve(other, "H100", 1); code(err) != "gpu.capacity" {
 			t.Errorf("one of eight: %v", err)
+		}
+		// A stop in the middle of the board's resets leaves none stuck.
+		hasty, cancel := context.WithTimeout(t.Context(), 1450*time.Millisecond)
+		defer cancel()
+		if err := p.Attach(hasty, guest); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("called off: %v", err)
+		}
+		if err := errors.Join(p.Return(t.Context(), guest), p.Reserve(guest, "H100", 8)); err != nil {
+			t.Fatalf("%v, %v", err, states(p))
 		}
 		if err := p.Attach(t.Context(), guest); err != nil {
 			t.Fatal(err)

@@ -180,10 +180,14 @@ func (p *Pool) Attach(ctx context.Context, guestID string) error {
 	if err := p.hook("begun:" + string(StepCheck)); err != nil {
 		return err
 	}
-	within, cancel := context.WithTimeoutCause(ctx, stepLimit, contract.Refuse("gpu.step-timeout", "look at the kernel log, then launch again",
+	mode, base := modeOf(held), ctx
+	if mode != ccmode.On {
+		base = context.WithoutCancel(ctx) // a reset that is let go of leaves its device stuck
+	}
+	within, cancel := context.WithTimeoutCause(base, stepLimit, contract.Refuse("gpu.step-timeout", "look at the kernel log, then launch again",
 		"reading the GPUs of guest %s back took longer than %s", guestID, stepLimit))
 	defer cancel()
-	culprit, err := p.check(within, set, modeOf(held))
+	culprit, err := p.check(within, set, mode)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}

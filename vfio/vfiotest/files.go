@@ -6,6 +6,7 @@ import (
 	"maps"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -184,6 +185,11 @@ func (k *Kernel) IoctlValue(fd int, request uint, argument uintptr) (int, error)
 			<-released
 			k.mu.Lock()
 			return 0, unix.EIO
+		}
+		if takes := f.device.ResetTakes; takes > 0 {
+			k.mu.Unlock()
+			<-time.After(takes)
+			k.mu.Lock()
 		}
 		f.device.Hardware.FLR()
 		return 0, f.device.Hardware.WriteConfig(4, 2, 2)
