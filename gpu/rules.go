@@ -31,7 +31,7 @@ func products() []product {
 	return []product{
 		{names: []string{"H100", "H200", "H800", "H20"}, counts: []int{1, 8}, reason: "Hopper runs one GPU in CC mode, or all eight of an HGX board with their NVSwitches under PPCIe", remedy: "ask for 1, or for 8 under PPCIe"},
 		{names: []string{"B200", "B300"}, counts: []int{1, 2, 4, 8}, reason: "Blackwell HGX encrypts NVLink between 1, 2, 4 or 8 GPUs", remedy: "ask for 1, 2, 4 or 8"},
-		{names: []string{"RTX PRO 6000", "RTX PRO 6000 SERVER EDITION"}, counts: []int{1}, reason: "RTX PRO 6000 Server Edition runs one GPU in CC mode", remedy: "ask for 1"},
+		{names: []string{"RTX PRO 6000"}, counts: []int{1}, reason: "RTX PRO 6000 Server Edition runs one GPU in CC mode", remedy: "ask for 1"},
 		{names: []string{"A100", "A30", "A10"}, reason: "Ampere has no CC mode a host can set", remedy: useOther},
 		{names: []string{"L40S", "L40", "L4", "RTX 4090"}, reason: "Ada has no CC mode; its driver refuses to load in a confidential guest", remedy: useOther},
 		{names: []string{"GH200", "GB200", "GB300"}, reason: "its Grace CPU has no TEE", remedy: useOther},
@@ -43,7 +43,7 @@ func products() []product {
 // gpu.unknown-model with the reason in words. Case and a leading "NVIDIA" do
 // not matter.
 func Rule(model string, count int) *contract.Refusal {
-	name := strings.TrimSpace(strings.TrimPrefix(strings.ToUpper(strings.TrimSpace(model)), "NVIDIA "))
+	name := Canonical(model)
 	for _, p := range products() {
 		switch {
 		case !slices.Contains(p.names, name):
@@ -56,4 +56,11 @@ func Rule(model string, count int) *contract.Refusal {
 		return nil
 	}
 	return contract.Refuse("gpu.unknown-model", useOther, "GPU model %q is not known to this build", model)
+}
+
+// Canonical is a model's name as the tables have it: upper case, without
+// vendor, and without the edition that is the only one with CC.
+func Canonical(model string) string {
+	name := strings.TrimPrefix(strings.ToUpper(strings.TrimSpace(model)), "NVIDIA ")
+	return strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(name), " SERVER EDITION"))
 }

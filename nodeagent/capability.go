@@ -39,7 +39,8 @@ func newCapabilityCommand() *cobra.Command {
 		Long: `Show what this host has of AMD SEV-SNP: processor, firmware, TCB, ASIDs, whether
 guests can be started and, when not, every reason with what to do about it and the
 raw value behind it; whether kernel, libvirt, QEMU and OVMF are new enough without
-and with GPUs; and what the agent holds of AMD's certificates. Nothing is changed.
+and with GPUs; what GPUs it has and whether they are rented out; and what the agent
+holds of AMD's certificates. Nothing is changed.
 Run it as root: anybody else sees less, and is told what. The exit code is 0
 whatever the host can do.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -51,6 +52,7 @@ whatever the host can do.`,
 			machine := lookAtMachine()
 			versions := func(ctx context.Context) (string, string, error) { return libvirt.Probe(ctx, cfg.Libvirt.URI, silent) }
 			facts := softwareFacts(cmd.Context(), machine.Facts.Kernel.Release, firmwareDirs("/", cfg), versions, silent)
+			facts.GPUs = localGPUs(cmd.Context(), socketFile(cfg), pciHost("/"), silent)
 			facts.Endorsements = localEndorsements(cmd.Context(), cfg, hclog.New(&hclog.LoggerOptions{Name: "nodeagent", Level: hclog.Warn, Output: cmd.ErrOrStderr()}))
 			doc := newCapability(machine, facts)
 			return format.Print(cmd.OutOrStdout(), doc, func(w io.Writer) error { return printCapability(w, doc) })
@@ -125,6 +127,16 @@ func printCapability(out io.Writer, c capabilityDocument) error {
 	fmt.Fprintf(w, "\nCOMPONENT\tNEW ENOUGH\tWITH GPUS\tOBSERVED\tFLOOR\tWITH GPUS\n")
 	for _, k := range c.Components {
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", k.Name, k.Meets, k.MeetsGPU, cmp.Or(k.Observed, "unknown"), k.Floor, k.FloorGPU)
+	}
+	if len(c.GPUs) > 0 {
+		fmt.Fprintf(w, "\nGPU\tMODEL\tSTATE\tCC MODE\tOFFERED\tWHY NOT\n")
+	}
+	for _, g := range c.GPUs {
+		why := ""
+		if g.Why != nil {
+			why = g.Why.Code
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%t\t%s\n", g.Address, strings.TrimSpace(g.Model+" "+g.Board), g.State, g.Mode, g.Offered, why)
 	}
 	if err := w.Flush(); err != nil {
 		return err

@@ -2,7 +2,8 @@
 // around it: `run` is the daemon, `status` asks it, `measure` predicts launch
 // digests, `firmware` looks at images, `verify` checks evidence,
 // `endorsements` keeps the certificates behind it, `capability` says what the
-// host can do, `platform` changes its SEV firmware. Only the composition happens in this package: run.go is the one
+// host can do, `gpu` shows and orders the agent's GPUs, `platform` changes its
+// SEV firmware. Only the composition happens in this package: run.go is the one
 // wiring list, every other file is a verb.
 package main
 
@@ -13,12 +14,14 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 
 	"github.com/spf13/cobra"
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp/host"
+	"github.com/confidential-node/agent/gpu/pool"
 	"github.com/confidential-node/agent/nodeagent/admin"
 	"github.com/confidential-node/agent/nodeagent/store"
 )
@@ -89,8 +92,10 @@ func exitCode(err error) int {
 	switch {
 	case typed:
 		return exit.code
-	case refusal != nil && refusal.Code == store.CodeInUse:
+	case refusal != nil && slices.Contains([]string{store.CodeInUse, pool.CodeInUse, pool.CodeBusy}, refusal.Code):
 		return exitConflict
+	case refusal != nil && refusal.Code == pool.CodeNotManaged:
+		return exitNotFound
 	case refusal != nil:
 		return exitPrecondition
 	case errors.Is(err, admin.ErrUnreachable):
@@ -127,7 +132,7 @@ Exit codes: 0 success, 1 failed, 2 usage, 3 agent unreachable, 4 not found,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError("%w; see %s --help", err, cmd.CommandPath())
 	})
-	root.AddCommand(newRunCommand(), newStatusCommand(), newClockCommand(), newMeasureCommand(), newFirmwareCommand(), newVerifyCommand(), newCapabilityCommand(), newEndorsementsCommand(), newPlatformCommand("/", host.Linux{}), newAuditCommand(), newVersionCommand(), newSchemaCommand())
+	root.AddCommand(newRunCommand(), newStatusCommand(), newClockCommand(), newMeasureCommand(), newFirmwareCommand(), newVerifyCommand(), newCapabilityCommand(), newEndorsementsCommand(), newGPUCommand(), newPlatformCommand("/", host.Linux{}), newAuditCommand(), newWriteAttributeCommand(), newVersionCommand(), newSchemaCommand())
 	return root
 }
 

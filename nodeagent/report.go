@@ -21,6 +21,8 @@ const (
 	reportEvery = 5 * time.Minute
 	// libvirtPatience is how long versions are waited for.
 	libvirtPatience = 5 * time.Second
+	// gpuSettle is how long after a GPU's change the host is looked at.
+	gpuSettle = 10 * time.Second
 )
 
 // versionsFunc asks for the versions of libvirt and of the hypervisor.
@@ -88,6 +90,7 @@ func (a *agent) lookAtHost(ctx context.Context) *api.Capability {
 	}
 	facts := softwareFacts(ctx, a.host.kernel, firmwareDirs("/", a.cfg), a.driver.Versions, a.log)
 	facts.Now, facts.Endorsements = a.clock.Wall(), endorsementFacts(a.endorsements)
+	facts.GPUs = gpuFacts(gpuDoor{a.gpus}.List())
 	c.LibvirtVersion, c.QemuVersion = facts.Libvirt, facts.QEMU
 	capability.Fill(c, lookAtMachine(), capability.Judge(facts))
 	return c
@@ -104,6 +107,7 @@ func (a *agent) watchCapability(ctx context.Context) error {
 	tick := time.NewTicker(reportEvery)
 	defer tick.Stop()
 	for {
+		gpus := a.gpus.Changed()
 		changed, err := capability.Tell(a.records, a.cfg.HostID, a.clock.Wall(), a.lookAtHost(ctx))
 		switch {
 		case err != nil:
@@ -115,6 +119,13 @@ func (a *agent) watchCapability(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
+			continue
+		case <-gpus:
+		}
+		select { // one look for a board's worth of changes
+		case <-ctx.Done():
+			return nil
+		case <-time.After(gpuSettle):
 		}
 	}
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/sealed"
 	"github.com/confidential-node/agent/gpu"
+	"github.com/confidential-node/agent/gpu/pool"
 	"github.com/confidential-node/agent/network"
 	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/admin"
@@ -98,6 +99,7 @@ type agent struct {
 	endorsements *endorsements.Provider
 	headroom     *headroom.Gauge
 	metadata     *metadata.Server
+	gpus         *pool.Pool
 	guests       *lifecycle.Manager
 	inbox        *inbox.Inbox
 	link         *control.Link
@@ -119,6 +121,7 @@ func runAgent(ctx context.Context, cfg config.Config, logger hclog.Logger) (err 
 	tasks.Go("network", a.network.Run)
 	tasks.Go("relay", a.relay.Run)
 	tasks.Go("endorsements", a.endorsements.Run)
+	tasks.Go("gpus", a.gpus.Run)
 	tasks.Go("guests", a.guests.Run)
 	tasks.Go("inbox", a.inbox.Run)
 	tasks.Go("link", a.link.Run)
@@ -200,9 +203,12 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	}
 	a.headroom = headroom.New("/", writtenFolders(cfg), logger)
 	a.driver = libvirt.New(cfg.Libvirt.URI, logger)
+	if err := a.openGPUs(pciHost("/")); err != nil {
+		return nil, errors.Join(err, a.close())
+	}
 	a.metadata = metadata.New(logger, a.clock.Wall)
 	a.guests, err = lifecycle.New(lifecycle.Deps{
-		Records: a.records, Hypervisor: a.driver, Network: a.network, Relay: a.relay, Metadata: a.metadata,
+		GPUs: a.passthrough(), Records: a.records, Hypervisor: a.driver, Network: a.network, Relay: a.relay, Metadata: a.metadata,
 		Blobs: blobs{cache}, Spools: spoolsOf{spools}, Images: a.images, Measure: lifecycle.Predict, Headroom: a.headroom.Left, TEE: tee, GPURule: gpu.Rule,
 		Endorsements: a.endorsements.Endorsements, Logger: logger, Hook: failpoint.FromEnvironment().Hit,
 		Clock: a.clock.Now, Doubt: a.clock.Doubt, Turned: a.watchdog.Loop("guests", guestsPatience),
@@ -228,7 +234,7 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	if err != nil {
 		return nil, errors.Join(err, a.close())
 	}
-	a.socket = admin.New(socketFile(cfg), a.status, a.clock.Accept)
+	a.socket = admin.New(socketFile(cfg), a.status, a.clock.Accept, gpuDoor{a.gpus})
 	return a, nil
 }
 

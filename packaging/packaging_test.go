@@ -69,7 +69,7 @@ func TestCommentedKeysOfTheSampleAreTheDefaults(t *testing.T) {
 	}
 	sample, full := load(t, text), load(t, uncommented)
 	// An empty list and an absent one mean the same.
-	full.Network.AllowPrivateEgress, full.Network.DNS = nil, nil
+	full.Network.AllowPrivateEgress, full.Network.DNS, full.GPU.Manage = nil, nil, nil
 	if !reflect.DeepEqual(full, sample) {
 		t.Errorf("commented values are not the defaults:\n got %+v\nwant %+v", full, sample)
 	}

@@ -125,6 +125,12 @@ func (d *Device) openCharacterDevice(dev string, f Function) error {
 	binary.NativeEndian.PutUint32(bind, 16)
 	binary.NativeEndian.PutUint32(bind[8:], uint32(iommu))
 	_, err = d.system.Ioctl(device, ioctlBindIOMMUFD, bind)
+	if errors.Is(err, unix.EINVAL) {
+		// What is asked for never varies: the kernel says so of a device that is
+		// open through its character device (vfio_df_open), and EBUSY of one
+		// that is open through its group.
+		return fmt.Errorf("%w: %w", unix.EBUSY, err)
+	}
 	return err
 }
 

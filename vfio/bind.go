@@ -17,6 +17,9 @@ import (
 // devices with a Grace CPU, which cannot be rented out.
 const driver = "vfio-pci"
 
+// Bound tells whether the function is on vfio-pci.
+func (f Function) Bound() bool { return f.Driver == driver }
+
 // Binding is what a function was before it was bound, for giving it back.
 type Binding struct {
 	Address Address `json:"address"`

@@ -1,7 +1,7 @@
 // Package admin is the agent's local door: HTTP over a unix socket that only
-// root can open (0600), used by the agent's own verbs. It owns the socket and
-// answers from snapshots; the one change it passes on is the operator's word
-// about the clock. A Server may be used from many
+// root can open (0600), used by the agent's own verbs. It owns the socket,
+// answers from snapshots, and passes on what operators order about GPUs and
+// say about the clock. A Server may be used from many
 // goroutines; Run ends when its context does.
 package admin
 
@@ -10,7 +10,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"os"
@@ -18,7 +17,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/output"
 )
@@ -128,11 +126,12 @@ type Server struct {
 	path        string
 	status      func(context.Context) (Status, error)
 	acceptClock func() error
+	gpus        GPUs
 }
 
 // New returns a server that will listen on path.
-func New(path string, status func(context.Context) (Status, error), acceptClock func() error) *Server {
-	return &Server{path, status, acceptClock}
+func New(path string, status func(context.Context) (Status, error), acceptClock func() error, gpus GPUs) *Server {
+	return &Server{path, status, acceptClock, gpus}
 }
 
 // Run listens until ctx ends. A socket left over by a dead agent is replaced;
@@ -154,16 +153,11 @@ func (s *Server) Run(ctx context.Context) error {
 		_ = json.NewEncoder(w).Encode(status)
 	})
 	mux.HandleFunc("POST /v1/clock/accept", func(w http.ResponseWriter, _ *http.Request) {
-		err := s.acceptClock()
-		if refusal, ok := errors.AsType[*contract.Refusal](err); ok {
-			w.WriteHeader(http.StatusPreconditionFailed)
-			_ = json.NewEncoder(w).Encode(refusal)
-			return
-		}
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusInternalServerError)
+		if err := s.acceptClock(); err != nil {
+			refuse(w, err)
 		}
 	})
+	handleGPUs(mux, s.gpus)
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, WriteTimeout: 30 * time.Second, MaxHeaderBytes: 8 << 10}
 	stop := context.AfterFunc(ctx, func() { _ = server.Close() })
 	defer stop()
@@ -196,7 +190,10 @@ func listen(ctx context.Context, config *net.ListenConfig, path string) (net.Lis
 // FetchStatus asks the agent behind the socket. An error wraps ErrUnreachable
 // when nobody answers.
 func FetchStatus(ctx context.Context, socket string) (Status, error) {
-	body, err := ask(ctx, socket, http.MethodGet, "/v1/status")
+	body, err := ask(ctx, socket, http.MethodGet, "/v1/status", nil)
+	if errors.Is(err, errAnswer) {
+		return Status{}, fmt.Errorf("asking for status: %s", body)
+	}
 	if err != nil {
 		return Status{}, err
 	}
@@ -210,42 +207,26 @@ func FetchStatus(ctx context.Context, socket string) (Status, error) {
 // AcceptClock tells the agent behind the socket that the host's clock is
 // right. It is refused for a clock that cannot be.
 func AcceptClock(ctx context.Context, socket string) error {
-	_, err := ask(ctx, socket, http.MethodPost, "/v1/clock/accept")
-	return err
+	body, err := ask(ctx, socket, http.MethodPost, "/v1/clock/accept", nil)
+	return refusalIn(body, err)
 }
 
-// ask returns the body of the agent's answer.
-func ask(ctx context.Context, socket, method, path string) ([]byte, error) {
-	client := &http.Client{Transport: &http.Transport{
+func dial(socket string) *http.Client {
+	return &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 		},
 		DisableKeepAlives: true,
 	}}
-	req, err := http.NewRequestWithContext(ctx, method, "http://agent"+path, http.NoBody)
-	if err != nil {
-		return nil, err
+}
+
+// unreachable says why nobody answers.
+func unreachable(err error, socket string) error {
+	switch {
+	case errors.Is(err, os.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("%w: nothing listens on %s; is nodeagent running? (systemctl status nodeagent, or --socket)", ErrUnreachable, socket)
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("%w: no permission to open %s; run as root", ErrUnreachable, socket)
 	}
-	resp, err := client.Do(req)
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
-		return nil, fmt.Errorf("%w: nothing listens on %s; is nodeagent running? (systemctl status nodeagent, or --socket)", ErrUnreachable, socket)
-	}
-	if errors.Is(err, os.ErrPermission) {
-		return nil, fmt.Errorf("%w: no permission to open %s; run as root", ErrUnreachable, socket)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrUnreachable, err)
-	}
-	defer resp.Body.Close() //nolint:errcheck // read only
-	body, err := io.ReadAll(io.LimitReader(resp.Body, maxReplyBytes))
-	if err != nil {
-		return nil, fmt.Errorf("reading the agent's answer: %w", err)
-	}
-	switch refusal := (&contract.Refusal{}); {
-	case resp.StatusCode == http.StatusOK:
-		return body, nil
-	case resp.StatusCode == http.StatusPreconditionFailed && json.Unmarshal(body, refusal) == nil:
-		return nil, refusal
-	}
-	return nil, fmt.Errorf("asking the agent: %s", body)
+	return fmt.Errorf("%w: %w", ErrUnreachable, err)
 }

@@ -30,7 +30,7 @@ func TestStatusTravelsOverASocketOnlyItsOwnerCanOpen(t *testing.T) {
 
 	want := Status{Header: output.NewHeader("Status"), HostID: "host-1", Guests: []Guest{{ID: "g", VCPUs: 2}}}
 	var wrong error
-	server := New(socket, func(context.Context) (Status, error) { return want, nil }, func() error { return wrong })
+	server := New(socket, func(context.Context) (Status, error) { return want, nil }, func() error { return wrong }, nil)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- server.Run(ctx) }()

@@ -54,6 +54,8 @@ type Host struct {
 	Images []Image
 	// GPURule says which GPUs one guest may have at all.
 	GPURule func(model string, count int) *contract.Refusal
+	// GPUs says whether that many are free; nil when the host manages none.
+	GPUs func(model string, count int) *contract.Refusal
 }
 
 // Capacity is what guests may use together. Nothing is nothing, not
@@ -112,7 +114,7 @@ type decision struct {
 func rules() []func(*decision) *contract.Refusal {
 	return []func(*decision) *contract.Refusal{
 		cordon, compliance, gpu, policyBits, features, idBlock, image, inputs, uploads, limits,
-		shape, resources, capacity, slot, ports,
+		shape, resources, capacity, gpuCapacity, slot, ports,
 	}
 }
 
@@ -152,8 +154,23 @@ func gpu(d *decision) *contract.Refusal {
 	if r := d.host.GPURule(want.Model, want.Count); r != nil {
 		return r
 	}
-	return contract.Refuse("gpu.not-managed", "choose a host that offers GPUs, or a job without",
-		"this node manages no GPUs; %d × %s were asked for", want.Count, want.Model)
+	if d.host.Emulated {
+		return contract.Refuse("gpu.emulated-tee", "launch on a host with SEV-SNP, or without GPUs",
+			"the emulated TEE gets no device of the host; %d × %s were asked for", want.Count, want.Model)
+	}
+	return nil
+}
+
+func gpuCapacity(d *decision) *contract.Refusal {
+	want := d.manifest.GPU
+	switch {
+	case want == nil:
+		return nil
+	case d.host.GPUs == nil:
+		return contract.Refuse("gpu.not-managed", "choose a host that offers GPUs, or a job without",
+			"this node manages no GPUs; %d × %s were asked for", want.Count, want.Model)
+	}
+	return d.host.GPUs(want.Model, want.Count)
 }
 
 func policyBits(d *decision) *contract.Refusal {

@@ -138,6 +138,15 @@ func TestEveryRuleRefusesWithItsCodeAndARemedy(t *testing.T) {
 			}
 		}},
 		{"gpu", "gpu.not-managed", func(w world) { w.manifest.GPU = &contract.GPU{Model: "H100", Count: 1} }},
+		{"gpu on the emulated TEE", "gpu.emulated-tee", func(w world) {
+			w.manifest.GPU, w.host.Emulated = &contract.GPU{Model: "H100", Count: 1}, true
+		}},
+		{"gpus taken", "gpu.capacity", func(w world) {
+			w.manifest.GPU = &contract.GPU{Model: "H100", Count: 8}
+			w.host.GPUs = func(model string, count int) *contract.Refusal {
+				return contract.Refuse("gpu.capacity", "later", "%d × %s", count, model)
+			}
+		}},
 		{"policy bit 17", "admit.policy", func(w world) { w.cmd.Machine.Policy = 0x10000 }},
 		{"policy debug", "admit.policy", func(w world) { w.cmd.Machine.Policy = 0xb0000 }},
 		{"policy migration agent", "admit.policy", func(w world) { w.cmd.Machine.Policy = 0x70000 }},

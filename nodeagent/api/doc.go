@@ -35,4 +35,6 @@
 //     ports may have a server name. The features audit.log, ports.server-name.
 //     Results of more than 5 GiB: upload grants with part URLs
 //     in a launch, GrantUpload, SettleUpload; UploadGrantWanted, UploadReady.
+//     Capability lists GPUs with model, state, CC mode and why one is not
+//     offered (gpus); launches whose manifest asks for GPUs are carried out.
 package api

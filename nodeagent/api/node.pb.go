@@ -2437,7 +2437,10 @@ type Capability struct {
 	// Names of what changed since the report before this one, also across a
 	// restart of the node; empty in the reports that follow a connect. What
 	// goes up and down by itself, as free ASIDs, is no change.
-	Changed       []string `protobuf:"bytes,18,rep,name=changed,proto3" json:"changed,omitempty"`
+	Changed []string `protobuf:"bytes,18,rep,name=changed,proto3" json:"changed,omitempty"`
+	// GPUs and NVSwitches: those that the node manages, and what its operator
+	// named and cannot be had.
+	Gpus          []*GPU `protobuf:"bytes,19,rep,name=gpus,proto3" json:"gpus,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2598,6 +2601,115 @@ func (x *Capability) GetChanged() []string {
 	return nil
 }
 
+func (x *Capability) GetGpus() []*GPU {
+	if x != nil {
+		return x.Gpus
+	}
+	return nil
+}
+
+// GPU is one device.
+type GPU struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// PCI address, or what the node's configuration calls it.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Model as manifests name it, "H100"; "NVSwitch"; empty when not known.
+	Model string `protobuf:"bytes,2,opt,name=model,proto3" json:"model,omitempty"`
+	// Variant of the board; empty when not known.
+	Board string `protobuf:"bytes,3,opt,name=board,proto3" json:"board,omitempty"`
+	// "unmanaged", "bound", "clean" (free), "reserved", "attached", "dirty",
+	// "quarantined", or "refused" for what cannot be had.
+	State string `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`
+	// CC mode that was read back last: "off", "on", "devtools", "ppcie" or
+	// "unknown". The tenant's own evidence is the proof.
+	Mode string `protobuf:"bytes,5,opt,name=mode,proto3" json:"mode,omitempty"`
+	// It is on duty: free, a guest's, or on its way between.
+	Offered bool `protobuf:"varint,6,opt,name=offered,proto3" json:"offered,omitempty"`
+	// Why it is not offered, or what it waits for; absent when all is well.
+	Why           *Refusal `protobuf:"bytes,7,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GPU) Reset() {
+	*x = GPU{}
+	mi := &file_node_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GPU) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GPU) ProtoMessage() {}
+
+func (x *GPU) ProtoReflect() protoreflect.Message {
+	mi := &file_node_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GPU.ProtoReflect.Descriptor instead.
+func (*GPU) Descriptor() ([]byte, []int) {
+	return file_node_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *GPU) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *GPU) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
+}
+
+func (x *GPU) GetBoard() string {
+	if x != nil {
+		return x.Board
+	}
+	return ""
+}
+
+func (x *GPU) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *GPU) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *GPU) GetOffered() bool {
+	if x != nil {
+		return x.Offered
+	}
+	return false
+}
+
+func (x *GPU) GetWhy() *Refusal {
+	if x != nil {
+		return x.Why
+	}
+	return nil
+}
+
 // SEVSNP is what the machine has of SEV-SNP. Absent means not known.
 type SEVSNP struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2644,7 +2756,7 @@ type SEVSNP struct {
 
 func (x *SEVSNP) Reset() {
 	*x = SEVSNP{}
-	mi := &file_node_proto_msgTypes[27]
+	mi := &file_node_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2656,7 +2768,7 @@ func (x *SEVSNP) String() string {
 func (*SEVSNP) ProtoMessage() {}
 
 func (x *SEVSNP) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[27]
+	mi := &file_node_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2669,7 +2781,7 @@ func (x *SEVSNP) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SEVSNP.ProtoReflect.Descriptor instead.
 func (*SEVSNP) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{27}
+	return file_node_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SEVSNP) GetEnabled() bool {
@@ -2812,7 +2924,7 @@ type TCBVersion struct {
 
 func (x *TCBVersion) Reset() {
 	*x = TCBVersion{}
-	mi := &file_node_proto_msgTypes[28]
+	mi := &file_node_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2824,7 +2936,7 @@ func (x *TCBVersion) String() string {
 func (*TCBVersion) ProtoMessage() {}
 
 func (x *TCBVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[28]
+	mi := &file_node_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2837,7 +2949,7 @@ func (x *TCBVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TCBVersion.ProtoReflect.Descriptor instead.
 func (*TCBVersion) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{28}
+	return file_node_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *TCBVersion) GetRaw() uint64 {
@@ -2899,7 +3011,7 @@ type ASIDs struct {
 
 func (x *ASIDs) Reset() {
 	*x = ASIDs{}
-	mi := &file_node_proto_msgTypes[29]
+	mi := &file_node_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2911,7 +3023,7 @@ func (x *ASIDs) String() string {
 func (*ASIDs) ProtoMessage() {}
 
 func (x *ASIDs) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[29]
+	mi := &file_node_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2924,7 +3036,7 @@ func (x *ASIDs) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ASIDs.ProtoReflect.Descriptor instead.
 func (*ASIDs) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{29}
+	return file_node_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ASIDs) GetTotal() uint32 {
@@ -2974,7 +3086,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_node_proto_msgTypes[30]
+	mi := &file_node_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2986,7 +3098,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[30]
+	mi := &file_node_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2999,7 +3111,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{30}
+	return file_node_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Finding) GetCode() string {
@@ -3060,7 +3172,7 @@ type Component struct {
 
 func (x *Component) Reset() {
 	*x = Component{}
-	mi := &file_node_proto_msgTypes[31]
+	mi := &file_node_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3072,7 +3184,7 @@ func (x *Component) String() string {
 func (*Component) ProtoMessage() {}
 
 func (x *Component) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[31]
+	mi := &file_node_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3085,7 +3197,7 @@ func (x *Component) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Component.ProtoReflect.Descriptor instead.
 func (*Component) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{31}
+	return file_node_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Component) GetName() string {
@@ -3156,7 +3268,7 @@ type EndorsementState struct {
 
 func (x *EndorsementState) Reset() {
 	*x = EndorsementState{}
-	mi := &file_node_proto_msgTypes[32]
+	mi := &file_node_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3168,7 +3280,7 @@ func (x *EndorsementState) String() string {
 func (*EndorsementState) ProtoMessage() {}
 
 func (x *EndorsementState) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[32]
+	mi := &file_node_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3181,7 +3293,7 @@ func (x *EndorsementState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndorsementState.ProtoReflect.Descriptor instead.
 func (*EndorsementState) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{32}
+	return file_node_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *EndorsementState) GetCertificate() Conclusion {
@@ -3255,7 +3367,7 @@ type Heartbeat struct {
 
 func (x *Heartbeat) Reset() {
 	*x = Heartbeat{}
-	mi := &file_node_proto_msgTypes[33]
+	mi := &file_node_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3267,7 +3379,7 @@ func (x *Heartbeat) String() string {
 func (*Heartbeat) ProtoMessage() {}
 
 func (x *Heartbeat) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[33]
+	mi := &file_node_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3280,7 +3392,7 @@ func (x *Heartbeat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Heartbeat.ProtoReflect.Descriptor instead.
 func (*Heartbeat) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{33}
+	return file_node_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Heartbeat) GetUptimeSeconds() uint64 {
@@ -3385,7 +3497,7 @@ type AuditCheckpoint struct {
 
 func (x *AuditCheckpoint) Reset() {
 	*x = AuditCheckpoint{}
-	mi := &file_node_proto_msgTypes[34]
+	mi := &file_node_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3397,7 +3509,7 @@ func (x *AuditCheckpoint) String() string {
 func (*AuditCheckpoint) ProtoMessage() {}
 
 func (x *AuditCheckpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_node_proto_msgTypes[34]
+	mi := &file_node_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3410,7 +3522,7 @@ func (x *AuditCheckpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditCheckpoint.ProtoReflect.Descriptor instead.
 func (*AuditCheckpoint) Descriptor() ([]byte, []int) {
-	return file_node_proto_rawDescGZIP(), []int{34}
+	return file_node_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AuditCheckpoint) GetKey() string {
@@ -3631,7 +3743,7 @@ const file_node_proto_rawDesc = "" +
 	"\x04size\x18\x03 \x01(\x04R\x04size\x12\x16\n" +
 	"\x06sha256\x18\x04 \x01(\fR\x06sha256\x12\x1b\n" +
 	"\tupload_id\x18\x05 \x01(\tR\buploadId\x12\x14\n" +
-	"\x05etags\x18\x06 \x03(\tR\x05etags\"\x9b\x05\n" +
+	"\x05etags\x18\x06 \x03(\tR\x05etags\"\xc2\x05\n" +
 	"\n" +
 	"Capability\x12\x1a\n" +
 	"\bprotocol\x18\x01 \x01(\rR\bprotocol\x12#\n" +
@@ -3654,7 +3766,16 @@ const file_node_proto_rawDesc = "" +
 	"components\x18\x10 \x03(\v2\x17.nodeagent.v1.ComponentR\n" +
 	"components\x12B\n" +
 	"\fendorsements\x18\x11 \x01(\v2\x1e.nodeagent.v1.EndorsementStateR\fendorsements\x12\x18\n" +
-	"\achanged\x18\x12 \x03(\tR\achanged\"\xa8\x05\n" +
+	"\achanged\x18\x12 \x03(\tR\achanged\x12%\n" +
+	"\x04gpus\x18\x13 \x03(\v2\x11.nodeagent.v1.GPUR\x04gpus\"\xb2\x01\n" +
+	"\x03GPU\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
+	"\x05model\x18\x02 \x01(\tR\x05model\x12\x14\n" +
+	"\x05board\x18\x03 \x01(\tR\x05board\x12\x14\n" +
+	"\x05state\x18\x04 \x01(\tR\x05state\x12\x12\n" +
+	"\x04mode\x18\x05 \x01(\tR\x04mode\x12\x18\n" +
+	"\aoffered\x18\x06 \x01(\bR\aoffered\x12'\n" +
+	"\x03why\x18\a \x01(\v2\x15.nodeagent.v1.RefusalR\x03why\"\xa8\x05\n" +
 	"\x06SEVSNP\x12\x18\n" +
 	"\aenabled\x18\x01 \x01(\bR\aenabled\x12\x1c\n" +
 	"\tprocessor\x18\x02 \x01(\tR\tprocessor\x12\x1e\n" +
@@ -3769,7 +3890,7 @@ func file_node_proto_rawDescGZIP() []byte {
 }
 
 var file_node_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
+var file_node_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_node_proto_goTypes = []any{
 	(GuestStatus)(0),              // 0: nodeagent.v1.GuestStatus
 	(Conclusion)(0),               // 1: nodeagent.v1.Conclusion
@@ -3800,22 +3921,23 @@ var file_node_proto_goTypes = []any{
 	(*UploadGrantWanted)(nil),     // 26: nodeagent.v1.UploadGrantWanted
 	(*UploadReady)(nil),           // 27: nodeagent.v1.UploadReady
 	(*Capability)(nil),            // 28: nodeagent.v1.Capability
-	(*SEVSNP)(nil),                // 29: nodeagent.v1.SEVSNP
-	(*TCBVersion)(nil),            // 30: nodeagent.v1.TCBVersion
-	(*ASIDs)(nil),                 // 31: nodeagent.v1.ASIDs
-	(*Finding)(nil),               // 32: nodeagent.v1.Finding
-	(*Component)(nil),             // 33: nodeagent.v1.Component
-	(*EndorsementState)(nil),      // 34: nodeagent.v1.EndorsementState
-	(*Heartbeat)(nil),             // 35: nodeagent.v1.Heartbeat
-	(*AuditCheckpoint)(nil),       // 36: nodeagent.v1.AuditCheckpoint
-	nil,                           // 37: nodeagent.v1.LaunchGuest.HostsEntry
-	nil,                           // 38: nodeagent.v1.GuestState.StepMsEntry
-	(*timestamppb.Timestamp)(nil), // 39: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 40: google.protobuf.Duration
+	(*GPU)(nil),                   // 29: nodeagent.v1.GPU
+	(*SEVSNP)(nil),                // 30: nodeagent.v1.SEVSNP
+	(*TCBVersion)(nil),            // 31: nodeagent.v1.TCBVersion
+	(*ASIDs)(nil),                 // 32: nodeagent.v1.ASIDs
+	(*Finding)(nil),               // 33: nodeagent.v1.Finding
+	(*Component)(nil),             // 34: nodeagent.v1.Component
+	(*EndorsementState)(nil),      // 35: nodeagent.v1.EndorsementState
+	(*Heartbeat)(nil),             // 36: nodeagent.v1.Heartbeat
+	(*AuditCheckpoint)(nil),       // 37: nodeagent.v1.AuditCheckpoint
+	nil,                           // 38: nodeagent.v1.LaunchGuest.HostsEntry
+	nil,                           // 39: nodeagent.v1.GuestState.StepMsEntry
+	(*timestamppb.Timestamp)(nil), // 40: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 41: google.protobuf.Duration
 }
 var file_node_proto_depIdxs = []int32{
-	39, // 0: nodeagent.v1.Command.not_before:type_name -> google.protobuf.Timestamp
-	39, // 1: nodeagent.v1.Command.expires_at:type_name -> google.protobuf.Timestamp
+	40, // 0: nodeagent.v1.Command.not_before:type_name -> google.protobuf.Timestamp
+	40, // 1: nodeagent.v1.Command.expires_at:type_name -> google.protobuf.Timestamp
 	3,  // 2: nodeagent.v1.Command.launch_guest:type_name -> nodeagent.v1.LaunchGuest
 	11, // 3: nodeagent.v1.Command.stop_guest:type_name -> nodeagent.v1.StopGuest
 	14, // 4: nodeagent.v1.Command.request_evidence:type_name -> nodeagent.v1.RequestEvidence
@@ -3828,21 +3950,21 @@ var file_node_proto_depIdxs = []int32{
 	5,  // 11: nodeagent.v1.LaunchGuest.machine:type_name -> nodeagent.v1.Machine
 	6,  // 12: nodeagent.v1.LaunchGuest.inputs:type_name -> nodeagent.v1.InputBlob
 	7,  // 13: nodeagent.v1.LaunchGuest.results:type_name -> nodeagent.v1.ResultTarget
-	40, // 14: nodeagent.v1.LaunchGuest.start_timeout:type_name -> google.protobuf.Duration
-	40, // 15: nodeagent.v1.LaunchGuest.run_timeout:type_name -> google.protobuf.Duration
+	41, // 14: nodeagent.v1.LaunchGuest.start_timeout:type_name -> google.protobuf.Duration
+	41, // 15: nodeagent.v1.LaunchGuest.run_timeout:type_name -> google.protobuf.Duration
 	10, // 16: nodeagent.v1.LaunchGuest.ports:type_name -> nodeagent.v1.PublishedPort
-	37, // 17: nodeagent.v1.LaunchGuest.hosts:type_name -> nodeagent.v1.LaunchGuest.HostsEntry
+	38, // 17: nodeagent.v1.LaunchGuest.hosts:type_name -> nodeagent.v1.LaunchGuest.HostsEntry
 	8,  // 18: nodeagent.v1.ResultTarget.uploads:type_name -> nodeagent.v1.ResultUpload
 	9,  // 19: nodeagent.v1.ResultUpload.parts:type_name -> nodeagent.v1.UploadGrant
-	40, // 20: nodeagent.v1.StopGuest.grace:type_name -> google.protobuf.Duration
+	41, // 20: nodeagent.v1.StopGuest.grace:type_name -> google.protobuf.Duration
 	8,  // 21: nodeagent.v1.GrantUpload.upload:type_name -> nodeagent.v1.ResultUpload
-	39, // 22: nodeagent.v1.Event.at:type_name -> google.protobuf.Timestamp
+	40, // 22: nodeagent.v1.Event.at:type_name -> google.protobuf.Timestamp
 	20, // 23: nodeagent.v1.Event.command_refused:type_name -> nodeagent.v1.CommandRefused
 	22, // 24: nodeagent.v1.Event.guest_state:type_name -> nodeagent.v1.GuestState
 	23, // 25: nodeagent.v1.Event.evidence:type_name -> nodeagent.v1.EvidenceReady
 	24, // 26: nodeagent.v1.Event.result_uploaded:type_name -> nodeagent.v1.ResultUploaded
 	28, // 27: nodeagent.v1.Event.capability:type_name -> nodeagent.v1.Capability
-	35, // 28: nodeagent.v1.Event.heartbeat:type_name -> nodeagent.v1.Heartbeat
+	36, // 28: nodeagent.v1.Event.heartbeat:type_name -> nodeagent.v1.Heartbeat
 	21, // 29: nodeagent.v1.Event.command_done:type_name -> nodeagent.v1.CommandDone
 	25, // 30: nodeagent.v1.Event.result_given_up:type_name -> nodeagent.v1.ResultGivenUp
 	26, // 31: nodeagent.v1.Event.upload_grant_wanted:type_name -> nodeagent.v1.UploadGrantWanted
@@ -3850,32 +3972,34 @@ var file_node_proto_depIdxs = []int32{
 	19, // 33: nodeagent.v1.CommandRefused.refusal:type_name -> nodeagent.v1.Refusal
 	0,  // 34: nodeagent.v1.GuestState.status:type_name -> nodeagent.v1.GuestStatus
 	19, // 35: nodeagent.v1.GuestState.refusal:type_name -> nodeagent.v1.Refusal
-	38, // 36: nodeagent.v1.GuestState.step_ms:type_name -> nodeagent.v1.GuestState.StepMsEntry
+	39, // 36: nodeagent.v1.GuestState.step_ms:type_name -> nodeagent.v1.GuestState.StepMsEntry
 	10, // 37: nodeagent.v1.GuestState.ports:type_name -> nodeagent.v1.PublishedPort
 	19, // 38: nodeagent.v1.ResultGivenUp.refusal:type_name -> nodeagent.v1.Refusal
 	19, // 39: nodeagent.v1.UploadGrantWanted.refusal:type_name -> nodeagent.v1.Refusal
 	4,  // 40: nodeagent.v1.Capability.images:type_name -> nodeagent.v1.BootImage
-	29, // 41: nodeagent.v1.Capability.sev_snp:type_name -> nodeagent.v1.SEVSNP
-	33, // 42: nodeagent.v1.Capability.components:type_name -> nodeagent.v1.Component
-	34, // 43: nodeagent.v1.Capability.endorsements:type_name -> nodeagent.v1.EndorsementState
-	30, // 44: nodeagent.v1.SEVSNP.current_tcb:type_name -> nodeagent.v1.TCBVersion
-	30, // 45: nodeagent.v1.SEVSNP.reported_tcb:type_name -> nodeagent.v1.TCBVersion
-	31, // 46: nodeagent.v1.SEVSNP.asids:type_name -> nodeagent.v1.ASIDs
-	32, // 47: nodeagent.v1.SEVSNP.findings:type_name -> nodeagent.v1.Finding
-	1,  // 48: nodeagent.v1.Component.meets:type_name -> nodeagent.v1.Conclusion
-	1,  // 49: nodeagent.v1.Component.meets_gpu:type_name -> nodeagent.v1.Conclusion
-	1,  // 50: nodeagent.v1.EndorsementState.certificate:type_name -> nodeagent.v1.Conclusion
-	39, // 51: nodeagent.v1.EndorsementState.certificate_not_after:type_name -> google.protobuf.Timestamp
-	1,  // 52: nodeagent.v1.EndorsementState.revocation_list:type_name -> nodeagent.v1.Conclusion
-	39, // 53: nodeagent.v1.EndorsementState.revocation_list_next_update:type_name -> google.protobuf.Timestamp
-	32, // 54: nodeagent.v1.EndorsementState.findings:type_name -> nodeagent.v1.Finding
-	19, // 55: nodeagent.v1.Heartbeat.warnings:type_name -> nodeagent.v1.Refusal
-	36, // 56: nodeagent.v1.Heartbeat.audit:type_name -> nodeagent.v1.AuditCheckpoint
-	57, // [57:57] is the sub-list for method output_type
-	57, // [57:57] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	30, // 41: nodeagent.v1.Capability.sev_snp:type_name -> nodeagent.v1.SEVSNP
+	34, // 42: nodeagent.v1.Capability.components:type_name -> nodeagent.v1.Component
+	35, // 43: nodeagent.v1.Capability.endorsements:type_name -> nodeagent.v1.EndorsementState
+	29, // 44: nodeagent.v1.Capability.gpus:type_name -> nodeagent.v1.GPU
+	19, // 45: nodeagent.v1.GPU.why:type_name -> nodeagent.v1.Refusal
+	31, // 46: nodeagent.v1.SEVSNP.current_tcb:type_name -> nodeagent.v1.TCBVersion
+	31, // 47: nodeagent.v1.SEVSNP.reported_tcb:type_name -> nodeagent.v1.TCBVersion
+	32, // 48: nodeagent.v1.SEVSNP.asids:type_name -> nodeagent.v1.ASIDs
+	33, // 49: nodeagent.v1.SEVSNP.findings:type_name -> nodeagent.v1.Finding
+	1,  // 50: nodeagent.v1.Component.meets:type_name -> nodeagent.v1.Conclusion
+	1,  // 51: nodeagent.v1.Component.meets_gpu:type_name -> nodeagent.v1.Conclusion
+	1,  // 52: nodeagent.v1.EndorsementState.certificate:type_name -> nodeagent.v1.Conclusion
+	40, // 53: nodeagent.v1.EndorsementState.certificate_not_after:type_name -> google.protobuf.Timestamp
+	1,  // 54: nodeagent.v1.EndorsementState.revocation_list:type_name -> nodeagent.v1.Conclusion
+	40, // 55: nodeagent.v1.EndorsementState.revocation_list_next_update:type_name -> google.protobuf.Timestamp
+	33, // 56: nodeagent.v1.EndorsementState.findings:type_name -> nodeagent.v1.Finding
+	19, // 57: nodeagent.v1.Heartbeat.warnings:type_name -> nodeagent.v1.Refusal
+	37, // 58: nodeagent.v1.Heartbeat.audit:type_name -> nodeagent.v1.AuditCheckpoint
+	59, // [59:59] is the sub-list for method output_type
+	59, // [59:59] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_node_proto_init() }
@@ -3905,15 +4029,15 @@ func file_node_proto_init() {
 		(*Event_UploadGrantWanted)(nil),
 		(*Event_UploadReady)(nil),
 	}
-	file_node_proto_msgTypes[27].OneofWrappers = []any{}
-	file_node_proto_msgTypes[29].OneofWrappers = []any{}
+	file_node_proto_msgTypes[28].OneofWrappers = []any{}
+	file_node_proto_msgTypes[30].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_node_proto_rawDesc), len(file_node_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   37,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

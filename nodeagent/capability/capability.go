@@ -41,6 +41,8 @@ type Facts struct {
 	Firmware []Firmware
 	// Endorsements is nil while it is not known what this machine needs.
 	Endorsements *EndorsementFacts
+	// GPUs are taken over as they are.
+	GPUs []GPU
 	// Now is the time certificates are judged at.
 	Now time.Time
 }
@@ -63,6 +65,8 @@ type Report struct {
 	Components []Component `json:"components"`
 	// Endorsements is nil while it is not known what this machine needs.
 	Endorsements *Endorsements `json:"endorsements,omitempty"`
+	// GPUs are nil where the bus cannot be seen.
+	GPUs []GPU `json:"gpus,omitempty"`
 }
 
 // Component is a piece of software and whether it is new enough.
@@ -90,7 +94,7 @@ type Endorsements struct {
 
 // Judge concludes.
 func Judge(f Facts) Report {
-	r := Report{Components: []Component{}}
+	r := Report{Components: []Component{}, GPUs: f.GPUs}
 	for _, rule := range floor.Rules() {
 		r.Components = append(r.Components, judge(rule, f))
 	}

@@ -19,6 +19,7 @@ func volatile(path string) bool {
 		"issuer_epoch", "store_id", "changed", // the store's, not the host's
 		"kernel", "libvirt_version", "qemu_version", // components say so too
 		"components.name", "components.remedy",
+		"gpus.state", "gpus.mode", "gpus.why.message", "gpus.why.remedy", // a launch's comings and goings
 		"sev_snp.asids.free", "sev_snp.asids.returning", "sev_snp.asids.source",
 		"sev_snp.findings.code", "sev_snp.findings.message", "sev_snp.findings.remedy", "sev_snp.findings.observed", "sev_snp.findings.asids.exhausted",
 		"endorsements.findings", "endorsements.certificate_not_after", "endorsements.revocation_list_next_update", // the network's and AMD's

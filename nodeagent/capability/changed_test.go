@@ -92,6 +92,22 @@ func TestOnlyWhatTheHostIsCountsAsAChange(t *testing.T) {
 		change(c)
 		return c
 	}
+	gpu := func(g GPU) Facts { return facts(func(f *Facts) { f.GPUs = []GPU{g} }) }
+	const bus = "0000:41:00.0"
+	withGPU := reportOf(t, genoa, gpu(GPU{Address: bus, Model: "H100", State: "clean", Mode: "on", Offered: true}))
+	for name, c := range map[string]struct {
+		now  GPU
+		want []string
+	}{
+		"a guest got it":     {GPU{Address: bus, Model: "H100", State: "attached", Mode: "on", Offered: true}, nil},
+		"it is verified":     {GPU{Address: bus, Model: "H100", State: "dirty", Mode: "unknown", Offered: true}, nil},
+		"it was quarantined": {GPU{Address: bus, Model: "H100", State: "quarantined", Mode: "on", Why: contract.Refuse("gpu.lost", "r", "m")}, []string{"gpus." + bus + ".offered", "gpus." + bus + ".why.code"}},
+		"another is there":   {GPU{Address: "0000:42:00.0", Model: "H100", State: "clean", Mode: "on", Offered: true}, []string{"gpus." + bus + ".model", "gpus." + bus + ".name", "gpus." + bus + ".offered", "gpus.0000:42:00.0.model", "gpus.0000:42:00.0.name", "gpus.0000:42:00.0.offered"}},
+	} {
+		if got := Changed(withGPU, reportOf(t, genoa, gpu(c.now))); !slices.Equal(got, c.want) {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
 	last := reportOf(t, genoa, goodFacts())
 	for name, c := range map[string]struct {
 		now  *api.Capability

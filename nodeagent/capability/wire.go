@@ -19,6 +19,7 @@ func Fill(c *api.Capability, machine host.Report, r Report) {
 			Meets: wireConclusion(k.Meets), MeetsGpu: wireConclusion(k.MeetsGPU), Remedy: k.Remedy,
 		})
 	}
+	c.Gpus = wireGPUs(r.GPUs)
 	c.Endorsements = wireEndorsements(r.Endorsements)
 }
 

@@ -76,6 +76,7 @@ type Config struct {
 	Network  Network  `toml:"network"`
 	Policy   Policy   `toml:"policy"`
 	Blob     Blob     `toml:"blob"`
+	GPU      GPU      `toml:"gpu"`
 	Emulated Emulated `toml:"emulated"`
 }
 
@@ -195,6 +196,19 @@ type Blob struct {
 	CAFile string `toml:"ca_file"`
 }
 
+// GPU is which devices the agent takes from the host.
+type GPU struct {
+	// Manage are PCI addresses ("0000:41:00.0") and UUIDs ("GPU-..", the nvidia
+	// driver's name) of GPUs and NVSwitches, or ["all-capable"] for every one
+	// that has Confidential Computing and was not on vfio-pci before. Devices
+	// it does not name are never touched; one that is taken out of it stays the
+	// agent's until `nodeagent gpu release`. Default none.
+	Manage []string `toml:"manage"`
+}
+
+// AllCapable stands alone in gpu.manage.
+const AllCapable = "all-capable"
+
 // Emulated configures the emulated TEE.
 type Emulated struct {
 	// PSPSocket is the unix socket of the process that plays the PSP.
@@ -298,8 +312,8 @@ func loadFile(name string, cfg *Config, at map[string]string) error {
 // all are unknown.
 func places(name string, data []byte, at map[string]string) {
 	var none struct {
-		Control, Libvirt, Policy, Blob, Emulated struct{}
-		Network                                  struct{ TLS struct{} }
+		Control, Libvirt, Policy, Blob, GPU, Emulated struct{}
+		Network                                       struct{ TLS struct{} }
 	}
 	err := toml.NewDecoder(bytes.NewReader(data)).DisallowUnknownFields().Decode(&none)
 	if all, ok := errors.AsType[*toml.StrictMissingError](err); ok {
@@ -398,6 +412,12 @@ func (c *Config) validate(path string, at map[string]string) error {
 	check(c.Blob.MaxBytes > 0, "blob.max_bytes", "%d is not positive", c.Blob.MaxBytes)
 	check(c.Blob.SpoolMaxBytes > 0, "blob.spool_max_bytes", "%d is not positive", c.Blob.SpoolMaxBytes)
 	check(c.Blob.Parts >= 1 && c.Blob.Parts <= 64, "blob.parts", "%d is not within 1..64", c.Blob.Parts)
+	for i, name := range c.GPU.Manage {
+		check(regexp.MustCompile(`^([0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]|GPU-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|`+AllCapable+`)$`).MatchString(name), "gpu.manage",
+			"%q is no PCI address (0000:41:00.0), no UUID (GPU-..) and not %q", name, AllCapable)
+		check(!slices.Contains(c.GPU.Manage[:i], name), "gpu.manage", "%q is there twice", name)
+		check(name != AllCapable || len(c.GPU.Manage) == 1, "gpu.manage", "%q stands alone: it names every device already", name)
+	}
 	return errors.Join(errs...)
 }
 

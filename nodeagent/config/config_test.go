@@ -84,6 +84,9 @@ func TestBadConfigurationNamesFileLineAndKey(t *testing.T) {
 		"no connection per port":       {minimal + "[network]\nmax_port_connections = 0\n", `agent.toml:9: key "network.max_port_connections"`},
 		"no connection per client":     {minimal + "[network]\nmax_source_connections = -1\n", `agent.toml:9: key "network.max_source_connections"`},
 		"plain key service":            {"key_service = \"http://kdsintf.amd.com\"\n" + minimal, `agent.toml:1: key "key_service"`},
+		"gpu of no form":               {minimal + "[gpu]\nmanage = [\"41:00.0\"]\n", `agent.toml:9: key "gpu.manage": "41:00.0" is no PCI address`},
+		"gpu twice":                    {minimal + "[gpu]\nmanage = [\"0000:41:00.0\", \"0000:41:00.0\"]\n", `"0000:41:00.0" is there twice`},
+		"all and one":                  {minimal + "[gpu]\nmanage = [\"all-capable\", \"0000:41:00.0\"]\n", `"all-capable" stands alone`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -196,7 +196,7 @@ func TestTheStepsOfALaunch(t *testing.T) {
 			t.Errorf("step %s cannot be done or undone", s.name)
 		}
 	}
-	if want := []string{"spool", "blobs", "boot-copies", "measure", "tap", "metadata", "domain"}; !slices.Equal(names, want) {
+	if want := []string{"spool", "gpus", "blobs", "boot-copies", "measure", "tap", "metadata", "gpu-check", "domain"}; !slices.Equal(names, want) {
 		t.Errorf("steps are %v, want %v", names, want)
 	}
 }

@@ -46,6 +46,37 @@ type Hypervisor interface {
 	Destroy(ctx context.Context, guestID string) error
 	List(ctx context.Context) ([]vm.Observed, error)
 	Subscribe() (events <-chan vm.Event, cancel func())
+	// CheckDevices refuses a domain that has other devices of the host than
+	// these.
+	CheckDevices(ctx context.Context, guestID string, want []vm.PCIDevice) error
+}
+
+// GPUs are the host's.
+type GPUs interface {
+	// Available refuses what cannot be had at the moment, and reserves nothing.
+	Available(model string, count int) *contract.Refusal
+	// Reserve promises all of them to a guest, or none.
+	Reserve(ctx context.Context, guestID, model string, count int) error
+	// Attach reads the modes of what is reserved back, before a domain is
+	// started with it.
+	Attach(ctx context.Context, guestID string) (Passthrough, error)
+	// Held are the devices a guest has or is promised.
+	Held(guestID string) ([]vm.PCIDevice, error)
+	// Return takes back what a guest has; it ends when each device is clean
+	// or quarantined. Nothing to take back is no error.
+	Return(ctx context.Context, guestID string) error
+	// Guests have one, or are promised one; Abandon takes back what one has
+	// that is gone, and does not wait.
+	Guests() []string
+	Abandon(guestID string) error
+	// Settle says which guests of an earlier run are still there.
+	Settle(keep func(guestID string) bool) error
+}
+
+// Passthrough is the devices of a guest, and how they are attached.
+type Passthrough struct {
+	Devices []vm.PCIDevice
+	IOMMUFD bool
 }
 
 // Network gives guests their taps and rules; *network.Host is one.
@@ -148,6 +179,8 @@ type Deps struct {
 	TEE platform.TEE
 	// GPURule says which GPUs one guest may have at all: gpu.Rule.
 	GPURule func(model string, count int) *contract.Refusal
+	// GPUs is nil on a host that manages none.
+	GPUs GPUs
 	// Endorsements are handed to guests as hints.
 	Endorsements func() contract.Endorsements
 	Logger       hclog.Logger

@@ -6,7 +6,7 @@
 //	                │
 //	accepted ─steps─┴▶ started ─watched─▶ undoing ──▶ ended
 //	    │  a step fails, or the agent died  ▲  domain, metadata, tap, copies,
-//	    └───────────────────────────────────┘  blobs gone; results uploaded
+//	    └───────────────────────────────────┘  blobs gone, GPUs verified; results uploaded
 //
 // A record is on disk before what it speaks of: a step is begun before its
 // first effect and done after its last, and undoing is decided before anything

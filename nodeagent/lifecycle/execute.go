@@ -111,7 +111,18 @@ func (m *Manager) launch(ctx context.Context, cmd *api.Command, l *api.LaunchGue
 	if err != nil {
 		return err
 	}
+	// Before the guest's record: a guest that is accepted has its GPUs, and a
+	// reservation for a guest that never was ends with the next Settle.
+	if want := manifest.GPU; want != nil {
+		if err := m.d.GPUs.Reserve(ctx, rec.ID, want.Model, want.Count); err != nil {
+			return err
+		}
+		m.mark("gpus-reserved")
+	}
 	if err := m.d.Records.PutGuest(rec, m.stateEvent(rec)); err != nil {
+		if manifest.GPU != nil {
+			err = errors.Join(err, m.d.GPUs.Abandon(rec.ID))
+		}
 		if errors.Is(err, store.ErrOutboxFull) {
 			return contract.Refuse("admit.outbox-full", "let the node reach its control plane, then launch again",
 				"too many events of this node wait to be confirmed").Because(err)
@@ -208,6 +219,9 @@ func (m *Manager) host(ctx context.Context, guestID string) (admit.Host, error) 
 		Used:      admit.Used{Slots: map[uint32]bool{}, Ports: map[uint16]bool{}, Names: map[string]bool{}},
 	}
 	maps.Copy(h.Used.Ports, listening)
+	if m.d.GPUs != nil {
+		h.GPUs = m.d.GPUs.Available
+	}
 	for _, g := range m.live() {
 		r := g.record()
 		h.Used.Slots[r.Slot] = true

@@ -43,6 +43,10 @@ type guest struct {
 	pending  *ending // decided, but not on disk yet
 	paths    []string
 	measured Measured
+	// passthrough is what the domain is started with, foreign what an adopted
+	// one has that it was not.
+	passthrough Passthrough
+	foreign     string
 
 	// changing is held while the record is changed, mu only while it is read:
 	// a disk that hangs must not hide the guest from status and heartbeats.

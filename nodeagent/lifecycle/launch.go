@@ -27,6 +27,9 @@ func (g *guest) launch(ctx context.Context) error {
 	g.cancel = cancel
 	g.mu.Unlock()
 	for _, s := range steps() {
+		if s.gpus && !g.wantsGPUs() {
+			continue
+		}
 		end, err := g.take(ctx, within, s)
 		if err != nil {
 			return err
@@ -142,7 +145,7 @@ func (g *guest) follow(ctx context.Context) error {
 	}
 	switch err := g.adopt(ctx); {
 	case err == nil:
-		g.finding("")
+		g.finding(g.foreign)
 		return g.watch(ctx)
 	case ctx.Err() != nil || errors.Is(err, store.ErrDamaged):
 		return err
@@ -170,6 +173,9 @@ func (g *guest) adopt(ctx context.Context) error {
 	}
 	if err := errors.Join(g.m.d.Metadata.Close(g.id), g.serve(ctx)); err != nil {
 		return fmt.Errorf("serving adopted guest %s: %w", g.id, err)
+	}
+	if err := g.compareDevices(ctx); err != nil {
+		return err
 	}
 	if stageOf(rec) == stageStarting {
 		if err := g.started(); err != nil {
@@ -243,6 +249,10 @@ func (g *guest) end(ctx context.Context) error {
 			return fmt.Errorf("undoing %s of guest %s: %w", s.name, g.id, err)
 		}
 	}
+	// Reserved with the acceptance, before the step of that name.
+	if err := g.returnGPUs(ctx); err != nil {
+		return fmt.Errorf("returning GPUs of guest %s: %w", g.id, err)
+	}
 	return g.m.finish(g)
 }
 
@@ -250,9 +260,17 @@ func (g *guest) end(ctx context.Context) error {
 // libvirt minutes.
 const undoTimeout = 5 * time.Minute
 
+// returnTimeout bounds giving GPUs back: each may take two resets, and one that
+// hangs has limits of its own.
+const returnTimeout = time.Hour
+
 // undo takes one step back and makes sure that nothing of it is left.
 func (g *guest) undo(ctx context.Context, s step) error {
-	ctx, cancel := context.WithTimeout(ctx, undoTimeout)
+	limit := undoTimeout
+	if s.name == stepGPUs {
+		limit = returnTimeout
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	begun := g.m.now()
 	if err := s.undo(g, ctx); err != nil {

@@ -58,6 +58,8 @@ type host struct {
 	left    headroom.Left
 	// blobs is the world's cache unless a test stands in between.
 	blobs lifecycle.Blobs
+	// gpus makes the GPUs of one life; nil on a host without.
+	gpus func(context.Context) lifecycle.GPUs
 }
 
 func newHost(t *testing.T) *host {
@@ -102,8 +104,12 @@ func (h *host) lifeUntil(ctx context.Context, hook func(string)) (_ *lifecycle.M
 	if err != nil {
 		h.t.Fatal(err)
 	}
+	var gpus lifecycle.GPUs
+	if h.gpus != nil {
+		gpus = h.gpus(ctx)
+	}
 	m, err := lifecycle.New(lifecycle.Deps{
-		Records: h.records, Hypervisor: lifecycletest.Domains{World: w}, Network: lifecycletest.Net{World: w}, Relay: lifecycletest.Relay{World: w}, Metadata: lifecycletest.Service{World: w},
+		GPUs: gpus, Records: h.records, Hypervisor: lifecycletest.Domains{World: w}, Network: lifecycletest.Net{World: w}, Relay: lifecycletest.Relay{World: w}, Metadata: lifecycletest.Service{World: w},
 		Blobs: h.blobs, Spools: lifecycletest.Store{World: w},
 		Images: func() ([]admit.Image, error) { return []admit.Image{h.image}, nil }, Measure: h.measure, TEE: tee,
 		Headroom:     func(context.Context) headroom.Left { return h.left },
@@ -295,7 +301,12 @@ func TestADigestThatDiffersIsRefusedBeforeAnythingStarts(t *testing.T) {
 // points records every boundary of a launch's life.
 func points(t *testing.T, change func(*api.LaunchGuest)) []string {
 	t.Helper()
-	h := newHost(t)
+	return pointsOf(newHost(t), change)
+}
+
+func pointsOf(h *host, change func(*api.LaunchGuest)) []string {
+	t := h.t
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	var mu sync.Mutex
@@ -352,9 +363,14 @@ func TestADeathAtAnyBoundaryLeavesNothing(t *testing.T) {
 // diesAt ends an agent at a point, and lets the next one end the launch.
 func diesAt(t *testing.T, point string, change func(*api.LaunchGuest)) {
 	t.Helper()
-	h := newHost(t)
+	newHost(t).diesAt(point, change)
+}
+
+func (h *host) diesAt(point string, change func(*api.LaunchGuest)) {
+	t := h.t
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
+	t.Cleanup(cancel) // the second agent goes on
 	dead := make(chan struct{})
 	var once sync.Once
 	first := h.life(ctx, func(p string) {

@@ -183,6 +183,9 @@ func (m *Manager) reconcile(ctx context.Context) error {
 	}
 	strangers := slices.DeleteFunc(slices.Clone(observed), func(o vm.Observed) bool { return accounted[o.GuestID] })
 	m.report(strangers)
+	if err := m.settleGPUs(accounted, strangers); err != nil {
+		return err
+	}
 	// All at once: a network that knows only some of its guests would cut the
 	// others off meanwhile. Each guest asks for its own again.
 	if len(nics) > 0 {

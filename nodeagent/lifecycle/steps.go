@@ -21,11 +21,13 @@ import (
 // Names of steps. They are in records and events, and never change.
 const (
 	stepSpool    = "spool"
+	stepGPUs     = "gpus"
 	stepBlobs    = "blobs"
 	stepCopies   = "boot-copies"
 	stepMeasure  = "measure"
 	stepTap      = "tap"
 	stepMetadata = "metadata"
+	stepGPUCheck = "gpu-check"
 	stepDomain   = "domain"
 )
 
@@ -38,21 +40,25 @@ type step struct {
 	// left reports whether something of it can still be seen. Nil when there
 	// is nothing outside this process.
 	left func(*guest, context.Context) (bool, error)
+	// gpus says that only a guest with GPUs takes it.
+	gpus bool
 }
 
-// steps of a launch in order; a guest is taken down in reverse. Reserving is
-// no step: the record itself holds slot, ports and shares. The spool comes
+// steps of a launch in order; a guest is taken down in reverse. Reserving slot,
+// ports and shares is no step: the record itself holds them. The spool comes
 // first because it is needed longest: what is in it is uploaded after all else
-// was given back.
+// was given back. GPUs are verified last before the domain gets them.
 func steps() []step {
 	return []step{
-		{stepSpool, (*guest).makeSpool, (*guest).removeSpool, (*guest).spoolLeft},
-		{stepBlobs, (*guest).fetch, (*guest).release, (*guest).blobsLeft},
-		{stepCopies, (*guest).copyImage, (*guest).removeCopies, (*guest).copiesLeft},
-		{stepMeasure, (*guest).measure, (*guest).nothing, nil},
-		{stepTap, (*guest).addTap, (*guest).removeTap, (*guest).tapLeft},
-		{stepMetadata, (*guest).serve, (*guest).endService, nil},
-		{stepDomain, (*guest).start, (*guest).destroy, (*guest).domainLeft},
+		{name: stepSpool, do: (*guest).makeSpool, undo: (*guest).removeSpool, left: (*guest).spoolLeft},
+		{name: stepGPUs, do: (*guest).reserveGPUs, undo: (*guest).returnGPUs, left: (*guest).gpusLeft, gpus: true},
+		{name: stepBlobs, do: (*guest).fetch, undo: (*guest).release, left: (*guest).blobsLeft},
+		{name: stepCopies, do: (*guest).copyImage, undo: (*guest).removeCopies, left: (*guest).copiesLeft},
+		{name: stepMeasure, do: (*guest).measure, undo: (*guest).nothing},
+		{name: stepTap, do: (*guest).addTap, undo: (*guest).removeTap, left: (*guest).tapLeft},
+		{name: stepMetadata, do: (*guest).serve, undo: (*guest).endService},
+		{name: stepGPUCheck, do: (*guest).checkGPUs, undo: (*guest).nothing, gpus: true},
+		{name: stepDomain, do: (*guest).start, undo: (*guest).destroy, left: (*guest).domainLeft},
 	}
 }
 
@@ -280,6 +286,7 @@ func (g *guest) spec() (vm.Spec, error) {
 		GuestID: g.id, Generation: rec.Generation, VCPUs: rec.VCPUs, MemoryMiB: rec.MemoryMiB, CPUModel: machine.GetCpuModel(),
 		Firmware: filepath.Join(dir, fileFirmware), Kernel: filepath.Join(dir, fileKernel), Initrd: filepath.Join(dir, fileInitrd),
 		Cmdline: cmd.GetImage().GetCmdline(), NIC: vm.NIC{Tap: link.Tap, MAC: nic.MAC.String()}, TEE: tee,
+		Devices: g.passthrough.Devices, IOMMUFD: g.passthrough.IOMMUFD,
 	}
 	for i, in := range cmd.GetInputs() {
 		// virtio-blk cuts serials at 20 characters.

@@ -99,6 +99,9 @@ func (m *Manager) sweep(ctx context.Context, observed []vm.Observed) error {
 	each(owners, err, m.d.Blobs.Release)
 	spools, err := m.d.Spools.List()
 	each(spools, err, m.d.Spools.Remove)
+	if m.d.GPUs != nil {
+		each(m.d.GPUs.Guests(), nil, m.d.GPUs.Abandon)
+	}
 	entries, err := os.ReadDir(m.c.GuestsDir)
 	if errors.Is(err, os.ErrNotExist) {
 		err = nil

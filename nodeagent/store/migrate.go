@@ -29,6 +29,9 @@ func unsealOld(kind byte, raw []byte) ([]byte, error) {
 // bindRecords brings layout 2 to 3: every record is sealed anew with its key,
 // moments become those of both clocks, and the outbox counts in meta.
 func bindRecords(tx *bbolt.Tx) error {
+	if _, err := tx.CreateBucket([]byte(bucketGPUs)); err != nil {
+		return err
+	}
 	for name := range buckets() {
 		b := tx.Bucket([]byte(name))
 		next := map[string][]byte{} // a bucket must not change while it is walked

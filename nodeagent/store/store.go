@@ -11,6 +11,7 @@
 //	commands  id -> Command record
 //	guests    id -> Guest record
 //	outbox    u64 big-endian sequence -> Event (protobuf) record
+//	gpus      address -> GPU record (package gpu/pool); absent until there is one
 //
 // Version 1 had no guests. Version 2 had its deadlines by the wall clock
 // alone, the sequence of the last event in bbolt's own counter, and checksums
@@ -81,6 +82,7 @@ const (
 	recordReport
 	recordSequence
 	recordSeen
+	recordGPU
 )
 
 // ErrDamaged means that a record or page does not check.
@@ -110,7 +112,7 @@ type Store struct {
 
 // buckets and the kind of their records; that of meta's goes by the key.
 func buckets() map[string]byte {
-	return map[string]byte{"meta": 0, "commands": recordCommand, "guests": recordGuest, "outbox": recordEvent}
+	return map[string]byte{"meta": 0, "commands": recordCommand, "guests": recordGuest, "outbox": recordEvent, bucketGPUs: recordGPU}
 }
 
 // metaKinds are the records of meta.

@@ -2,8 +2,11 @@ package vfiotest
 
 import (
 	"encoding/binary"
+	"errors"
+	"maps"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -88,6 +91,16 @@ func (k *Kernel) members(group, driver string) (members []*Device) {
 	return members
 }
 
+// openGroups counts the group files that are open.
+func (k *Kernel) openGroups(group string) (n int) {
+	for _, f := range k.files {
+		if f.kind == "group" && f.group == group {
+			n++
+		}
+	}
+	return n
+}
+
 func (k *Kernel) viable(group string) bool {
 	for _, d := range k.members(group, "") {
 		kind := d.Class >> 8
@@ -102,6 +115,21 @@ func (k *Kernel) viable(group string) bool {
 func (k *Kernel) Close(fd int) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	return k.close(fd)
+}
+
+// ProcessDied closes every file, as the kernel does when a process ends.
+func (k *Kernel) ProcessDied() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var errs []error
+	for fd := range maps.Clone(k.files) {
+		errs = append(errs, k.close(fd))
+	}
+	return errors.Join(errs...)
+}
+
+func (k *Kernel) close(fd int) error {
 	f := k.files[fd]
 	if f == nil {
 		return unix.EBADF
@@ -158,6 +186,11 @@ func (k *Kernel) IoctlValue(fd int, request uint, argument uintptr) (int, error)
 			k.mu.Lock()
 			return 0, unix.EIO
 		}
+		if takes := f.device.ResetTakes; takes > 0 {
+			k.mu.Unlock()
+			<-time.After(takes)
+			k.mu.Lock()
+		}
 		f.device.Hardware.FLR()
 		return 0, f.device.Hardware.WriteConfig(4, 2, 2)
 	}
@@ -209,6 +242,8 @@ func (k *Kernel) Ioctl(fd int, request uint, p []byte) (int, error) {
 		switch {
 		case word.Uint32(p) != 16 || iommu == nil || iommu.kind != "iommu":
 			return 0, unix.EINVAL
+		case f.device.holders > 0 && k.openGroups(f.group) == 0:
+			return 0, unix.EINVAL // one opener through the character device
 		case k.groups[f.group] > 0 || !k.viable(f.group):
 			return 0, unix.EBUSY
 		}

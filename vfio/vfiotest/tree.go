@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -47,6 +48,7 @@ type Device struct {
 	NUMANode                   int
 	BAR                        [3]uint64 // sizes of regions 0, 2, 4, 64-bit
 	ResetMethods               []string
+	ResetTakes                 time.Duration // of a reset through VFIO
 	Hardware                   Hardware
 	hangs                      bool
 	override, driver, vfioName string

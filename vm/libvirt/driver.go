@@ -211,6 +211,20 @@ func hasDevices(dom *libvirt.Domain, guestID string, devices []vm.PCIDevice) err
 	return domain.CheckDevices(text, devices)
 }
 
+// CheckDevices refuses with vm.devices-differ when a guest's domain has other
+// devices of the host than these.
+func (d *Driver) CheckDevices(ctx context.Context, guestID string, want []vm.PCIDevice) error {
+	_, err := call(ctx, d, callTimeout, func(conn *libvirt.Connect) (struct{}, error) {
+		dom, err := conn.LookupDomainByUUIDString(guestID)
+		if err != nil {
+			return struct{}{}, fmt.Errorf("looking for guest %s: %w", guestID, err)
+		}
+		defer free(dom)
+		return struct{}{}, hasDevices(dom, guestID, want)
+	})
+	return err
+}
+
 // endUnless ends a domain that was created a moment ago with other devices: a
 // refusal says that nothing runs. Where that fails the error is none.
 func endUnless(err error, created *libvirt.Domain, guestID string) error {

@@ -167,7 +167,17 @@ func TestADomainIsReadBackWithTheDevicesAskedFor(t *testing.T) {
 	if !d.Runs(t.Context(), id) {
 		t.Error("a running guest was ended")
 	}
+	// What an agent that starts anew asks of a guest it adopts.
+	if err := d.CheckDevices(t.Context(), id, []vm.PCIDevice{gpu}); err != nil {
+		t.Errorf("the device it was given: %v", err)
+	}
+	if err := d.CheckDevices(t.Context(), id, nil); err == nil || !strings.Contains(err.Error(), "vm.devices-differ") {
+		t.Errorf("an adopted guest with an unexpected device: %v", err)
+	}
 	d.DestroyForeign(t, id)
+	if err := d.CheckDevices(t.Context(), id, nil); err == nil || strings.Contains(err.Error(), "vm.devices-differ") {
+		t.Errorf("a guest that is gone has no other devices: %v", err)
+	}
 }
 
 func TestTheCauseOfAnEndIsTold(t *testing.T) {

@@ -340,6 +340,24 @@ func (w Domains) List(ctx context.Context) ([]vm.Observed, error) {
 	return out, nil
 }
 
+// CheckDevices implements lifecycle.Hypervisor.
+func (w Domains) CheckDevices(ctx context.Context, id string, want []vm.PCIDevice) error {
+	if err := w.enter(ctx, "check-devices"); err != nil {
+		return err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	d := w.domains[id]
+	if d == nil {
+		return errors.New("no such domain")
+	}
+	text, err := domain.Render(d.spec)
+	if err != nil {
+		return err
+	}
+	return domain.CheckDevices(text, want)
+}
+
 // Subscribe implements lifecycle.Hypervisor.
 func (w Domains) Subscribe() (<-chan vm.Event, func()) {
 	ch := make(chan vm.Event, 64)
