@@ -67,7 +67,7 @@ func newGPUDesk(t *testing.T) *gpuDesk {
 	var tasks sync.WaitGroup
 	tasks.Go(func() { _ = d.pool.Run(ctx) })
 	tasks.Go(func() {
-		if err := admin.New(d.socket, nil, gpuDoor{d.pool}).Run(ctx); err != nil {
+		if err := admin.New(d.socket, nil, nil, gpuDoor{d.pool}).Run(ctx); err != nil {
 			t.Error(err)
 		}
 	})

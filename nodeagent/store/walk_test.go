@@ -153,7 +153,7 @@ func TestWhateverByteChangesNothingWrongIsServed(t *testing.T) {
 				t.Errorf("byte %d ^ %#x: served as something else", at, mask)
 			case len(moved) == 0:
 				done(t, s.AppendEvents(&api.Event{})) // it can be written, too
-			case e.Number != 0 || e.StoreID == epoch.StoreID || len(after) != 4+3:
+			case e.Number != 0 || e.StoreID == epoch.StoreID || len(after) != len(buckets())+3:
 				t.Errorf("byte %d ^ %#x: begun anew as %+v with %d records", at, mask, e, len(after))
 			default:
 				aside++
