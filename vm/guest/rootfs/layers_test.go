@@ -16,7 +16,6 @@ import (
 	"strings"
 	"testing"
 
-	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/static"
@@ -61,7 +60,7 @@ func sparse(tb testing.TB) []byte {
 // raw unpacks layers given as they are on the wire.
 func raw(tb testing.TB, u *Unpacker, dir string, layers ...[]byte) error {
 	tb.Helper()
-	var img v1.Image = empty.Image
+	img := empty.Image
 	for _, data := range layers {
 		var err error
 		if img, err = mutate.AppendLayers(img, static.NewLayer(data, types.OCILayer)); err != nil {
@@ -211,10 +210,16 @@ func TestMarkersHideLowerLayersOnly(t *testing.T) {
 		{name: "o/sub/old", text: "old"}, {name: "o/top", text: "old"}, {name: "p/old", text: "old"}, {name: "w", text: "old"}, {name: "f", text: "1"},
 	}, []file{
 		{name: "o/sub/new", text: "new"}, // its folder is not named
-		{name: "p", kind: tar.TypeDir}, {name: "p/new", text: "new"},
-		{name: "o/.wh..wh..opq"}, {name: ".wh.p"},
-		{name: "w", text: "new"}, {name: ".wh.w"},
-		{name: "f", text: "2"}, {name: "f", kind: tar.TypeDir}, {name: "f", text: "3"}, {name: ".wh.f"},
+		{name: "p", kind: tar.TypeDir},
+		{name: "p/new", text: "new"},
+		{name: "o/.wh..wh..opq"},
+		{name: ".wh.p"},
+		{name: "w", text: "new"},
+		{name: ".wh.w"},
+		{name: "f", text: "2"},
+		{name: "f", kind: tar.TypeDir},
+		{name: "f", text: "3"},
+		{name: ".wh.f"},
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -250,8 +255,12 @@ func TestARegistryThatIsAwayOrSendsElsewhereIsTold(t *testing.T) {
 
 func FuzzUnpack(f *testing.F) {
 	tricks := archive(f, []file{
-		{name: "a", kind: tar.TypeSymlink, link: ".."}, {name: "a/b", text: "x"}, {name: "a/.wh.b"},
-		{name: "h", kind: tar.TypeLink, link: "a"}, {name: "s", text: "x", mode: 0o6755}, {name: "d/.wh..wh..opq"},
+		{name: "a", kind: tar.TypeSymlink, link: ".."},
+		{name: "a/b", text: "x"},
+		{name: "a/.wh.b"},
+		{name: "h", kind: tar.TypeLink, link: "a"},
+		{name: "s", text: "x", mode: 0o6755},
+		{name: "d/.wh..wh..opq"},
 	})
 	for _, seed := range [][]byte{tricks, pressed(f, tricks), zstandard(f, tricks), sparse(f)} {
 		f.Add(seed, seed)
