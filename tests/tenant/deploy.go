@@ -404,7 +404,7 @@ func (t *Tenant) answer(ctx context.Context, p *plan) error {
 			p.sent = !g.Refused // what was refused needs no keys
 			return t.outcome(ctx, p.d, g)
 		}
-		if wait(within, pollInterval) == nil {
+		if wait(within) == nil {
 			continue
 		}
 		if ctx.Err() != nil {

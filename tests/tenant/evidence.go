@@ -123,7 +123,7 @@ func (t *Tenant) awaitEvidence(ctx context.Context, guestID string, nonce []byte
 			return nil, contract.Refuse(codeGuestEnded, "attest while the guest runs; tenant wait and deploy --wait do so by themselves",
 				"guest %s has ended and answers no challenge", guestID)
 		}
-		if err := wait(ctx, pollInterval); err != nil {
+		if err := wait(ctx); err != nil {
 			return nil, fmt.Errorf("waiting for evidence: %w", err)
 		}
 	}

@@ -85,7 +85,7 @@ func (t *Tenant) await(ctx context.Context, name string, enough func(*Guest) boo
 			if lasting(ctx, err) || outage.over() {
 				return nil, err
 			}
-			if wait(ctx, pollInterval) != nil {
+			if wait(ctx) != nil {
 				return nil, err
 			}
 			continue
@@ -108,7 +108,7 @@ func (t *Tenant) await(ctx context.Context, name string, enough func(*Guest) boo
 			return g, err
 		}
 		w.answerUploads(ctx, g)
-		if err := wait(ctx, pollInterval); err != nil {
+		if err := wait(ctx); err != nil {
 			return g, fmt.Errorf("waiting for guest %s: %w", d.GuestID, err)
 		}
 	}

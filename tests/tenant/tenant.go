@@ -144,9 +144,9 @@ func (t *Tenant) needBroker() error {
 	return nil
 }
 
-// wait sleeps for d unless ctx ends.
-func wait(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
+// wait pauses before the next question; it fails when ctx ends.
+func wait(ctx context.Context) error {
+	timer := time.NewTimer(pollInterval)
 	defer timer.Stop()
 	select {
 	case <-timer.C:

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -24,6 +25,11 @@ const (
 	maxPath    = 4096
 	maxTrailer = 16 << 20 // tar pads to blocks, some builders to more
 	maxLinks   = 40       // symbolic links followed in one path, as the kernel does
+	maxDepth   = 256      // folders in one path
+	maxSteps   = 4096     // looked at to find one folder
+	// entryCost is charged for each entry beside its names: about what an
+	// empty file takes of a file system in memory.
+	entryCost = 1 << 10
 )
 
 // Markers of deleted files (OCI image spec 1.1, layer.md, "Whiteouts").
@@ -42,15 +48,21 @@ type Unpacker struct {
 	Shift int
 	// IDs bounds owners before the shift.
 	IDs int
-	// MaxBytes bounds the files' sizes together.
+	// MaxBytes bounds the files' sizes together, with a fixed share for each
+	// entry.
 	MaxBytes int64
 
 	root    *os.Root
 	entries int
 	bytes   int64
-	// written are the paths of the layer at hand, which its own opaque
-	// markers do not hide.
-	written map[string]bool
+	// stream is what may still be unpacked, skipped content included.
+	stream int64
+	// written are the paths of the layer at hand and above are the folders
+	// they lie in: its own whiteouts do not hide them.
+	written, above map[string]bool
+	// folders are paths known to be folders, and so are those they lie in:
+	// looking at each of a deep path for every entry costs its square.
+	folders map[string]bool
 }
 
 // Unpack flattens an image into an empty folder.
@@ -62,6 +74,7 @@ func (u *Unpacker) Unpack(ctx context.Context, img v1.Image, dir string) (err er
 	if len(layers) > maxLayers {
 		return contract.Refuse("guest.image-malformed", "rebuild the image with fewer layers", "the image has %d layers, more than %d", len(layers), maxLayers)
 	}
+	u.stream, u.folders = 2*u.MaxBytes+maxTrailer, map[string]bool{}
 	if u.root, err = os.OpenRoot(dir); err != nil {
 		return fmt.Errorf("opening image folder: %w", err)
 	}
@@ -74,31 +87,41 @@ func (u *Unpacker) Unpack(ctx context.Context, img v1.Image, dir string) (err er
 	return nil
 }
 
+// classify tells a registry at fault from an image at fault, and from a guest
+// that is too small.
 func classify(err error) error {
-	var refused *contract.Refusal
+	_, refused := errors.AsType[*contract.Refusal](err)
+	_, registry := errors.AsType[*sourceError](err)
 	switch {
-	case errors.As(err, &refused):
+	case refused, errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err
-	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.ENOMEM):
+	case registry, isMismatch(err):
+		return pullError(err)
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.EDQUOT):
 		return contract.Refuse("guest.out-of-memory", "give the guest more memory", "the image does not fit the guest's memory").Because(err)
-	case errors.Is(err, errMalformed), errors.Is(err, tar.ErrHeader), errors.Is(err, fs.ErrInvalid):
-		return contract.Refuse("guest.image-malformed", "rebuild the image", "the image has a layer this guest does not unpack").Because(err)
 	}
-	return pullError(err)
+	return contract.Refuse("guest.image-malformed", "rebuild the image", "the image has a layer this guest does not unpack").Because(err)
 }
 
 func isMismatch(err error) bool {
 	// The library has no type for it: internal/verify says "error verifying".
-	return strings.Contains(err.Error(), "error verifying") || strings.Contains(err.Error(), "does not match requested digest")
+	return slices.ContainsFunc([]string{"error verifying", "does not match requested digest", "does not match expected size"},
+		func(s string) bool { return strings.Contains(err.Error(), s) })
 }
 
 func (u *Unpacker) layer(ctx context.Context, layer v1.Layer) (err error) {
-	stream, err := layer.Uncompressed()
+	compressed, err := layer.Compressed()
+	if err != nil {
+		return &sourceError{err}
+	}
+	defer func() { err = errors.Join(err, compressed.Close()) }()
+	unpacked, done, err := decompress(compressed)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, stream.Close()) }()
-	u.written = map[string]bool{}
+	defer done()
+	stream := bounded{unpacked, &u.stream}
+	u.written, u.above = map[string]bool{}, map[string]bool{}
 	archive := tar.NewReader(stream)
 	for {
 		if err := ctx.Err(); err != nil {
@@ -125,10 +148,16 @@ func (u *Unpacker) layer(ctx context.Context, layer v1.Layer) (err error) {
 }
 
 func (u *Unpacker) entry(h *tar.Header, content io.Reader) error {
-	if u.entries++; u.entries > maxEntries || len(h.Name) > maxPath {
-		return fmt.Errorf("%w: too many entries or too long a name", errMalformed)
+	if h.Typeflag == tar.TypeXGlobalHeader {
+		return u.charge("")
+	}
+	if err := u.charge(h.Name + h.Linkname); err != nil {
+		return err
 	}
 	name := path.Clean("/" + h.Name)[1:]
+	if len(h.Name) > maxPath || strings.Count(name, "/") >= maxDepth {
+		return fmt.Errorf("%w: too long or too deep a name", errMalformed)
+	}
 	if name == "" {
 		return nil // the root itself
 	}
@@ -138,15 +167,15 @@ func (u *Unpacker) entry(h *tar.Header, content io.Reader) error {
 	}
 	base := path.Base(name)
 	if base == whiteoutOpaque {
-		return u.hide(parent)
+		return u.hideBelow(parent)
 	}
 	if victim, ok := strings.CutPrefix(base, whiteoutPrefix); ok {
 		if victim == "" || victim == "." || victim == ".." {
 			return fmt.Errorf("%w: whiteout of nothing", errMalformed)
 		}
-		return u.root.RemoveAll(path.Join(parent, victim))
+		return u.hide(path.Join(parent, victim))
 	}
-	if err := u.root.MkdirAll(parent, 0o755); err != nil {
+	if err := u.makeFolders(parent); err != nil {
 		return err
 	}
 	name = path.Join(parent, base)
@@ -154,7 +183,54 @@ func (u *Unpacker) entry(h *tar.Header, content io.Reader) error {
 		return err
 	}
 	u.written[name] = true
+	for dir := parent; dir != "." && !u.above[dir]; dir = path.Dir(dir) {
+		u.above[dir] = true
+	}
 	return nil
+}
+
+// charge counts what one more entry costs.
+func (u *Unpacker) charge(names string) error {
+	if u.entries++; u.entries > maxEntries {
+		return fmt.Errorf("%w: more than %d entries", errMalformed, maxEntries)
+	}
+	return u.spend(entryCost + int64(len(names)))
+}
+
+func (u *Unpacker) spend(n int64) error {
+	if n < 0 || n > u.MaxBytes-u.bytes {
+		return fmt.Errorf("image is larger than %d bytes: %w", u.MaxBytes, unix.ENOSPC)
+	}
+	u.bytes += n
+	return nil
+}
+
+// makeFolders makes the folders that the archive does not name itself.
+func (u *Unpacker) makeFolders(dir string) error {
+	for d := dir; d != "." && !u.folders[d]; d = path.Dir(d) {
+		_, err := u.root.Lstat(d)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		if err := u.charge(d); err != nil {
+			return err
+		}
+	}
+	if u.folders[dir] {
+		return nil
+	}
+	return u.root.MkdirAll(dir, 0o755)
+}
+
+// remove removes a name and all below it.
+func (u *Unpacker) remove(name string) error {
+	if u.folders[name] {
+		clear(u.folders)
+	}
+	return u.root.RemoveAll(name)
 }
 
 // resolve follows symbolic links in a folder's path, absolute ones from the
@@ -162,7 +238,11 @@ func (u *Unpacker) entry(h *tar.Header, content io.Reader) error {
 func (u *Unpacker) resolve(dir string) (string, error) {
 	todo := strings.Split(path.Clean(dir), "/")
 	done := "."
+	steps := 0
 	for links := 0; len(todo) > 0; {
+		if steps++; steps > maxSteps || strings.Count(done, "/") >= maxDepth {
+			return "", fmt.Errorf("%w: too long or too deep a path", errMalformed)
+		}
 		part := todo[0]
 		todo = todo[1:]
 		if part == "" || part == "." {
@@ -175,8 +255,15 @@ func (u *Unpacker) resolve(dir string) (string, error) {
 			continue
 		}
 		next := path.Join(done, part)
+		if u.folders[next] {
+			done = next
+			continue
+		}
 		info, err := u.root.Lstat(next)
 		if errors.Is(err, fs.ErrNotExist) || (err == nil && info.Mode()&fs.ModeSymlink == 0) {
+			if err == nil && info.IsDir() {
+				u.folders[next] = true
+			}
 			done = next
 			continue
 		}
@@ -198,8 +285,24 @@ func (u *Unpacker) resolve(dir string) (string, error) {
 	return done, nil
 }
 
-// hide removes what lower layers put into a folder.
-func (u *Unpacker) hide(dir string) error {
+// hide removes what lower layers left under a name. What the layer at hand
+// wrote stays, wherever the marker stands in it (OCI image spec 1.1).
+func (u *Unpacker) hide(name string) error {
+	if !u.written[name] && !u.above[name] {
+		return u.remove(name)
+	}
+	info, err := u.root.Lstat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // written and replaced since
+	}
+	if err != nil || !info.IsDir() {
+		return err
+	}
+	return u.hideBelow(name)
+}
+
+// hideBelow removes what lower layers put into a folder.
+func (u *Unpacker) hideBelow(dir string) error {
 	f, err := u.root.Open(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -212,10 +315,8 @@ func (u *Unpacker) hide(dir string) error {
 		return err
 	}
 	for _, n := range names {
-		if child := path.Join(dir, n); !u.written[child] {
-			if err := u.root.RemoveAll(child); err != nil {
-				return err
-			}
+		if err := u.hide(path.Join(dir, n)); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -253,8 +354,6 @@ func (u *Unpacker) create(name string, h *tar.Header, content io.Reader) error {
 		return u.root.Lchown(name, uid, gid)
 	case tar.TypeLink:
 		return u.link(name, h.Linkname)
-	case tar.TypeXGlobalHeader:
-		return nil
 	default:
 		// Devices, sockets and pipes: the workload's /dev is made by the init,
 		// and no image needs others.
@@ -289,12 +388,12 @@ func (u *Unpacker) clear(name string, isDir bool) error {
 	if isDir && info.IsDir() {
 		return nil
 	}
-	return u.root.RemoveAll(name)
+	return u.remove(name)
 }
 
 func (u *Unpacker) file(name string, size int64, content io.Reader) (err error) {
-	if u.bytes += size; size < 0 || u.bytes > u.MaxBytes {
-		return fmt.Errorf("image is larger than %d bytes: %w", u.MaxBytes, unix.ENOSPC)
+	if err := u.spend(size); err != nil {
+		return err
 	}
 	f, err := u.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
@@ -308,8 +407,8 @@ func (u *Unpacker) file(name string, size int64, content io.Reader) (err error) 
 // link makes a hard link. Owner and mode are the target's.
 func (u *Unpacker) link(name, target string) error {
 	clean := path.Clean("/" + target)[1:]
-	if clean == "" {
-		return fmt.Errorf("%w: hard link to the root", errMalformed)
+	if clean == "" || len(target) > maxPath {
+		return fmt.Errorf("%w: hard link to the root, or to too long a name", errMalformed)
 	}
 	parent, err := u.resolve(path.Dir(clean))
 	if err != nil {

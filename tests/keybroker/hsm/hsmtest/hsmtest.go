@@ -64,11 +64,17 @@ func (s *Token) WritePIN(t *testing.T, pin string) {
 	}
 }
 
-// Remove takes the token away, Return brings it back.
-func (s *Token) Remove(t *testing.T) { s.move(t, s.folder, s.folder+".away") }
+// Remove takes the token away.
+func (s *Token) Remove(t *testing.T) {
+	t.Helper()
+	s.move(t, s.folder, s.folder+".away")
+}
 
 // Return brings the token back.
-func (s *Token) Return(t *testing.T) { s.move(t, s.folder+".away", s.folder) }
+func (s *Token) Return(t *testing.T) {
+	t.Helper()
+	s.move(t, s.folder+".away", s.folder)
+}
 
 func (s *Token) move(t *testing.T, from, to string) {
 	t.Helper()
