@@ -163,6 +163,7 @@ func (f *gpuFlags) order(cmd *cobra.Command, address string, order admin.GPUOrde
 	if err := admin.OrderGPU(ctx, f.socket, string(a), order); err != nil {
 		return err
 	}
+	fmt.Fprintf(cmd.ErrOrStderr(), "%s: %s ordered\n", a, order.Verb)
 	g, err := f.follow(ctx, cmd.ErrOrStderr(), string(a))
 	if err != nil {
 		return err

@@ -120,7 +120,7 @@ func TestTheOperatorSeesAndOrdersGPUs(t *testing.T) {
 		t.Errorf("release: exit %d, %s, on %s", code, stderr, d.kernel.Driver(gpuAddress))
 	}
 	matchesSchema(t, out)
-	if !strings.Contains(stderr, gpuAddress+": ") {
+	if !strings.Contains(stderr, gpuAddress+": release ordered") {
 		t.Errorf("no progress: %q", stderr)
 	}
 	if code, _, stderr = d.run(t, "reset", gpuAddress); code != exitOK || d.state() != pool.Clean {
@@ -183,7 +183,7 @@ func TestOrdersThatCannotBeHaveTheirExitCodes(t *testing.T) {
 	}
 	d.kernel.Hang(gpuAddress)
 	defer d.kernel.Release()
-	if code, _, stderr := d.run(t, "reset", gpuAddress, "--timeout", "100ms"); code != exitTimeout || !strings.Contains(stderr, "goes on with it") {
+	if code, _, stderr := d.run(t, "reset", gpuAddress, "--timeout", "2s"); code != exitTimeout || !strings.Contains(stderr, "goes on with it") || !strings.Contains(stderr, gpuAddress+": dirty") {
 		t.Errorf("hanging: exit %d, %s", code, stderr)
 	}
 	if code, _, stderr := d.run(t, "reset", gpuAddress); code != exitConflict || !strings.Contains(stderr, "step verify") {
