@@ -3,6 +3,7 @@ package main
 import (
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/audit"
 	"github.com/confidential-node/agent/nodeagent/store"
 )
 
@@ -15,15 +16,18 @@ const (
 	codeAuditDamaged = "audit.damaged"
 	// codeAuditUnread: how far the audit log is cannot be told.
 	codeAuditUnread = "audit.unreadable"
+	// codeAuditNearlyFull: audit.full is near.
+	codeAuditNearlyFull = "audit.nearly-full"
 	// codeOutboxNearlyFull and codeOutboxFull: the control plane has not
 	// confirmed events for long.
 	codeOutboxNearlyFull = "outbox.nearly-full"
 	codeOutboxFull       = "outbox.full"
 )
 
-// outboxWarning is the share of the outbox, in percent, from which on its
-// filling is told. A day's outage of a busy host is a few percent.
-const outboxWarning = 80
+// nearlyFull is the share of outbox or audit log, in percent, from which on
+// its filling is told. A day's outage of a busy host is a few percent of the
+// one, a year of it a few of the other.
+const nearlyFull = 80
 
 // closed says why this host must not begin any guest, whoever asks.
 func (a *agent) closed() *contract.Refusal {
@@ -44,8 +48,10 @@ func (a *agent) attention() []*contract.Refusal {
 	if r := a.closed(); r != nil {
 		out = append(out, r)
 	}
-	if r := outboxFinding(a.store); r != nil {
-		out = append(out, r)
+	for _, r := range []*contract.Refusal{outboxFinding(a.store), auditFinding(a.audit.State().Bytes, auditDir(a.cfg.StateDir))} {
+		if r != nil {
+			out = append(out, r)
+		}
 	}
 	return out
 }
@@ -60,11 +66,19 @@ func outboxFinding(s interface{ OutboxShare() (int, error) }) *contract.Refusal 
 	case share >= store.OutboxWhole:
 		return contract.Refuse(codeOutboxFull, remedy,
 			"the outbox is full: nothing new is taken on; what runs goes on, and can be stopped")
-	case share >= outboxWarning:
+	case share >= nearlyFull:
 		return contract.Refuse(codeOutboxNearlyFull, remedy,
 			"the outbox is filled to %d percent; when it is full nothing new is taken on", share)
 	}
 	return nil
+}
+
+func auditFinding(bytes int64, dir string) *contract.Refusal {
+	if bytes*100/audit.MaxBytes < nearlyFull {
+		return nil
+	}
+	return contract.Refuse(codeAuditNearlyFull, "run nodeagent audit export, stop the agent, move the folder "+dir+
+		" to where it is kept, start the agent, and let the control plane accept the new log", "the audit log has %d bytes; at %d nothing new is taken on", bytes, int64(audit.MaxBytes))
 }
 
 // offerAudit fills in how far the audit log is.

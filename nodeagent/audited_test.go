@@ -229,6 +229,16 @@ func TestADamagedAuditLogIsSetAsideAndClosesLaunches(t *testing.T) {
 	}
 }
 
+func TestAFillingAuditLogIsToldBeforeItIsFull(t *testing.T) {
+	t.Parallel()
+	if r := auditFinding(audit.MaxBytes/2, "/x"); r != nil {
+		t.Errorf("told at half: %v", r)
+	}
+	if r := auditFinding(audit.MaxBytes/100*85, "/x"); r == nil || r.Code != codeAuditNearlyFull || !strings.Contains(r.Remedy, "/x") {
+		t.Errorf("not told: %v", r)
+	}
+}
+
 type share struct {
 	percent int
 	err     error

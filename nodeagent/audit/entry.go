@@ -55,6 +55,9 @@ type Entry struct {
 	Count int `json:"count,omitempty"`
 }
 
+// takesOn says that more entries will follow from this one.
+func (e Entry) takesOn() bool { return e.Kind == KindAccepted && e.Verb != "stop_guest" }
+
 // parseEntry reads a line without its end.
 func parseEntry(line []byte, index int64) (e Entry, err error) {
 	if err := contract.UnmarshalStrict(line, maxEntry, &e); err != nil {

@@ -17,8 +17,9 @@ import (
 	"github.com/confidential-node/agent/firmware/contract"
 )
 
-// MaxBytes of entries in one log: some four million, at a dozen per guest.
-// Their hashes are a fifth as much again.
+// MaxBytes of entries in one log: some three million, at a dozen per guest.
+// Their hashes are a fifth as much again. From there on nothing is taken on;
+// a tenth more is kept for the ends of what was.
 const MaxBytes = 1 << 30
 
 // CodeFull refuses what can no longer be written down.
@@ -237,9 +238,13 @@ func (l *Log) append(e Entry) error {
 		return err
 	}
 	size := int64(len(line)) + 1
-	if l.at.bytes+size > l.limit {
+	limit := l.limit
+	if !e.takesOn() {
+		limit += limit / 10
+	}
+	if l.at.bytes+size > limit {
 		return contract.Refuse(CodeFull, "run nodeagent audit export, stop the agent, move the folder "+l.dir+
-			" to where it is kept, start the agent, and let the control plane accept the new log", "the audit log has reached %d bytes", l.limit)
+			" to where it is kept, start the agent, and let the control plane accept the new log", "the audit log has %d bytes", l.at.bytes)
 	}
 	// Nothing is made durable that cannot be finished: what fails is undone,
 	// and what cannot be undone is found by the next catchUp.

@@ -7,6 +7,10 @@
 // manifests, presigned URLs, ciphertext digests and evidence, never keys or
 // plaintext. It logs no command and no URL.
 //
+// It watches its hosts: it is the witness of their audit logs, and alarms on one
+// that was rolled back or forked, and on two that speak as one. A host with an
+// alarm gets no work until somebody resolves it.
+//
 // What is on disk: state.json before every command it numbers; the event
 // stream is the log from which the view of nodes and guests is rebuilt at
 // every start. Events are applied once by their id, in order of arrival, and

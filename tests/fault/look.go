@@ -49,6 +49,28 @@ func (f *Field) Clean(ctx context.Context) error {
 	return nil
 }
 
+// Intact makes sure that no death damaged the audit log, or made it look rolled
+// back to the control plane.
+func (f *Field) Intact(ctx context.Context) error {
+	a, err := trial.Ask(f.Host.AgentCommand(ctx, "audit", "verify", "--state-dir", trial.StateDir), nil)
+	if err != nil {
+		return err
+	}
+	if a.Code != 0 {
+		return fmt.Errorf("the audit log does not verify: %s", a)
+	}
+	nodes, err := f.API.Nodes(ctx)
+	if err != nil {
+		return err
+	}
+	for _, n := range nodes {
+		if len(n.Alarms) > 0 || len(n.Warnings) > 0 {
+			return fmt.Errorf("node %s has alarms %+v and warnings %+v", n.ID, n.Alarms, n.Warnings)
+		}
+	}
+	return nil
+}
+
 // Once makes sure that a guest had at most one machine and one end.
 func (f *Field) Once(ctx context.Context, id string) error {
 	out, err := f.Host.Output(ctx, "bash", "-c", "grep -c 'starting up libvirt' /var/log/libvirt/qemu/nodeagent-"+id+".log 2>/dev/null || true")

@@ -120,7 +120,7 @@ func (w *world) recover(t *testing.T, o *fault.Order, sent bool) {
 	if err != nil || s.GetStatus() != api.GuestStatus_GUEST_STATUS_STOPPED && (s.GetRefusal().GetCode() == "" || s.GetRefusal().GetRemedy() == "") {
 		t.Errorf("ended as %v, %v", s, err)
 	}
-	if err := errors.Join(w.Clean(within), w.Once(within, o.GetGuestId())); err != nil {
+	if err := errors.Join(w.Clean(within), w.Once(within, o.GetGuestId()), w.Intact(within)); err != nil {
 		t.Error(err)
 	}
 	t.Logf("%s as %s %s within %.1f s", how, s.GetStatus(), s.GetRefusal().GetCode(), time.Since(begun).Seconds())

@@ -417,7 +417,7 @@ func TestNamesAreUsedOnce(t *testing.T) {
 	if err != nil || len(names) != 2 {
 		t.Fatalf("%v %v", names, err)
 	}
-	o.AuditLogging = true
+	o.Compliance = "hipaa"
 	if _, err := w.tenant.Deploy(t.Context(), o); code(err) != api.CodeFeatureUnknown {
 		t.Fatal(err)
 	}
