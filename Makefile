@@ -31,7 +31,7 @@ test: setup ## run all tests; ends with the skipped ones and what each misses
 	  go test -race -p 1 -tags $(EMULATED_TAGS) -json ./...; } | go run ./tests/summary
 
 test-full: setup ## kill the agent at every point and every sync of a guest's life, change every byte of the state file (root)
-	FAULT_ALL=1 go test -tags $(EMULATED_TAGS) -count=1 -timeout 1h -v -run TestWhateverByteChanges ./nodeagent/store
+	FAULT_ALL=1 go test -tags $(EMULATED_TAGS) -count=1 -timeout 4h -v -run TestWhateverByteChanges ./nodeagent/store
 	FAULT_ALL=1 go test -tags $(EMULATED_TAGS) -count=1 -timeout 4h -v ./tests/fault
 
 DURATION ?= 2h
