@@ -133,3 +133,24 @@ func TestAnAdoptedGuestIsServedThoughItsRoutesAreTaken(t *testing.T) {
 	h.published("the port is free again", ports, routes)
 	h.until("nothing is left to tell", func() bool { return m.Snapshot()[0].Finding == "" })
 }
+
+func TestDrainingIsTriedUntilItWorks(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	m := h.life(t.Context(), nil)
+	if err := h.execute(t.Context(), m, h.command(func(l *api.LaunchGuest) {
+		l.Ports = []*api.PublishedPort{{GuestPort: 8000}}
+	})); err != nil {
+		t.Fatal(err)
+	}
+	h.until("it runs", func() bool {
+		g, err := h.store.Guest(guestID)
+		return err == nil && g.Status >= api.GuestStatus_GUEST_STATUS_STARTED
+	})
+	h.world.Fail("relay", errors.New("not now"))
+	h.stop(t.Context(), m, time.Hour)
+	h.until("it was asked to end", func() bool { return h.world.Calls("shutdown") > 0 })
+	h.published("by the relay still", nil, []relay.Route{{Port: 20000}})
+	h.world.Fail("relay", nil)
+	h.published("draining", nil, nil)
+}
