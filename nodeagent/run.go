@@ -106,7 +106,7 @@ func runAgent(ctx context.Context, cfg config.Config, logger hclog.Logger) (err 
 	tasks := supervise.New(ctx, logger)
 	tasks.Go("hypervisor", a.driver.Run)
 	tasks.Go("network", a.network.Run)
-	tasks.Go("relay", a.relay.Run)
+	tasks.Go("relay", a.relayClients)
 	tasks.Go("endorsements", a.endorsements.Run)
 	tasks.Go("guests", a.guests.Run)
 	tasks.Go("inbox", a.inbox.Run)
@@ -225,6 +225,16 @@ func newRelay(cfg config.Config, logger hclog.Logger) *relay.Router {
 		Connections: cfg.Network.MaxRelayedConnections, Idle: time.Duration(cfg.Network.RelayIdle),
 		PerGuest: cfg.Network.MaxPortConnections, PerSource: cfg.Network.MaxSourceConnections,
 	}}, logger)
+}
+
+// relayClients lets clients in once the guests are known: until then nobody
+// listens on the shared port, instead of telling them that no guest has the name.
+func (a *agent) relayClients(ctx context.Context) error {
+	select {
+	case <-a.guests.Ready():
+	case <-ctx.Done():
+	}
+	return a.relay.Run(ctx)
 }
 
 // prune forgets commands once nobody could replay them.

@@ -51,6 +51,9 @@ func TestAGuestIsReachedByPortAndNameUntilItIsToStop(t *testing.T) {
 	h.world.ProcessDied()
 	m = h.life(t.Context(), nil)
 	<-m.Ready()
+	if _, now := h.world.Published(guestID); len(now) != len(routes) {
+		t.Errorf("clients are let in when %d of %d routes are known", len(now), len(routes))
+	}
 	h.published("found again", ports, routes)
 	h.stop(t.Context(), m, time.Hour)
 	h.published("draining", nil, nil)
