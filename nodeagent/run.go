@@ -119,7 +119,7 @@ func runAgent(ctx context.Context, cfg config.Config, logger hclog.Logger) (err 
 	tasks.Go("watchdog", a.watchdog.Run)
 	tasks.Go("hypervisor", a.driver.Run)
 	tasks.Go("network", a.network.Run)
-	tasks.Go("relay", a.relay.Run)
+	tasks.Go("relay", a.relayClients)
 	tasks.Go("endorsements", a.endorsements.Run)
 	tasks.Go("gpus", a.gpus.Run)
 	tasks.Go("guests", a.guests.Run)
@@ -262,6 +262,16 @@ func (a *agent) open() (err error) {
 
 // close releases what open opened.
 func (a *agent) close() error { return errors.Join(a.audit.Close(), a.store.Close()) }
+
+// relayClients lets clients in once the guests are known: until then nobody
+// listens on the shared port, instead of telling them that no guest has the name.
+func (a *agent) relayClients(ctx context.Context) error {
+	select {
+	case <-a.guests.Ready():
+	case <-ctx.Done():
+	}
+	return a.relay.Run(ctx)
+}
 
 // prune forgets commands once nobody could replay them.
 func (a *agent) prune(ctx context.Context) error {

@@ -227,11 +227,18 @@ func TestFieldsOutOfRangeAreRefused(t *testing.T) {
 		"upload elsewhere":      func(c *Command) { c.GetLaunchGuest().GetResults().GetUploads()[1].Name = "../out" },
 		"negative timeout":      func(c *Command) { c.GetLaunchGuest().StartTimeout = durationpb.New(-time.Second) },
 		"port twice":            func(c *Command) { c.GetLaunchGuest().GetPorts()[1].GuestPort = 8000 },
-		"port out of range":     func(c *Command) { c.GetLaunchGuest().GetPorts()[1].HostPort = 65536 },
-		"hosts file injection":  func(c *Command) { c.GetLaunchGuest().Hosts = map[string]string{"a\n198.51.100.9 b": "198.51.100.1"} },
-		"hosts with IPv6":       func(c *Command) { c.GetLaunchGuest().Hosts = map[string]string{"a": "2001:db8::1"} },
-		"ID block alone":        func(c *Command) { c.GetLaunchGuest().IdBlock = make([]byte, 96) },
-		"stop: generation":      func(c *Command) { c.Verb = &Command_StopGuest{StopGuest: &StopGuest{GuestId: guestID}} },
+		"name that is none":     func(c *Command) { c.GetLaunchGuest().GetPorts()[1].ServerName = "a_b.example" },
+		"name and host port": func(c *Command) {
+			c.GetLaunchGuest().GetPorts()[1].ServerName, c.GetLaunchGuest().GetPorts()[1].HostPort = "a.example", 20000
+		},
+		"name twice": func(c *Command) {
+			c.GetLaunchGuest().GetPorts()[0].ServerName, c.GetLaunchGuest().GetPorts()[1].ServerName = "a.example", "a.example"
+		},
+		"port out of range":    func(c *Command) { c.GetLaunchGuest().GetPorts()[1].HostPort = 65536 },
+		"hosts file injection": func(c *Command) { c.GetLaunchGuest().Hosts = map[string]string{"a\n198.51.100.9 b": "198.51.100.1"} },
+		"hosts with IPv6":      func(c *Command) { c.GetLaunchGuest().Hosts = map[string]string{"a": "2001:db8::1"} },
+		"ID block alone":       func(c *Command) { c.GetLaunchGuest().IdBlock = make([]byte, 96) },
+		"stop: generation":     func(c *Command) { c.Verb = &Command_StopGuest{StopGuest: &StopGuest{GuestId: guestID}} },
 		"stop: grace": func(c *Command) {
 			c.Verb = &Command_StopGuest{StopGuest: &StopGuest{GuestId: guestID, Generation: 1, Grace: durationpb.New(-1)}}
 		},

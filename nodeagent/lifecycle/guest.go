@@ -39,6 +39,7 @@ type guest struct {
 	begun    bool    // its launch, by this run
 	attached bool    // spool, network and metadata are this process's
 	asked    bool    // to power off
+	drained  bool    // no new connection reaches it any more
 	routed   bool    // its routes through the relay are this process's
 	pending  *ending // decided, but not on disk yet
 	paths    []string

@@ -214,16 +214,22 @@ func (g *guest) watch(ctx context.Context) error {
 	}
 }
 
-// askToEnd presses the guest's power button once it is to stop.
+// askToEnd drains a guest that is to stop, and presses its power button.
 func (g *guest) askToEnd(ctx context.Context, rec store.Guest) {
-	if rec.Stop == nil || g.asked {
+	if rec.Stop == nil {
 		return
 	}
 	// A machine that hangs takes the button's message never; its grace ends all the same.
 	ctx, cancel := context.WithTimeout(ctx, max(rec.Stop.Deadline.Sub(g.m.instant()), 0))
 	defer cancel()
-	if err := g.connect(ctx); err != nil {
-		g.m.log.Warn("guest still takes new connections while it ends", keyGuest, g.id, keyError, err)
+	if !g.drained {
+		err := g.connect(ctx)
+		if g.drained = err == nil; !g.drained {
+			g.m.log.Warn("guest still takes new connections while it ends, this is tried again", keyGuest, g.id, keyError, err)
+		}
+	}
+	if g.asked {
+		return
 	}
 	if err := g.m.d.Hypervisor.Shutdown(ctx, g.id); err != nil {
 		g.m.log.Warn("guest could not be asked to end, it is ended when its grace is over", keyGuest, g.id, "deadline", rec.Stop.Deadline.Wall, keyError, err)

@@ -188,13 +188,22 @@ func (m *Manager) reconcile(ctx context.Context) error {
 	}
 	// All at once: a network that knows only some of its guests would cut the
 	// others off meanwhile. Each guest asks for its own again.
+	adopted := map[string]bool{}
 	if len(nics) > 0 {
-		if err := m.d.Network.Adopt(ctx, nics); err != nil {
+		if err := m.d.Network.Adopt(ctx, nics); err == nil {
+			for _, n := range nics {
+				adopted[n.ID] = true
+			}
+		} else {
 			m.log.Warn("the guests' network could not be adopted at once, each guest's is tried again", keyError, err)
 		}
 	}
 	for _, r := range live {
-		m.begin(newGuest(m, r, false))
+		g := newGuest(m, r, false)
+		if adopted[r.ID] {
+			g.reroute(ctx) // before Ready, when clients are let in
+		}
+		m.begin(g)
 	}
 	m.returnForwarding()
 	m.log.Info("reconciled", "guests", len(live), "unaccounted", len(strangers))

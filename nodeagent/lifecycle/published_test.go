@@ -51,6 +51,9 @@ func TestAGuestIsReachedByPortAndNameUntilItIsToStop(t *testing.T) {
 	h.world.ProcessDied()
 	m = h.life(t.Context(), nil)
 	<-m.Ready()
+	if _, now := h.world.Published(guestID); len(now) != len(routes) {
+		t.Errorf("clients are let in when %d of %d routes are known", len(now), len(routes))
+	}
 	h.published("found again", ports, routes)
 	h.stop(t.Context(), m, time.Hour)
 	h.published("draining", nil, nil)
@@ -132,4 +135,63 @@ func TestAnAdoptedGuestIsServedThoughItsRoutesAreTaken(t *testing.T) {
 	h.world.Fail("relay", nil)
 	h.published("the port is free again", ports, routes)
 	h.until("nothing is left to tell", func() bool { return m.Snapshot()[0].Finding == "" })
+}
+
+func TestDrainingIsTriedUntilItWorks(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	m := h.life(t.Context(), nil)
+	if err := h.execute(t.Context(), m, h.command(func(l *api.LaunchGuest) {
+		l.Ports = []*api.PublishedPort{{GuestPort: 8000}}
+	})); err != nil {
+		t.Fatal(err)
+	}
+	h.until("it runs", func() bool {
+		g, err := h.store.Guest(guestID)
+		return err == nil && g.Status >= api.GuestStatus_GUEST_STATUS_STARTED
+	})
+	h.world.Fail("relay", errors.New("not now"))
+	h.stop(t.Context(), m, time.Hour)
+	h.until("it was asked to end", func() bool { return h.world.Calls("shutdown") > 0 })
+	h.published("by the relay still", nil, []relay.Route{{Port: 20000}})
+	h.world.Fail("relay", nil)
+	h.published("draining", nil, nil)
+}
+
+// A name is a guest's from its acceptance until nothing of it is left, also
+// while it drains and across a death of the agent.
+func TestANameIsOneGuestsUntilItHasEnded(t *testing.T) {
+	t.Parallel()
+	h := newHost(t)
+	h.cfg.SharedTLS = config.SharedTLS{Listen: ":443", Domain: "guests.example"}
+	named := func(cmd *api.Command, name string) *api.Command {
+		cmd.GetLaunchGuest().Ports = []*api.PublishedPort{{GuestPort: 8000, ServerName: name}}
+		return cmd
+	}
+	ctx, die := context.WithCancel(t.Context())
+	m, over := h.lifeUntil(ctx, nil)
+	if err := h.execute(ctx, m, named(h.command(nil), "job.guests.example")); err != nil {
+		t.Fatal(err)
+	}
+	h.refused(ctx, m, named(h.other(1), "job.guests.example"), "admit.name-in-use")
+	h.refused(ctx, m, named(h.other(2), "job.others.example"), "admit.name-domain")
+	h.refused(ctx, m, named(h.other(3), "10.0.0.1"), "network.name-malformed")
+	h.until("it runs", func() bool {
+		g, err := h.store.Guest(guestID)
+		return err == nil && g.Status >= api.GuestStatus_GUEST_STATUS_STARTED
+	})
+	die()
+	<-over
+	h.world.ProcessDied()
+	m = h.life(t.Context(), nil)
+	<-m.Ready()
+	h.refused(t.Context(), m, named(h.other(4), "job.guests.example"), "admit.name-in-use")
+	h.stop(t.Context(), m, time.Hour)
+	h.published("draining", nil, nil)
+	h.refused(t.Context(), m, named(h.other(5), "job.guests.example"), "admit.name-in-use")
+	h.world.PowerOff(guestID)
+	h.ends(t.Context(), stopped, "")
+	if err := h.execute(t.Context(), m, named(h.other(6), "job.guests.example")); err != nil {
+		t.Errorf("the name is free, and refused: %v", err)
+	}
 }

@@ -230,6 +230,7 @@ func TestAnAttestedServiceOutlivesItsAgent(t *testing.T) {
 		t.Errorf("the guest's process was %s and is %s", qemu, now)
 	}
 	says(t, u.run(0, "confidential", "attest", "llm"), "the evidence holds")
+	byName() // its way is there again
 	// Asked to end, as by an upgrade, it leaves the guest alone too.
 	if err := h.Agent().Stop(); err != nil {
 		t.Fatal(err)
@@ -239,7 +240,6 @@ func TestAnAttestedServiceOutlivesItsAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.adopted(h, d.GuestID)
-	byName() // its way is there again
 	u.run(0, "confidential", "call", "llm", "/quit", "--port", "8000", "-X", "POST")
 	u.run(0, "wait", "llm")
 	if s := u.results("llm"); s.Served != 3 {
