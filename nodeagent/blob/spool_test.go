@@ -23,7 +23,7 @@ import (
 
 func spools(t *testing.T) *blob.Spools {
 	t.Helper()
-	s, err := blob.OpenSpools(t.TempDir(), blob.SpoolConfig{MaxBytes: 1 << 30, CheckHeader: sealed.CheckHeader, Stall: 200 * time.Millisecond}, client(t), hclog.NewNullLogger())
+	s, err := blob.OpenSpools(t.TempDir(), blob.SpoolConfig{MaxBytes: 1 << 30, CheckHeader: sealed.CheckHeader, Stall: 2 * time.Second}, client(t), hclog.NewNullLogger())
 	if err != nil {
 		t.Fatal(err)
 	}
