@@ -188,3 +188,18 @@ func localGPUs(ctx context.Context, socket string, host vfio.Host, log hclog.Log
 	capability.AddDriver(gpus, askDriver(functions, xidWatch, log))
 	return gpus
 }
+
+// gpuWarnings tells what an operator should look at.
+func gpuWarnings(gpus admin.GPUList, warn func(format string, args ...any)) {
+	for _, g := range gpus.GPUs {
+		if g.Quarantine != nil {
+			warn("GPU %s is quarantined: %s: %s; %s", g.Address, g.Quarantine.Code, g.Quarantine.Message, g.Quarantine.Remedy)
+		}
+		if g.Finding != nil {
+			warn("GPU %s: %s: %s; %s", g.Address, g.Finding.Code, g.Finding.Message, g.Finding.Remedy)
+		}
+	}
+	for _, p := range gpus.Problems {
+		warn("gpu.manage, %s: %s: %s; %s", p.About, p.Code, p.Message, p.Remedy)
+	}
+}

@@ -270,18 +270,7 @@ func (a *agent) status(ctx context.Context) (admin.Status, error) {
 	}
 	counts := a.relay.Counts()
 	s.Relay = admin.Relay{Open: counts.Open, Routed: counts.Routed, Refused: counts.Refused}
-	gpus := gpuDoor{a.gpus}.List()
-	for _, g := range gpus.GPUs {
-		if g.Quarantine != nil {
-			warn("GPU %s is quarantined: %s: %s; %s", g.Address, g.Quarantine.Code, g.Quarantine.Message, g.Quarantine.Remedy)
-		}
-		if g.Finding != nil {
-			warn("GPU %s: %s: %s; %s", g.Address, g.Finding.Code, g.Finding.Message, g.Finding.Remedy)
-		}
-	}
-	for _, p := range gpus.Problems {
-		warn("gpu.manage, %s: %s: %s; %s", p.About, p.Code, p.Message, p.Remedy)
-	}
+	gpuWarnings(gpuDoor{a.gpus}.List(), warn)
 	for _, g := range a.guests.Snapshot() {
 		guest := admin.Guest{
 			ID: g.ID, Generation: g.Generation, Status: g.Status.Word(), GuestPhase: string(g.Phase),

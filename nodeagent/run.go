@@ -174,23 +174,11 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	if err := transport.Check(); err != nil {
 		return nil, err
 	}
-	client, err := objectStoreClient(cfg.Blob.CAFile)
+	cache, spools, err := openBlobs(cfg, logger)
 	if err != nil {
 		return nil, err
 	}
-	cache, err := blob.Open(cfg.CacheDir, blob.Config{MaxBytes: cfg.Blob.MaxBytes, Parts: cfg.Blob.Parts, CheckHeader: sealed.CheckHeader}, client, logger)
-	if err != nil {
-		return nil, err
-	}
-	spools, err := blob.OpenSpools(spoolDir(cfg), blob.SpoolConfig{MaxBytes: cfg.Blob.SpoolMaxBytes, Parts: cfg.Blob.Parts, CheckHeader: sealed.CheckHeader}, client, logger)
-	if err != nil {
-		return nil, err
-	}
-	networkConfig := network.Config{
-		GuestCIDR: cfg.Network.GuestCIDR, AllowPrivateEgress: cfg.Network.AllowPrivateEgress,
-		PublishedPorts: network.Range(cfg.Network.PublishedPorts), MaxPortConnections: cfg.Network.MaxPortConnections,
-		MaxSourceConnections: cfg.Network.MaxSourceConnections,
-	}
+	networkConfig := guestNetwork(cfg)
 	if a.network, err = network.New(networkConfig, logger); err != nil {
 		return nil, err
 	}
@@ -236,6 +224,28 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	}
 	a.socket = admin.New(socketFile(cfg), a.status, a.clock.Accept, gpuDoor{a.gpus})
 	return a, nil
+}
+
+// openBlobs opens what guests read, and what they deliver.
+func openBlobs(cfg config.Config, logger hclog.Logger) (*blob.Cache, *blob.Spools, error) {
+	client, err := objectStoreClient(cfg.Blob.CAFile)
+	if err != nil {
+		return nil, nil, err
+	}
+	cache, err := blob.Open(cfg.CacheDir, blob.Config{MaxBytes: cfg.Blob.MaxBytes, Parts: cfg.Blob.Parts, CheckHeader: sealed.CheckHeader}, client, logger)
+	if err != nil {
+		return nil, nil, err
+	}
+	spools, err := blob.OpenSpools(spoolDir(cfg), blob.SpoolConfig{MaxBytes: cfg.Blob.SpoolMaxBytes, Parts: cfg.Blob.Parts, CheckHeader: sealed.CheckHeader}, client, logger)
+	return cache, spools, err
+}
+
+func guestNetwork(cfg config.Config) network.Config {
+	return network.Config{
+		GuestCIDR: cfg.Network.GuestCIDR, AllowPrivateEgress: cfg.Network.AllowPrivateEgress,
+		PublishedPorts: network.Range(cfg.Network.PublishedPorts), MaxPortConnections: cfg.Network.MaxPortConnections,
+		MaxSourceConnections: cfg.Network.MaxSourceConnections,
+	}
 }
 
 func newRelay(cfg config.Config, logger hclog.Logger) *relay.Router {

@@ -23,7 +23,7 @@ import (
 
 func spools(t *testing.T) *blob.Spools {
 	t.Helper()
-	s, err := blob.OpenSpools(t.TempDir(), blob.SpoolConfig{MaxBytes: 1 << 30, CheckHeader: sealed.CheckHeader, Stall: 200 * time.Millisecond}, client(t), hclog.NewNullLogger())
+	s, err := blob.OpenSpools(t.TempDir(), blob.SpoolConfig{MaxBytes: 1 << 30, CheckHeader: sealed.CheckHeader, Stall: 2 * time.Second}, client(t), hclog.NewNullLogger())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -289,9 +289,9 @@ func BenchmarkPlainPut(b *testing.B) {
 }
 
 // sink takes whatever is put.
-func sink(b testing.TB) (url string) {
-	b.Helper()
+func sink(tb testing.TB) (url string) {
+	tb.Helper()
 	server := httptest.NewTLSServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }))
-	b.Cleanup(server.Close)
+	tb.Cleanup(server.Close)
 	return server.URL + "/a"
 }

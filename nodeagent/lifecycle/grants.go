@@ -105,6 +105,9 @@ func (m *Manager) grantUpload(v *api.GrantUpload) error {
 	}
 	var refused *contract.Refusal
 	err = g.update(func(r *store.Guest) (announce, bool) {
+		if !r.EndedAt.IsZero() {
+			return false, false
+		}
 		launch := &api.LaunchGuest{}
 		if err := proto.Unmarshal(r.Launch, launch); err != nil {
 			refused = contract.Refuse("grant.record-damaged", "launch again", "the node cannot read the guest's launch").Because(err)
@@ -169,7 +172,7 @@ func (m *Manager) settleUpload(v *api.SettleUpload) error {
 	}
 	known := true
 	err = g.update(func(r *store.Guest) (announce, bool) {
-		if isSettled(*r, v.GetName()) {
+		if !r.EndedAt.IsZero() || isSettled(*r, v.GetName()) {
 			return false, false
 		}
 		w := r.Wish

@@ -225,4 +225,4 @@ func (taps) Sweep(context.Context, map[string]bool) error   { return nil }
 func (taps) Forwarding() (bool, error)                      { return true, nil }
 func (taps) EnableForwarding() (previous bool, err error)   { return true, nil }
 func (taps) RestoreForwarding(previous bool) error          { _ = previous; return nil }
-func (taps) Listening() (map[uint16]bool, error)            { return nil, nil }
+func (taps) Listening() (map[uint16]bool, error)            { return map[uint16]bool{}, nil }

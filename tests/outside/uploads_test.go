@@ -30,7 +30,7 @@ const parallel = 3
 func (u *unreliable) spools() *blob.Spools {
 	u.t.Helper()
 	s, err := blob.OpenSpools(filepath.Join(u.dir, "spools"), blob.SpoolConfig{
-		MaxBytes: 1 << 30, Parts: parallel, CheckHeader: checkHead, Stall: 500 * time.Millisecond, Space: u.space,
+		MaxBytes: 1 << 30, Parts: parallel, CheckHeader: checkHead, Stall: 2 * time.Second, Space: u.space,
 	}, u.http, hclog.NewNullLogger())
 	if err != nil {
 		u.t.Fatal(err)
