@@ -289,9 +289,9 @@ func BenchmarkPlainPut(b *testing.B) {
 }
 
 // sink takes whatever is put.
-func sink(b testing.TB) (url string) {
-	b.Helper()
+func sink(tb testing.TB) (url string) {
+	tb.Helper()
 	server := httptest.NewTLSServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }))
-	b.Cleanup(server.Close)
+	tb.Cleanup(server.Close)
 	return server.URL + "/a"
 }

@@ -98,7 +98,7 @@ func (l *lab) uploads(ctx context.Context) error {
 	if err := outside.Serve(running, rig.OutsideAddr+":"+sinkPort, cert, s); err != nil {
 		return err
 	}
-	d, pieces, err := l.spooled(ctx, "https://" + rig.OutsideAddr + ":" + sinkPort + "/")
+	d, pieces, err := l.spooled(ctx, "https://"+rig.OutsideAddr+":"+sinkPort+"/")
 	if err != nil {
 		return err
 	}
