@@ -444,49 +444,6 @@ func TestAHugeUploadDoesNotStarveASmallOne(t *testing.T) {
 	}
 }
 
-func TestFaultsOfAnUpload(t *testing.T) {
-	t.Parallel()
-	const errorDocument = "<Error>\n<Code>SlowDown</Code></Error>"
-	for name, c := range map[string]struct {
-		fault func(u *unreliable) outside.Fault
-		code  string // "" may pass
-	}{
-		"reset":             {always(outside.Reset), ""},
-		"reset after bytes": {always(outside.ResetAfterReading(100_000)), ""},
-		"slow down":         {always(outside.Status(503)), ""},
-		"error document":    {always(outside.Say(200, errorDocument)), ""},
-		"answered at once":  {always(outside.Early), ""},
-		"a slow reader":     {func(u *unreliable) outside.Fault { return outside.SlowReader(u.ticking()) }, ""},
-		"expired":           {always(outside.Status(403)), "blob.url-expired"},
-		"no bucket":         {always(outside.Status(404)), "blob.not-found"},
-		"another host":      {always(outside.Status(307, "Location", "https://elsewhere.example/")), "blob.redirected"},
-		"too large":         {always(outside.Status(413)), "blob.store-answer"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			u := newUnreliable(t)
-			s := u.spools()
-			data, e := u.received(s, "guest", 12<<20)
-			put := u.presign(http.MethodPut, "out", time.Hour)
-			u.faults.Inject(1, outside.Method(http.MethodPut), c.fault(u))
-			err := s.Upload(t.Context(), "guest", e, put)
-			refused, final := errors.AsType[*contract.Refusal](err)
-			if err == nil || final != (c.code != "") || final && refused.Code != c.code {
-				t.Errorf("got %v, want %q", err, c.code)
-			}
-			harmless(t, err)
-			if err := s.Upload(t.Context(), "guest", e, put); err != nil {
-				t.Errorf("once the fault is gone: %v", err)
-			}
-			u.has("out", data)
-		})
-	}
-}
-
-func always(f outside.Fault) func(*unreliable) outside.Fault {
-	return func(*unreliable) outside.Fault { return f }
-}
-
 // A store says when it wants to be asked again; who uploads a whole file has
 // to know.
 func TestAnUploadTellsWhenTheStoreWantsToBeAskedAgain(t *testing.T) {
