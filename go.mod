@@ -5,6 +5,7 @@ go 1.26.0
 require (
 	filippo.io/age v1.3.2
 	github.com/NVIDIA/go-nvml v0.13.3-0
+	github.com/beevik/etree v1.7.0
 	github.com/coreos/go-systemd/v22 v22.7.0
 	github.com/go-jose/go-jose/v4 v4.1.8
 	github.com/google/go-configfs-tsm v0.2.2
@@ -24,6 +25,7 @@ require (
 	github.com/nats-io/nats.go v1.55.0
 	github.com/nats-io/nkeys v0.4.17
 	github.com/pelletier/go-toml/v2 v2.4.3
+	github.com/russellhaering/goxmldsig v1.6.1
 	github.com/santhosh-tekuri/jsonschema/v6 v6.0.3
 	github.com/schollz/progressbar/v3 v3.19.1
 	github.com/spf13/cobra v1.10.2
@@ -44,6 +46,8 @@ require (
 	libvirt.org/go/libvirtxml v1.11010.0
 	sigs.k8s.io/knftables v0.0.22
 )
+
+require github.com/jonboulle/clockwork v0.5.0 // indirect
 
 require (
 	filippo.io/hpke v0.4.0 // indirect
