@@ -215,19 +215,8 @@ func check(signature *etree.Element, signed, value []byte, root [sha256.Size]byt
 	if err != nil {
 		return "", err
 	}
-	roots, between := x509.NewCertPool(), x509.NewCertPool()
-	for _, c := range certs[1:] {
-		if sha256.Sum256(c.Raw) == root {
-			roots.AddCert(c)
-			continue
-		}
-		between.AddCert(c)
-	}
-	_, err = certs[0].Verify(x509.VerifyOptions{
-		Roots: roots, Intermediates: between, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
-	})
-	if err != nil {
-		return "", fmt.Errorf("its certificates do not lead to the pinned root: %w", err)
+	if err := spdm.FollowToRoot(certs, root, now); err != nil {
+		return "", fmt.Errorf("its certificates: %w", err)
 	}
 	key, ok := certs[0].PublicKey.(*ecdsa.PublicKey)
 	if !ok || key.Curve != elliptic.P384() {

@@ -65,6 +65,15 @@ func VerifyChain(data []byte, root [sha256.Size]byte, now time.Time) (*Chain, er
 	if err != nil {
 		return nil, err
 	}
+	if err := FollowToRoot(certs, root, now); err != nil {
+		return nil, fmt.Errorf("GPU certificates: %w", err)
+	}
+	return describe(certs)
+}
+
+// FollowToRoot verifies the first certificate by the others, up to the one
+// among them that has the given SHA-256.
+func FollowToRoot(certs []*x509.Certificate, root [sha256.Size]byte, now time.Time) error {
 	roots, between := x509.NewCertPool(), x509.NewCertPool()
 	pinned := false
 	for _, c := range certs[1:] {
@@ -76,15 +85,12 @@ func VerifyChain(data []byte, root [sha256.Size]byte, now time.Time) (*Chain, er
 		between.AddCert(c)
 	}
 	if !pinned {
-		return nil, fmt.Errorf("GPU certificates: they lead to %q, not to the pinned root", certs[len(certs)-1].Subject.CommonName)
+		return fmt.Errorf("they lead to %q, not to the pinned root", certs[len(certs)-1].Subject.CommonName)
 	}
-	_, err = certs[0].Verify(x509.VerifyOptions{
+	_, err := certs[0].Verify(x509.VerifyOptions{
 		Roots: roots, Intermediates: between, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
-	if err != nil {
-		return nil, fmt.Errorf("GPU certificates: %w", err)
-	}
-	return describe(certs)
+	return err
 }
 
 func parseChain(data []byte) ([]*x509.Certificate, error) {
