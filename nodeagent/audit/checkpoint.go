@@ -18,6 +18,8 @@ import (
 	"github.com/google/renameio/v2"
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
+
+	"github.com/confidential-node/agent/nodeagent/durable"
 )
 
 // maxSmall bounds key and checkpoint files.
@@ -143,13 +145,5 @@ func writeFile(path string, data []byte) error {
 	if err := renameio.WriteFile(path, data, 0o600); err != nil {
 		return fmt.Errorf("writing %s: %w", filepath.Base(path), err)
 	}
-	return syncDir(filepath.Dir(path))
-}
-
-func syncDir(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
+	return durable.SyncDir(filepath.Dir(path))
 }

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/durable"
 )
 
 // Reasons to begin a fetch anew.
@@ -149,15 +150,7 @@ func (d *download) publish() error {
 	if err := os.Rename(d.c.partial(name), d.c.final(name)); err != nil {
 		return fmt.Errorf("publishing blob: %w", err)
 	}
-	return errors.Join(syncDir(filepath.Join(d.c.dir, "blobs")), d.c.discard(name))
-}
-
-func syncDir(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
+	return errors.Join(durable.SyncDir(filepath.Join(d.c.dir, "blobs")), d.c.discard(name))
 }
 
 // allocate gives a file its size and its room on the disk, so that a disk too

@@ -15,6 +15,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/durable"
 )
 
 // Entry is one complete file of a spool.
@@ -214,7 +215,7 @@ func (s *Spool) Receive(_ context.Context, name string, r io.Reader) (entry Entr
 	taken.n = 0 // now the file's
 	s.s.budget.giveBack(replaced)
 	entry = Entry{name, [32]byte(sum.Sum(nil)), size}
-	return entry, errors.Join(keepSums(s.dir, name, sumsOf(entry, crc)), syncDir(s.dir))
+	return entry, errors.Join(keepSums(s.dir, name, sumsOf(entry, crc)), durable.SyncDir(s.dir))
 }
 
 // admit refuses what is one delivery too many, and a disk that is full.

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/durable"
 )
 
 // sums of a complete file, as it was received. They are beside it, so that a
@@ -42,7 +43,7 @@ func forgetSums(dir, name string) error {
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
-	return errors.Join(err, syncDir(dir))
+	return errors.Join(err, durable.SyncDir(dir))
 }
 
 func keepSums(dir, name string, s sums) error {

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/nodeagent/durable"
 )
 
 // maxLine bounds an entry; the file itself grows by an operator's hand only.
@@ -62,7 +63,7 @@ func Open(path string) (*Log, error) {
 		return nil, errors.Join(contract.Refuse("history.busy", "wait until the other command has ended",
 			"another command that changes the platform is running").Because(err), file.Close())
 	}
-	if err := errors.Join(endLine(file), syncDir(filepath.Dir(path))); err != nil {
+	if err := errors.Join(endLine(file), durable.SyncDir(filepath.Dir(path))); err != nil {
 		return nil, errors.Join(fmt.Errorf("opening the history of changes: %w", err), file.Close())
 	}
 	return &Log{file}, nil
@@ -80,14 +81,6 @@ func endLine(file *os.File) error {
 	}
 	_, err = file.WriteString("\n")
 	return err
-}
-
-func syncDir(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }
 
 // Append writes an entry and returns when it is on disk.
