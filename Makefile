@@ -28,7 +28,7 @@ test: setup ## run all tests; ends with the skipped ones and what each misses
 	go build -race -tags $(EMULATED_TAGS) ./...
 	@# One package at a time: real guests on two cores starve each other.
 	{ go test -tags $(TAGS) -json ./nodeagent/... ./vm/... ./tests/arch && \
-	  go test -race -p 1 -tags $(EMULATED_TAGS) -json ./...; } | go run ./tests/summary
+	  go test -race -p 1 -timeout 40m -tags $(EMULATED_TAGS) -json ./...; } | go run ./tests/summary
 
 test-full: setup ## kill the agent at every point and every sync of a guest's life, change every byte of the state file (root)
 	FAULT_ALL=1 go test -tags $(EMULATED_TAGS) -count=1 -timeout 4h -v -run TestWhateverByteChanges ./nodeagent/store
