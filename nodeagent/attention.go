@@ -1,6 +1,9 @@
 package main
 
 import (
+	"errors"
+	"time"
+
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/audit"
@@ -81,9 +84,42 @@ func auditFinding(bytes int64, dir string) *contract.Refusal {
 		" to where it is kept, start the agent, and let the control plane accept the new log", "the audit log has %d bytes; at %d nothing new is taken on", bytes, int64(audit.MaxBytes))
 }
 
+// auditPatience is how long a heartbeat waits for the audit log's disk.
+const auditPatience = 5 * time.Second
+
+// errAuditHangs means that the audit log's disk does not answer.
+var errAuditHangs = errors.New("the disk of the audit log does not answer")
+
+// withAudit carries out what writes to the audit log, one at a time, and waits
+// no longer than auditPatience: a disk that hangs must not hold up the link.
+func withAudit[T any](a *agent, f func() (T, error)) (T, error) {
+	type answer struct {
+		value T
+		err   error
+	}
+	var none T
+	if !a.auditing.CompareAndSwap(false, true) {
+		return none, errAuditHangs
+	}
+	done := make(chan answer, 1)
+	go func() {
+		defer a.auditing.Store(false)
+		value, err := f()
+		done <- answer{value, err}
+	}()
+	patience := time.NewTimer(auditPatience)
+	defer patience.Stop()
+	select {
+	case got := <-done:
+		return got.value, got.err
+	case <-patience.C:
+		return none, errAuditHangs
+	}
+}
+
 // offerAudit fills in how far the audit log is.
 func (a *agent) offerAudit(h *api.Heartbeat) {
-	offer, err := a.audit.Offer()
+	offer, err := withAudit(a, a.audit.Offer)
 	if err != nil {
 		a.log.Error("making a checkpoint of the audit log", "err", err)
 		h.Warnings = append(h.Warnings, api.RefusalToWire(contract.Refuse(codeAuditUnread, "look at the agent's log on the host", "the audit log has no checkpoint to show")))
@@ -97,7 +133,8 @@ func (a *agent) offerAudit(h *api.Heartbeat) {
 
 // confirmAudit notes what the control plane has of the audit log.
 func (a *agent) confirmAudit(h *api.Heartbeat) {
-	if err := a.audit.Confirmed(h.GetAudit().GetCheckpoint()); err != nil {
+	_, err := withAudit(a, func() (struct{}, error) { return struct{}{}, a.audit.Confirmed(h.GetAudit().GetCheckpoint()) })
+	if err != nil {
 		a.log.Error("noting what the control plane has of the audit log; it is shown again", "err", err)
 	}
 }

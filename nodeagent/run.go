@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -92,7 +93,8 @@ type agent struct {
 	store        *store.Store
 	clock        *clock.Clock
 	audit        *audit.Log
-	records      *audited // the store, behind the audit log
+	auditing     atomic.Bool // something waits for the audit log's disk
+	records      *audited    // the store, behind the audit log
 	driver       *libvirt.Driver
 	network      *network.Host
 	relay        *relay.Router

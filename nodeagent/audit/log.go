@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/mod/sumdb/note"
@@ -41,6 +42,9 @@ type Log struct {
 	verifier note.Verifier
 	vkey     string
 	limit    int64
+
+	// state is what State tells, also while the disk holds up who has mu.
+	state atomic.Pointer[State]
 
 	mu                    sync.Mutex // guards below
 	lock, entries, hashes *os.File
@@ -90,8 +94,11 @@ func Open(dir, hostID string) (l *Log, err error) {
 		return l, err
 	}
 	if l.at.size == 0 {
-		return l, l.append(Entry{Kind: KindBegun, Detail: l.signer.Name()})
+		if err := l.append(Entry{Kind: KindBegun, Detail: l.signer.Name()}); err != nil {
+			return l, err
+		}
 	}
+	l.tell()
 	return l, nil
 }
 
@@ -214,10 +221,15 @@ func (l *Log) exclusively(f func() error) error {
 		return fmt.Errorf("locking the audit log: %w", err)
 	}
 	defer l.unlock()
+	defer l.tell()
 	if err := l.catchUp(); err != nil {
 		return err
 	}
 	return f()
+}
+
+func (l *Log) tell() {
+	l.state.Store(&State{l.signer.Name(), l.at.size, l.checkpoint.size, l.witnessed.size, l.at.bytes})
 }
 
 func (l *Log) unlock() { _ = unix.Flock(int(l.lock.Fd()), unix.LOCK_UN) } // the descriptor's end unlocks too
@@ -342,12 +354,8 @@ type State struct {
 	Bytes                       int64
 }
 
-// State returns how far the log is.
-func (l *Log) State() State {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return State{l.signer.Name(), l.at.size, l.checkpoint.size, l.witnessed.size, l.at.bytes}
-}
+// State returns how far the log is. It never waits for the disk.
+func (l *Log) State() State { return *l.state.Load() }
 
 // Close releases the files.
 func (l *Log) Close() error {

@@ -195,6 +195,10 @@ func (w *world) programsSwapped(t *testing.T) {
 		if err := w.Host.StartLibvirtd(w.t.Context()); err != nil {
 			t.Fatal(err)
 		}
+		w.until(t, "the agent to find libvirtd again", func(ctx context.Context) (bool, error) {
+			s, err := w.Host.Status(ctx)
+			return strings.HasPrefix(s.Hypervisor, "libvirt "), err
+		})
 	}
 	const program = "$(command -v qemu-system-x86_64)"
 	w.sh(t, "mount --bind /bin/false %s", program)

@@ -20,6 +20,7 @@ import (
 	"github.com/vishvananda/netns"
 
 	"github.com/confidential-node/agent/nodeagent/api"
+	"github.com/confidential-node/agent/nodeagent/clock/clocktest"
 	"github.com/confidential-node/agent/nodeagent/control"
 	"github.com/confidential-node/agent/nodeagent/control/controltest"
 	"github.com/confidential-node/agent/nodeagent/inbox"
@@ -267,6 +268,7 @@ func (w *world) run(path string, transport control.Transport, issuer ed25519.Pub
 	w.must(err)
 	in, err := inbox.New(inbox.Deps{
 		Journal: w.store, Executor: w, Keys: []ed25519.PublicKey{issuer}, HostID: host, Features: api.Features(), Logger: hclog.NewNullLogger(),
+		Clock: clocktest.Wall,
 	})
 	w.must(err)
 	heartbeat := func() *api.Heartbeat {

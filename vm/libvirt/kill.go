@@ -73,9 +73,8 @@ func kill(ctx context.Context, dir, guestID string) (killed bool, err error) {
 	if err != nil {
 		return false, fmt.Errorf("looking at process %d of guest %s: %w", pid, guestID, err)
 	}
-	// An empty command line is a process that has ended and was not waited for.
-	if len(args) > 0 && !bytes.Contains(args, []byte("\x00-uuid\x00"+guestID+"\x00")) {
-		return false, nil // another's: the number was used again
+	if !bytes.Contains(args, []byte("\x00-uuid\x00"+guestID+"\x00")) {
+		return false, nil // another's, whose number was used again; or none that runs any more
 	}
 	if err := unix.PidfdSendSignal(process, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return false, fmt.Errorf("killing process %d of guest %s: %w", pid, guestID, err)

@@ -28,7 +28,15 @@ func process(t *testing.T, dir, guestID string) *exec.Cmd {
 		t.Fatal(err)
 	}
 	note(t, dir, fmt.Sprintln(cmd.Process.Pid))
-	return cmd
+	for { // its arguments are seen a moment after it has begun
+		args, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(args), guestID) {
+			return cmd
+		}
+	}
 }
 
 func note(t *testing.T, dir, text string) {
