@@ -195,10 +195,6 @@ func (w *world) programsSwapped(t *testing.T) {
 		if err := w.Host.StartLibvirtd(w.t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		w.until(t, "the agent to find libvirtd again", func(ctx context.Context) (bool, error) {
-			s, err := w.Host.Status(ctx)
-			return strings.HasPrefix(s.Hypervisor, "libvirt "), err
-		})
 	}
 	const program = "$(command -v qemu-system-x86_64)"
 	w.sh(t, "mount --bind /bin/false %s", program)
@@ -211,6 +207,10 @@ func (w *world) programsSwapped(t *testing.T) {
 	}
 	w.sh(t, "umount %s", program)
 	restart()
+	w.until(t, "the agent to find libvirtd and QEMU again", func(ctx context.Context) (bool, error) {
+		s, err := w.Host.Status(ctx)
+		return strings.HasPrefix(s.Hypervisor, "libvirt "), err
+	})
 	w.stops(t, w.runs(t))
 }
 
