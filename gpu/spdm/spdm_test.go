@@ -75,7 +75,7 @@ func TestARealReportOfHopperHolds(t *testing.T) {
 	}
 }
 
-func TestEveryBitOfARealReportCounts(t *testing.T) {
+func TestEveryByteOfARealReportCounts(t *testing.T) {
 	t.Parallel()
 	chain, report := sample(t, "hopper-chain.pem"), sample(t, "hopper-report.bin")
 	c, err := VerifyChain(chain, NVIDIARoot(), now())
