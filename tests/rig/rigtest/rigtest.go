@@ -32,13 +32,35 @@ func Inner(t *testing.T, program string, env ...string) *exec.Cmd {
 	if err := os.WriteFile(binary, text, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), "unshare", "--mount", "bash", "-c",
-		`mount -t tmpfs tmpfs /tmp && { "$0" & pid=$!; trap 'kill -TERM $pid' TERM; echo "inner $pid"; wait $pid; wait $pid; code=$?; ls -A /tmp; exit $code; }`, binary)
+	cmd := exec.CommandContext(t.Context(), "unshare", "--mount", "bash", "-c", cover+
+		`{ "$0" & pid=$!; trap 'kill -TERM $pid' TERM; echo "inner $pid"; wait $pid; wait $pid; code=$?; `+uncover+`ls -A /tmp; exit $code; }`, binary, belowTmp(t))
 	cmd.Env = append(slices.DeleteFunc(os.Environ(), func(e string) bool {
 		return strings.HasPrefix(e, "NODEAGENT_RIG_") || strings.HasPrefix(e, "TMPDIR=")
 	}), env...)
 	cmd.Stderr = os.Stderr
 	return cmd
+}
+
+// cover puts an empty /tmp over the real one, and the repository back into it
+// when it lies there; uncover takes that out again.
+const (
+	cover = `set -e; [ -z "$1" ] || exec 3<"$1"; mount -t tmpfs tmpfs /tmp
+[ -z "$1" ] || { mkdir -p "$1"; mount --no-canonicalize --bind /proc/self/fd/3 "$1"; exec 3<&-; cd "$PWD"; }; set +e
+`
+	uncover = `[ -z "$1" ] || { cd /; umount "$1"; rmdir --ignore-fail-on-non-empty -p "$1" 2>/dev/null; }; `
+)
+
+// belowTmp is the repository's folder if it is below /tmp, otherwise empty.
+func belowTmp(t *testing.T) string {
+	t.Helper()
+	mod, err := exec.CommandContext(t.Context(), "go", "env", "GOMOD").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if root := filepath.Dir(strings.TrimSpace(string(mod))); strings.HasPrefix(root, "/tmp/") {
+		return root
+	}
+	return ""
 }
 
 // Before is the world before a run.
