@@ -1,6 +1,6 @@
 // Package gpu knows which NVIDIA GPUs can be rented out confidentially and in
-// what sets. It is the rule table of admission; inventory, CC mode and the
-// life cycle of a GPU come with the GPU work. Pure, no I/O.
+// what sets. It is the rule table of admission and of the life cycle (package
+// gpu/pool). Pure, no I/O.
 package gpu
 
 import (
@@ -19,6 +19,9 @@ type product struct {
 	counts []int
 	reason string
 	remedy string
+	// board is how many make a whole board, which runs in another mode and
+	// with its switches; 0 where there is no such thing.
+	board int
 }
 
 const useOther = "ask for H100, H200, B200, B300 or RTX PRO 6000"
@@ -29,7 +32,7 @@ const useOther = "ask for H100, H200, B200, B300 or RTX PRO 6000"
 // not at all.
 func products() []product {
 	return []product{
-		{names: []string{"H100", "H200", "H800", "H20"}, counts: []int{1, 8}, reason: "Hopper runs one GPU in CC mode, or all eight of an HGX board with their NVSwitches under PPCIe", remedy: "ask for 1, or for 8 under PPCIe"},
+		{names: []string{"H100", "H200", "H800", "H20"}, counts: []int{1, 8}, reason: "Hopper runs one GPU in CC mode, or all eight of an HGX board with their NVSwitches under PPCIe", remedy: "ask for 1, or for 8 under PPCIe", board: 8},
 		{names: []string{"B200", "B300"}, counts: []int{1, 2, 4, 8}, reason: "Blackwell HGX encrypts NVLink between 1, 2, 4 or 8 GPUs", remedy: "ask for 1, 2, 4 or 8"},
 		{names: []string{"RTX PRO 6000"}, counts: []int{1}, reason: "RTX PRO 6000 Server Edition runs one GPU in CC mode", remedy: "ask for 1"},
 		{names: []string{"A100", "A30", "A10"}, reason: "Ampere has no CC mode a host can set", remedy: useOther},
@@ -56,6 +59,14 @@ func Rule(model string, count int) *contract.Refusal {
 		return nil
 	}
 	return contract.Refuse("gpu.unknown-model", useOther, "GPU model %q is not known to this build", model)
+}
+
+// WholeBoard says whether so many of a model are an HGX Hopper board, which
+// goes to a guest with its NVSwitches and under Protected PCIe.
+func WholeBoard(model string, count int) bool {
+	return slices.ContainsFunc(products(), func(p product) bool {
+		return p.board > 0 && count == p.board && slices.Contains(p.names, Canonical(model))
+	})
 }
 
 // Canonical is a model's name as the tables have it: upper case, without

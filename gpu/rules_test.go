@@ -43,3 +43,16 @@ func TestRuleTable(t *testing.T) {
 		}
 	}
 }
+
+func TestAWholeBoardIsEightOfHopper(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		model string
+		count int
+		want  bool
+	}{{"H100", 8, true}, {"nvidia h20", 8, true}, {"H100", 1, false}, {"B200", 8, false}, {"RTX PRO 6000", 8, false}, {"", 0, false}} {
+		if got := gpu.WholeBoard(c.model, c.count); got != c.want {
+			t.Errorf("%d × %s: %v", c.count, c.model, got)
+		}
+	}
+}

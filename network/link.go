@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -29,6 +30,13 @@ type Tap struct {
 	GuestID string
 	// Up says whether the link is administratively up.
 	Up bool
+}
+
+// Slot is the slot of the tap's guest; false when its name has none.
+func (t Tap) Slot() (uint32, bool) {
+	digits, ours := strings.CutPrefix(t.Name, tapPrefix)
+	slot, err := strconv.ParseUint(digits, 16, 32)
+	return uint32(slot), ours && err == nil
 }
 
 // kernelLinks is the host's links, addresses and connection table. A guest's

@@ -27,6 +27,20 @@ func testGuest(index uint32) Guest {
 	}
 }
 
+func TestATapNamesItsSlot(t *testing.T) {
+	t.Parallel()
+	link, err := Describe(testConfig(), testGuest(5))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]bool{link.Tap: true, link.Device: false, "nt": false, "ntxyz": false, "": false, "eth0": false} {
+		slot, ok := Tap{Name: name}.Slot()
+		if ok != want || (ok && slot != 5) {
+			t.Errorf("%q: slot %d, %v", name, slot, ok)
+		}
+	}
+}
+
 func members(t *testing.T, cfg Config, guests ...Guest) map[string]member {
 	t.Helper()
 	out := map[string]member{}

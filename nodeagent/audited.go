@@ -206,6 +206,10 @@ func entryOf(e *api.Event) (audit.Entry, error) {
 		out.GuestID, out.Detail, out.SHA256 = b.ResultUploaded.GetGuestId(), b.ResultUploaded.GetName(), hex.EncodeToString(b.ResultUploaded.GetSha256())
 	case *api.Event_ResultGivenUp:
 		out.GuestID, out.Detail, out.Code = b.ResultGivenUp.GetGuestId(), b.ResultGivenUp.GetName(), b.ResultGivenUp.GetRefusal().GetCode()
+	case *api.Event_UploadGrantWanted:
+		out.GuestID, out.Detail, out.Code = b.UploadGrantWanted.GetGuestId(), b.UploadGrantWanted.GetName(), b.UploadGrantWanted.GetRefusal().GetCode()
+	case *api.Event_UploadReady:
+		out.GuestID, out.Detail, out.SHA256 = b.UploadReady.GetGuestId(), b.UploadReady.GetName(), hex.EncodeToString(b.UploadReady.GetSha256())
 	case *api.Event_CommandDone, *api.Event_Capability, *api.Event_Heartbeat, nil:
 	}
 	return out, nil

@@ -98,6 +98,23 @@ func TestWhatIsRememberedIsWrittenDownFirst(t *testing.T) {
 	}
 }
 
+func TestWhatAnUploadWaitsForIsWrittenDownByName(t *testing.T) {
+	t.Parallel()
+	log := &recorder{}
+	a := auditedStore(t, log, time.Now)
+	wanted := api.NewGrantWanted("node-a", "launch", time.Now(), &api.UploadGrantWanted{
+		GuestId: auditGuest, Name: "out", Refusal: api.RefusalToWire(contract.Refuse("blob.url-expired", "do", "why")),
+	})
+	ready := api.NewUploadReady("node-a", "launch", time.Now(), &api.UploadReady{GuestId: auditGuest, Name: "out", Sha256: []byte{1, 2}})
+	if err := a.AppendEvents(wanted, ready); err != nil {
+		t.Fatal(err)
+	}
+	w, r := log.entries[0], log.entries[1]
+	if w.GuestID != auditGuest || w.Detail != "out" || w.Code != "blob.url-expired" || r.GuestID != auditGuest || r.Detail != "out" || r.SHA256 != "0102" {
+		t.Errorf("%+v, %+v", w, r)
+	}
+}
+
 func TestWhatCannotBeWrittenDownIsNotDone(t *testing.T) {
 	t.Parallel()
 	log := &recorder{fail: errors.New("no space left on device")}

@@ -16,7 +16,6 @@ import (
 
 // A board of Hopper GPUs goes to one guest as a whole, with its switches.
 const (
-	boardGPUs     = 8
 	boardSwitches = 4
 	modelSwitch   = "NVSwitch"
 )
@@ -82,9 +81,8 @@ func pick(all []Record, model string, count int) ([]vfio.Address, *contract.Refu
 	if len(all) == 0 {
 		return nil, contract.Refuse("gpu.not-managed", "choose a host that offers GPUs, or a job without", "this node manages no GPUs")
 	}
-	hopper := slices.Contains([]string{"H100", "H200", "H800", "H20"}, model)
 	want := map[string]int{model: count}
-	if hopper && count == boardGPUs {
+	if gpu.WholeBoard(model, count) {
 		want[modelSwitch] = boardSwitches
 	}
 	slices.SortFunc(all, func(a, b Record) int { return cmp.Compare(a.Address, b.Address) })
@@ -134,8 +132,13 @@ func (p *Pool) Held(guestID string) []Record {
 		}
 	}
 	slices.SortFunc(held, func(a, b Record) int {
-		last := func(r Record) int { return map[bool]int{true: 1}[r.Model.Name == modelSwitch] }
-		return cmp.Or(cmp.Compare(last(a), last(b)), cmp.Compare(a.Address, b.Address))
+		if aSwitch, bSwitch := a.Model.Name == modelSwitch, b.Model.Name == modelSwitch; aSwitch != bSwitch {
+			if aSwitch {
+				return 1
+			}
+			return -1
+		}
+		return cmp.Compare(a.Address, b.Address)
 	})
 	return held
 }

@@ -138,7 +138,7 @@ func (r *Router) byPort(c *connection, number uint16) (Route, []byte, Reason) {
 	defer r.mu.Unlock()
 	p, known := r.ports[number]
 	if !known {
-		return Route{}, nil, UnknownName
+		return Route{Port: number}, nil, UnknownName // closed meanwhile
 	}
 	return p.route, nil, r.claimLocked(c, p.route)
 }

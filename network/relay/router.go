@@ -32,9 +32,8 @@ import (
 type Limits struct {
 	// Connections bounds all connections at a time. Default 2048; each takes
 	// two descriptors and, while data waits, two more and up to 64 KiB in a
-	// pipe for each direction. When there
-	// are as many, the one that has waited longest without naming a guest gives
-	// way.
+	// pipe for each direction. When there are as many, the one that has waited
+	// longest without naming a guest gives way.
 	Connections int
 	// PerSource bounds those of one IPv4 address or IPv6 /64. Default 64.
 	PerSource int

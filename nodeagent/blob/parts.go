@@ -207,10 +207,7 @@ func (u *upload) keep(number int, tag string) error {
 	u.journal.ETags[number-1] = tag
 	raw, err := json.Marshal(u.journal)
 	if err == nil {
-		err = os.WriteFile(u.path+partialSuffix, raw, 0o600)
-	}
-	if err == nil {
-		err = os.Rename(u.path+partialSuffix, u.path)
+		err = replaceFile(u.path, raw)
 	}
 	if err != nil {
 		return diskError(fmt.Errorf("writing journal of an upload: %w", err))

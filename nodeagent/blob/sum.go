@@ -51,9 +51,17 @@ func keepSums(dir, name string, s sums) error {
 	if err != nil {
 		return fmt.Errorf("encoding sums: %w", err)
 	}
-	path := sumsFile(dir, name)
-	if err := os.WriteFile(path+partialSuffix, raw, 0o600); err != nil {
+	if err := replaceFile(sumsFile(dir, name), raw); err != nil {
 		return diskError(fmt.Errorf("writing sums: %w", err))
+	}
+	return nil
+}
+
+// replaceFile replaces a small file whole or not at all, without fsync: for
+// what only saves work.
+func replaceFile(path string, content []byte) error {
+	if err := os.WriteFile(path+partialSuffix, content, 0o600); err != nil {
+		return err
 	}
 	return os.Rename(path+partialSuffix, path)
 }

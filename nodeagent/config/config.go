@@ -28,16 +28,15 @@ import (
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+
+	"github.com/confidential-node/agent/nodeagent/api"
 )
 
 const (
 	// maxFileBytes bounds one configuration file.
 	maxFileBytes = 1 << 20
-	// putBytes is the largest object of one PUT (S3, PutObject), and maxParts
-	// of that size make the largest upload.
-	putBytes        = 5 << 30
-	maxParts        = 10_000
-	maxResultsQuota = maxParts * putBytes
+	// maxResultsQuota is the largest upload: parts as large as a single PUT.
+	maxResultsQuota = api.MaxParts * api.MaxPutBytes
 )
 
 // TEEs a configuration may name.
@@ -261,7 +260,7 @@ func Default() Config {
 			MaxGuests: 16, MaxVCPUs: 64, MaxMemoryMiB: 1 << 20, ReserveMemoryMiB: 4096,
 			CPUModels:    []string{"EPYC-v4"},
 			StartTimeout: Duration(15 * time.Minute), RunTimeout: Duration(720 * time.Hour),
-			ResultsQuota: putBytes,
+			ResultsQuota: api.MaxPutBytes,
 		},
 		Blob: Blob{MaxBytes: 1 << 40, SpoolMaxBytes: 100 << 30, Parts: 8},
 	}
@@ -408,7 +407,7 @@ func (c *Config) validate(path string, at map[string]string) error {
 	check(len(c.Policy.CPUModels) > 0, "policy.cpu_models", "is empty: no guest could be launched")
 	within("policy.start_timeout", c.Policy.StartTimeout, time.Second, 24*time.Hour)
 	within("policy.run_timeout", c.Policy.RunTimeout, time.Second, 365*24*time.Hour)
-	check(c.Policy.ResultsQuota > 0 && c.Policy.ResultsQuota <= maxResultsQuota, "policy.results_quota", "%d is not within 1..%d: %d parts of 5 GiB are the most an upload can carry", c.Policy.ResultsQuota, int64(maxResultsQuota), maxParts)
+	check(c.Policy.ResultsQuota > 0 && c.Policy.ResultsQuota <= maxResultsQuota, "policy.results_quota", "%d is not within 1..%d: %d parts of 5 GiB are the most an upload can carry", c.Policy.ResultsQuota, int64(maxResultsQuota), api.MaxParts)
 	check(c.Blob.MaxBytes > 0, "blob.max_bytes", "%d is not positive", c.Blob.MaxBytes)
 	check(c.Blob.SpoolMaxBytes > 0, "blob.spool_max_bytes", "%d is not positive", c.Blob.SpoolMaxBytes)
 	check(c.Blob.Parts >= 1 && c.Blob.Parts <= 64, "blob.parts", "%d is not within 1..64", c.Blob.Parts)

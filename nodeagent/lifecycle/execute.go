@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"strconv"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -250,8 +249,8 @@ func (m *Manager) host(ctx context.Context, guestID string) (admit.Host, error) 
 		h.Used.MemoryMiB += o.MemoryMiB
 	}
 	for _, t := range taps {
-		if slot, err := strconv.ParseUint(t.Name[min(len(t.Name), len("nt")):], 16, 32); err == nil {
-			h.Used.Slots[uint32(slot)] = true
+		if slot, ok := t.Slot(); ok {
+			h.Used.Slots[slot] = true
 		}
 	}
 	return h, nil

@@ -21,15 +21,10 @@ var _ lifecycle.GPUs = Host{}
 
 // Host is the host's GPUs.
 type Host struct {
-	Pool *pool.Pool
-	PCI  vfio.Host
+	*pool.Pool
+	PCI vfio.Host
 	// Versions are what is installed, as it names itself.
 	Versions func(context.Context) (floor.Versions, error)
-}
-
-// Available implements lifecycle.GPUs.
-func (h Host) Available(model string, count int) *contract.Refusal {
-	return h.Pool.Available(model, count)
 }
 
 // Reserve implements lifecycle.GPUs. It refuses also what the host's software
@@ -88,15 +83,3 @@ func (h Host) Held(guestID string) ([]vm.PCIDevice, error) {
 	}
 	return slices.Clip(devices), nil
 }
-
-// Return implements lifecycle.GPUs.
-func (h Host) Return(ctx context.Context, guestID string) error { return h.Pool.Return(ctx, guestID) }
-
-// Guests implements lifecycle.GPUs.
-func (h Host) Guests() []string { return h.Pool.Guests() }
-
-// Abandon implements lifecycle.GPUs.
-func (h Host) Abandon(guestID string) error { return h.Pool.Abandon(guestID) }
-
-// Settle implements lifecycle.GPUs.
-func (h Host) Settle(keep func(guestID string) bool) error { return h.Pool.Settle(keep) }

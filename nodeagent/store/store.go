@@ -11,7 +11,7 @@
 //	commands  id -> Command record
 //	guests    id -> Guest record
 //	outbox    u64 big-endian sequence -> Event (protobuf) record
-//	gpus      address -> GPU record (package gpu/pool); absent until there is one
+//	gpus      address -> GPU record (package gpu/pool)
 //
 // Version 1 had no guests. Version 2 had its deadlines by the wall clock
 // alone, the sequence of the last event in bbolt's own counter, and checksums
