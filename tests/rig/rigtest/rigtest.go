@@ -33,7 +33,7 @@ func Inner(t *testing.T, program string, env ...string) *exec.Cmd {
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(t.Context(), "unshare", "--mount", "bash", "-c", cover+
-		`{ "$0" & pid=$!; trap 'kill -TERM $pid' TERM; echo "inner $pid"; wait $pid; wait $pid; code=$?; `+uncover+`ls -A /tmp; exit $code; }`, binary, belowTmp(t))
+		`{ "$1" & pid=$!; trap 'kill -TERM $pid' TERM; echo "inner $pid"; wait $pid; wait $pid; code=$?; `+uncover+`ls -A /tmp; exit $code; }`, belowTmp(t), binary)
 	cmd.Env = append(slices.DeleteFunc(os.Environ(), func(e string) bool {
 		return strings.HasPrefix(e, "NODEAGENT_RIG_") || strings.HasPrefix(e, "TMPDIR=")
 	}), env...)
@@ -44,10 +44,10 @@ func Inner(t *testing.T, program string, env ...string) *exec.Cmd {
 // cover puts an empty /tmp over the real one, and the repository back into it
 // when it lies there; uncover takes that out again.
 const (
-	cover = `set -e; [ -z "$1" ] || exec 3<"$1"; mount -t tmpfs tmpfs /tmp
-[ -z "$1" ] || { mkdir -p "$1"; mount --no-canonicalize --bind /proc/self/fd/3 "$1"; exec 3<&-; cd "$PWD"; }; set +e
+	cover = `set -e; [ -z "$0" ] || exec 3<"$0"; mount -t tmpfs tmpfs /tmp
+[ -z "$0" ] || { mkdir -p "$0"; mount --no-canonicalize --bind /proc/self/fd/3 "$0"; exec 3<&-; cd "$PWD"; }; set +e
 `
-	uncover = `[ -z "$1" ] || { cd /; umount "$1"; rmdir --ignore-fail-on-non-empty -p "$1" 2>/dev/null; }; `
+	uncover = `[ -z "$0" ] || { cd /; umount "$0"; rmdir --ignore-fail-on-non-empty -p "$0" 2>/dev/null; }; `
 )
 
 // belowTmp is the repository's folder if it is below /tmp, otherwise empty.
