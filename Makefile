@@ -37,6 +37,7 @@ test-full: setup ## kill the agent at every point and every sync of a guest's li
 DURATION ?= 2h
 SEED     ?= 0
 soak: setup ## launch, kill and break at random; DURATION=2h, SEED=n repeats (root)
+	@go run -tags $(EMULATED_TAGS) ./tests/demo build
 	@go build -tags $(EMULATED_TAGS) -o .cache/trial/bin/soak ./tests/soak
 	@.cache/trial/bin/soak -duration $(DURATION) -seed $(SEED)
 
