@@ -2,6 +2,7 @@ package contract_test
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"crypto/sha512"
 	"encoding/hex"
 	"encoding/json"
@@ -86,11 +87,18 @@ func TestTheDocumentsVectorsAreWhatThisPackageComputes(t *testing.T) {
 			if sum := sha512.Sum384([]byte(v["hashed"])); !bytes.Equal(sum[:], got[:len(sum)]) {
 				t.Errorf("the document hashes to %x", sum)
 			}
+		case "gpu-nonce":
+			if got := contract.GPUNonce([contract.ReportDataSize]byte(unhex(t, v["report_data"]))); hex.EncodeToString(got[:]) != v["gpu_nonce"] {
+				t.Errorf("the GPU nonce is %x, the document says %s", got, v["gpu_nonce"])
+			}
+			if sum := sha256.Sum256(unhex(t, v["hashed"])); hex.EncodeToString(sum[:]) != v["gpu_nonce"] {
+				t.Errorf("the document hashes to %x", sum)
+			}
 		default:
 			t.Errorf("vector for %q", v["purpose"])
 		}
 	}
-	for _, purpose := range []string{"host-data", "evidence", "broker"} {
+	for _, purpose := range []string{"host-data", "evidence", "broker", "gpu-nonce"} {
 		if seen[purpose] == 0 {
 			t.Errorf("no vector for %s", purpose)
 		}
