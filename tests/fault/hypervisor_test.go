@@ -6,6 +6,8 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -18,6 +20,7 @@ import (
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/tests/fault"
 	"github.com/confidential-node/agent/tests/rig"
+	"github.com/confidential-node/agent/tests/skip"
 	"github.com/confidential-node/agent/tests/trial"
 	"github.com/confidential-node/agent/vm"
 	"github.com/confidential-node/agent/vm/domain"
@@ -50,7 +53,14 @@ func TestTheHypervisorFailsAndOperatorsInterfere(t *testing.T) {
 	t.Run("QEMU hangs", w.qemuHangs)
 	t.Run("QEMU killed", func(t *testing.T) {
 		o := w.runs(t)
-		w.signal(t, w.qemu(t, o), syscall.SIGKILL) // as the kernel does when memory is exhausted
+		w.signal(t, w.qemu(t, o), syscall.SIGKILL)
+		w.endsAs(t, o, api.GuestStatus_GUEST_STATUS_FAILED, "guest.crashed")
+		w.cleanBut(t, foreign, o)
+	})
+	t.Run("QEMU out of memory", func(t *testing.T) {
+		limit := memoryLimit(t, 16<<20)
+		o := w.runs(t)
+		limit(w.qemu(t, o))
 		w.endsAs(t, o, api.GuestStatus_GUEST_STATUS_FAILED, "guest.crashed")
 		w.cleanBut(t, foreign, o)
 	})
@@ -67,6 +77,34 @@ func TestTheHypervisorFailsAndOperatorsInterfere(t *testing.T) {
 			t.Errorf("%s, which is not the agent's, is %s", f, state)
 		}
 	}
+}
+
+// memoryLimit makes a memory cgroup in which the kernel kills what takes more
+// than that, and returns what moves a process into it.
+func memoryLimit(t *testing.T, size int) (add func(pid int)) {
+	t.Helper()
+	parent, file := "/sys/fs/cgroup/memory", "memory.limit_in_bytes"
+	if enabled, err := os.ReadFile("/sys/fs/cgroup/cgroup.subtree_control"); err == nil && slices.Contains(strings.Fields(string(enabled)), "memory") {
+		parent, file = "/sys/fs/cgroup", "memory.max"
+	} else if _, err := os.Stat(filepath.Join(parent, file)); err != nil {
+		skip.Missing(t, "a cgroup controller for memory")
+	}
+	dir, err := os.MkdirTemp(parent, "fault-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(name string, value int) {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(strconv.Itoa(value)), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() {
+		if err := os.Remove(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	write(file, size)
+	return func(pid int) { write("cgroup.procs", pid) }
 }
 
 // secondAgent starts another agent on the same configuration.
