@@ -34,10 +34,13 @@ type ImageDescription struct {
 	Emulated bool `json:"emulated"`
 	// AMLDefence says whether the guest is immune to AML from the host
 	// (ACPI tables are outside the launch digest).
-	AMLDefence bool      `json:"aml_defence"`
-	Firmware   ImageFile `json:"firmware"`
-	Kernel     ImageFile `json:"kernel"`
-	Initrd     ImageFile `json:"initrd"`
+	AMLDefence bool `json:"aml_defence"`
+	// GPUEvidence says whether the guest can gather evidence of GPUs; without,
+	// it refuses a manifest that asks for any.
+	GPUEvidence bool      `json:"gpu_evidence,omitempty"`
+	Firmware    ImageFile `json:"firmware"`
+	Kernel      ImageFile `json:"kernel"`
+	Initrd      ImageFile `json:"initrd"`
 	// Cmdline is the exact kernel command line, without the trailing NUL.
 	Cmdline string `json:"cmdline"`
 	// Modules are the kernel modules in load order.

@@ -242,11 +242,17 @@ func FindImage(images []Image, want *api.BootImage) (Image, *contract.Refusal) {
 
 func image(d *decision) *contract.Refusal {
 	found, r := FindImage(d.host.Images, d.cmd.GetImage())
-	if r == nil && found.Description.Emulated != d.host.Emulated {
+	switch {
+	case r != nil:
+		return r
+	case found.Description.Emulated != d.host.Emulated:
 		return contract.Refuse("admit.image-tee", "choose an image made for the node's TEE",
 			"the image is for another TEE than this host's (emulated image: %t, emulated host: %t)", found.Description.Emulated, d.host.Emulated)
+	case d.manifest.GPU != nil && !found.Description.GPUEvidence:
+		return contract.Refuse("admit.image-gpu", "choose an image whose image.json has gpu_evidence, or leave the GPU out of the manifest",
+			"image %q cannot gather evidence of GPUs: its guest would end itself", found.Description.Name)
 	}
-	return r
+	return nil
 }
 
 func inputs(d *decision) *contract.Refusal {

@@ -35,7 +35,7 @@ func job() (*api.LaunchGuest, *contract.Manifest, Host) {
 		Inputs:  []contract.Input{{Name: "in", SHA256: hex.EncodeToString(sum(9)), Size: 100}},
 		Results: []contract.Result{{Name: "out"}}, Ports: []int{8000, 8001},
 	}
-	description := contract.ImageDescription{Cmdline: "quiet"}
+	description := contract.ImageDescription{Cmdline: "quiet", GPUEvidence: true}
 	for i, f := range []*contract.ImageFile{&description.Firmware, &description.Kernel, &description.Initrd} {
 		f.SHA256 = hex.EncodeToString(sum(byte(i + 1)))
 	}
@@ -146,6 +146,10 @@ func TestEveryRuleRefusesWithItsCodeAndARemedy(t *testing.T) {
 			w.host.GPUs = func(model string, count int) *contract.Refusal {
 				return contract.Refuse("gpu.capacity", "later", "%d × %s", count, model)
 			}
+		}},
+		{"gpu on an image that gathers no evidence of it", "admit.image-gpu", func(w world) {
+			w.manifest.GPU, w.host.Images[1].Description.GPUEvidence = &contract.GPU{Model: "H100", Count: 1}, false
+			w.host.GPUs = func(string, int) *contract.Refusal { return nil }
 		}},
 		{"policy bit 17", "admit.policy", func(w world) { w.cmd.Machine.Policy = 0x10000 }},
 		{"policy debug", "admit.policy", func(w world) { w.cmd.Machine.Policy = 0xb0000 }},

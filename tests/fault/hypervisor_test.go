@@ -89,8 +89,9 @@ func memoryLimit(t *testing.T, size int) (add func(pid int)) {
 	} else if _, err := os.Stat(filepath.Join(parent, file)); err != nil {
 		skip.Missing(t, "a cgroup controller for memory")
 	}
-	dir, err := os.MkdirTemp(parent, "fault-")
-	if err != nil {
+	// Unlike a folder for files, a cgroup lives where its kind is mounted.
+	dir := filepath.Join(parent, fmt.Sprintf("fault-%d", os.Getpid()))
+	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	write := func(name string, value int) {

@@ -185,7 +185,7 @@ func (w *World) Image() (admit.Image, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return admit.Image{}, err
 	}
-	d := contract.ImageDescription{Version: contract.ImageVersion, Name: "test", Variant: contract.VariantProduction, Cmdline: "quiet"}
+	d := contract.ImageDescription{Version: contract.ImageVersion, Name: "test", Variant: contract.VariantProduction, Cmdline: "quiet", GPUEvidence: true}
 	for name, f := range map[string]*contract.ImageFile{"OVMF.fd": &d.Firmware, "vmlinuz": &d.Kernel, "initrd": &d.Initrd} {
 		data := []byte(strings.Repeat(name, 1000))
 		digest := sum(data)
