@@ -31,9 +31,11 @@ func sample(tb testing.TB, name string) []byte {
 	return data
 }
 
+func nvidia() []Fingerprint { return []Fingerprint{NVIDIARoot()} }
+
 // judge is everything this package can say of a report.
 func judge(report, chain []byte) error {
-	c, err := VerifyChain(chain, NVIDIARoot(), now())
+	c, err := VerifyChain(chain, nvidia(), now())
 	if err != nil {
 		return err
 	}
@@ -46,7 +48,7 @@ func judge(report, chain []byte) error {
 
 func TestARealReportOfHopperHolds(t *testing.T) {
 	t.Parallel()
-	c, err := VerifyChain(sample(t, "hopper-chain.pem"), NVIDIARoot(), now())
+	c, err := VerifyChain(sample(t, "hopper-chain.pem"), nvidia(), now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +80,7 @@ func TestARealReportOfHopperHolds(t *testing.T) {
 func TestEveryByteOfARealReportCounts(t *testing.T) {
 	t.Parallel()
 	chain, report := sample(t, "hopper-chain.pem"), sample(t, "hopper-report.bin")
-	c, err := VerifyChain(chain, NVIDIARoot(), now())
+	c, err := VerifyChain(chain, nvidia(), now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,7 +138,7 @@ func TestBytesAllOverTheCertificatesCount(t *testing.T) {
 type gpu struct {
 	key   *ecdsa.PrivateKey
 	chain []byte
-	root  [sha256.Size]byte
+	root  Fingerprint
 }
 
 // newGPU issues the certificates; extension is the leaf's FWID.
@@ -200,7 +202,7 @@ func TestAFirmwareOfBlackwellIsFoundInItsTcbInfo(t *testing.T) {
 	t.Parallel()
 	want := bytes.Repeat([]byte{0x5a}, DigestSize)
 	g := newGPU(t, 0x1122, tcbInfo(t, want))
-	c, err := VerifyChain(g.chain, g.root, now())
+	c, err := VerifyChain(g.chain, []Fingerprint{g.root}, now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,7 +219,7 @@ func TestCertificatesThatProveNothingAreRefused(t *testing.T) {
 	second := bytes.Index(hopper[1:], []byte("-----BEGIN")) + 1
 	for name, c := range map[string]struct {
 		chain []byte
-		root  [sha256.Size]byte
+		root  Fingerprint
 		at    time.Time
 		want  string
 	}{
@@ -240,7 +242,7 @@ func TestCertificatesThatProveNothingAreRefused(t *testing.T) {
 			}
 			c.chain, c.root, c.want = g.chain, g.root, "FWID"
 		}
-		if _, err := VerifyChain(c.chain, c.root, c.at); err == nil || !strings.Contains(err.Error(), c.want) {
+		if _, err := VerifyChain(c.chain, []Fingerprint{c.root}, c.at); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", name, err, c.want)
 		}
 	}
@@ -249,7 +251,7 @@ func TestCertificatesThatProveNothingAreRefused(t *testing.T) {
 func TestAReportOfAnotherGPUIsRefused(t *testing.T) {
 	t.Parallel()
 	g := newGPU(t, 1, tcbInfo(t, make([]byte, DigestSize)))
-	c, err := VerifyChain(g.chain, g.root, now())
+	c, err := VerifyChain(g.chain, []Fingerprint{g.root}, now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -324,7 +326,7 @@ func FuzzParse(f *testing.F) {
 func FuzzChain(f *testing.F) {
 	f.Add(sample(f, "hopper-chain.pem"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		c, err := VerifyChain(data, NVIDIARoot(), now())
+		c, err := VerifyChain(data, nvidia(), now())
 		if err == nil && c.Leaf == nil {
 			t.Error("a chain without leaf")
 		}
