@@ -77,6 +77,22 @@ func TestARealReportOfHopperHolds(t *testing.T) {
 	}
 }
 
+func TestAPDIIsReadAsItIsWritten(t *testing.T) {
+	t.Parallel()
+	for _, want := range []PDI{1, 0x431d480fe5e87274, 1<<64 - 1} {
+		for _, text := range []string{want.String(), want.String()[2:], strings.ToUpper(want.String())} {
+			if got, err := ParsePDI(text); err != nil || got != want {
+				t.Errorf("%s: %s, %v", text, got, err)
+			}
+		}
+	}
+	for _, text := range []string{"", "0x", "1", "0x431d480fe5e8727", "0x431d480fe5e872741", "0x431d480fe5e8727g", "+0431d480fe5e8727"} {
+		if got, err := ParsePDI(text); err == nil {
+			t.Errorf("%q is taken for %s", text, got)
+		}
+	}
+}
+
 func TestEveryByteOfARealReportCounts(t *testing.T) {
 	t.Parallel()
 	chain, report := sample(t, "hopper-chain.pem"), sample(t, "hopper-report.bin")

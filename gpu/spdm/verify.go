@@ -24,12 +24,12 @@ const (
 	maxChain      = 8
 )
 
-// EmulatedMark must stand in the name of every root that is not NVIDIA's.
-const EmulatedMark = "EMULATED"
-
 // Fingerprint is the SHA-256 of a certificate's DER, by which roots are
 // pinned.
 type Fingerprint [sha256.Size]byte
+
+// FingerprintOf is that of a certificate.
+func FingerprintOf(c *x509.Certificate) Fingerprint { return sha256.Sum256(c.Raw) }
 
 // NVIDIARoot is that of "NVIDIA Device Identity CA", the root of all GPUs
 // since Hopper.
@@ -43,23 +43,6 @@ func fingerprint(text string) Fingerprint {
 		panic(err) // a constant of this package
 	}
 	return Fingerprint(raw)
-}
-
-// ParseEmulatedRoot reads a root, PEM or DER, that a verifier was told to
-// accept for a trial. No other than one that says EMULATED can be added to
-// NVIDIA's.
-func ParseEmulatedRoot(data []byte) (Fingerprint, error) {
-	if block, _ := pem.Decode(data); block != nil {
-		data = block.Bytes
-	}
-	root, err := x509.ParseCertificate(data)
-	if err != nil {
-		return Fingerprint{}, fmt.Errorf("parsing emulated root: %w", err)
-	}
-	if !strings.Contains(root.Subject.CommonName, EmulatedMark) {
-		return Fingerprint{}, fmt.Errorf("parsing emulated root: %q does not say %s; NVIDIA's roots are built in, and no other may be added", root.Subject.CommonName, EmulatedMark)
-	}
-	return sha256.Sum256(root.Raw), nil
 }
 
 // Chain is a GPU's certificates, leaf first, that lead to a pinned root.
@@ -110,7 +93,7 @@ func FollowToRoot(certs []*x509.Certificate, pinned []Fingerprint, now time.Time
 	roots, between := x509.NewCertPool(), x509.NewCertPool()
 	var root Fingerprint
 	for _, c := range certs[1:] {
-		switch sum := Fingerprint(sha256.Sum256(c.Raw)); {
+		switch sum := FingerprintOf(c); {
 		case !slices.Contains(pinned, sum):
 			between.AddCert(c)
 		case root == Fingerprint{} || root == sum:

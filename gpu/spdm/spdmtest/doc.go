@@ -5,6 +5,6 @@
 // import it: whoever holds such a key can mint evidence, so its roots always
 // carry EMULATED in their names and no verifier accepts them unless told.
 //
-// It owns its keys and nothing else. A GPU that nobody changes is safe for
-// concurrent use.
+// It owns its keys and nothing else. An Authority, and a GPU that nobody
+// changes, are safe for concurrent use.
 package spdmtest

@@ -66,10 +66,10 @@ const chipHopper = "GH100"
 
 const (
 	measurements = 64
-	// FirstDriver and FirstVBIOS are the first measurements that the manifest
-	// of a driver and of a VBIOS speak of; before them is nothing.
+	// FirstDriver is the first measurement that a driver's manifest speaks of.
 	FirstDriver = 1
-	FirstVBIOS  = 40
+	// FirstVBIOS is the first that a VBIOS' manifest speaks of, to the last.
+	FirstVBIOS = 40
 	// debugged is the first measurement that differs in a GPU with DevTools.
 	debugged = 9
 )
@@ -78,7 +78,7 @@ const (
 func Measurements(chip string) []spdm.Digest {
 	out := make([]spdm.Digest, measurements)
 	for i := FirstDriver; i < measurements; i++ {
-		out[i] = sha512.Sum384(fmt.Appendf(nil, "%s firmware of %s, measurement %d", spdm.EmulatedMark, chip, i))
+		out[i] = sha512.Sum384(fmt.Appendf(nil, "%s firmware of %s, measurement %d", emulated, chip, i))
 	}
 	return out
 }
@@ -100,7 +100,7 @@ func (a *Authority) NewGPU(c Config) (*GPU, error) {
 			g.Measurements[i] = sha512.Sum384([]byte("debugged"))
 		}
 	}
-	g.fwid = sha512.Sum384([]byte(spdm.EmulatedMark + " firmware of " + c.Chip))
+	g.fwid = sha512.Sum384([]byte(emulated + " firmware of " + c.Chip))
 	extension, err := firmwareID(c.Chip, g.fwid)
 	if err != nil {
 		return nil, err
