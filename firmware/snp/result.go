@@ -43,7 +43,10 @@ type Signer struct {
 type Result struct {
 	contract.Checks
 	// Signer is nil unless chain and signature hold.
-	Signer   *Signer
+	Signer *Signer
+	// GPUs are those a bundle has evidence of, set by whoever judged it; empty
+	// unless their certificates and signatures hold.
+	GPUs     []contract.AttestedGPU
 	Warnings []Warning
 }
 

@@ -4,6 +4,7 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"fmt"
+	"io/fs"
 	"slices"
 	"strings"
 	"time"
@@ -32,6 +33,22 @@ type Policy struct {
 	Now           time.Time
 }
 
+// ReadManifests takes every file of a folder for a manifest of NVIDIA's, or of
+// one of EmulatedRoots.
+func (p *Policy) ReadManifests(folder fs.FS) (err error) {
+	p.Manifests, err = rim.ReadFolder(folder, p.roots(rim.NVIDIARoot()), p.Now)
+	return err
+}
+
+// roots are NVIDIA's and those the verifier was told to accept.
+func (p *Policy) roots(nvidia spdm.Fingerprint) []spdm.Fingerprint {
+	out := []spdm.Fingerprint{nvidia}
+	for _, root := range p.EmulatedRoots {
+		out = append(out, spdm.FingerprintOf(root))
+	}
+	return out
+}
+
 // member is one GPU of the evidence as far as it was read.
 type member struct {
 	contract.GPUEvidence
@@ -42,7 +59,7 @@ type member struct {
 // Judge judges GPU evidence, the container of contract.GPUEvidence, that has
 // to answer the nonce. Where certificates or signatures do not hold, nothing
 // after them is looked at.
-func (p Policy) Judge(data []byte, nonce [contract.GPUNonceBytes]byte) contract.GPUAppraisal {
+func (p *Policy) Judge(data []byte, nonce [contract.GPUNonceBytes]byte) contract.GPUAppraisal {
 	var a contract.GPUAppraisal
 	gpus, ok := p.read(&a, data)
 	if !ok || !p.authentic(&a, gpus) {
@@ -50,7 +67,7 @@ func (p Policy) Judge(data []byte, nonce [contract.GPUNonceBytes]byte) contract.
 	}
 	p.fresh(&a, gpus, nonce)
 	p.identity(&a, gpus)
-	mode(&a, gpus, p)
+	mode(&a, gpus, p.Model, p.Count)
 	p.firmware(&a, gpus)
 	for _, g := range gpus {
 		a.GPUs = append(a.GPUs, p.facts(g))
@@ -72,7 +89,7 @@ func each(a *contract.GPUAppraisal, name string, gpus []*member, held string, ch
 }
 
 // read judges form and count.
-func (p Policy) read(a *contract.GPUAppraisal, data []byte) ([]*member, bool) {
+func (p *Policy) read(a *contract.GPUAppraisal, data []byte) ([]*member, bool) {
 	if len(data) == 0 {
 		a.Add("gpu-evidence", false, p.wanted(), "none", "", "the guest shows no evidence of its GPUs; use a guest image that gathers it")
 		return nil, false
@@ -96,14 +113,11 @@ func (p Policy) read(a *contract.GPUAppraisal, data []byte) ([]*member, bool) {
 	return gpus, true
 }
 
-func (p Policy) wanted() string { return fmt.Sprintf("%d × %s", p.Count, gpu.Canonical(p.Model)) }
+func (p *Policy) wanted() string { return fmt.Sprintf("%d × %s", p.Count, gpu.Canonical(p.Model)) }
 
 // authentic judges who signed.
-func (p Policy) authentic(a *contract.GPUAppraisal, gpus []*member) bool {
-	roots := []spdm.Fingerprint{spdm.NVIDIARoot()}
-	for _, root := range p.EmulatedRoots {
-		roots = append(roots, spdm.FingerprintOf(root))
-	}
+func (p *Policy) authentic(a *contract.GPUAppraisal, gpus []*member) bool {
+	roots := p.roots(spdm.NVIDIARoot())
 	return each(a, "gpu-root", gpus, "certified up to a root that you accept", func(g *member) (string, string, string) {
 		var err error
 		if g.chain, err = spdm.VerifyChain(g.Certificates, roots, p.Now); err != nil {
@@ -123,7 +137,7 @@ func (p Policy) authentic(a *contract.GPUAppraisal, gpus []*member) bool {
 }
 
 // fresh judges which question was answered.
-func (p Policy) fresh(a *contract.GPUAppraisal, gpus []*member, nonce [contract.GPUNonceBytes]byte) {
+func (p *Policy) fresh(a *contract.GPUAppraisal, gpus []*member, nonce [contract.GPUNonceBytes]byte) {
 	want := hex.EncodeToString(nonce[:])
 	each(a, "gpu-nonce", gpus, "answers your challenge and the guest's keys", func(g *member) (string, string, string) {
 		if got := hex.EncodeToString(g.report.Nonce[:]); got != want {
@@ -137,7 +151,7 @@ func (p Policy) fresh(a *contract.GPUAppraisal, gpus []*member, nonce [contract.
 }
 
 // identity judges which GPUs they are.
-func (p Policy) identity(a *contract.GPUAppraisal, gpus []*member) {
+func (p *Policy) identity(a *contract.GPUAppraisal, gpus []*member) {
 	seen := map[spdm.PDI]bool{}
 	each(a, "gpu-distinct", gpus, "every GPU answered for itself only", func(g *member) (string, string, string) {
 		if seen[g.chain.PDI] {
@@ -176,7 +190,7 @@ func architecture(chip string) string {
 }
 
 // firmware judges what runs on them.
-func (p Policy) firmware(a *contract.GPUAppraisal, gpus []*member) {
+func (p *Policy) firmware(a *contract.GPUAppraisal, gpus []*member) {
 	first := gpus[0].report.Opaque.Driver
 	each(a, "gpu-driver", gpus, "one driver for all, "+first, func(g *member) (string, string, string) {
 		switch got := g.report.Opaque.Driver; {
@@ -205,7 +219,7 @@ func (p Policy) firmware(a *contract.GPUAppraisal, gpus []*member) {
 }
 
 // facts is what the evidence says of one GPU.
-func (p Policy) facts(g *member) contract.AttestedGPU {
+func (p *Policy) facts(g *member) contract.AttestedGPU {
 	o := g.report.Opaque
 	return contract.AttestedGPU{
 		Chip: g.chain.Product, PDI: g.chain.PDI.String(), Board: strings.Trim(o.Project+"-"+o.ProjectSKU+"-"+o.ChipSKU, "-"),
@@ -214,7 +228,7 @@ func (p Policy) facts(g *member) contract.AttestedGPU {
 }
 
 // unproven says what no check can.
-func (p Policy) unproven(a *contract.GPUAppraisal) {
+func (p *Policy) unproven(a *contract.GPUAppraisal) {
 	warn := func(name, why string) { a.Warnings = append(a.Warnings, contract.Warning{Name: name, Why: why}) }
 	warn("gpu-binding", "no signature ties a GPU to this processor: that they are in one machine, and that no genuine GPU elsewhere answered in their stead, is the word of the measured guest, which asked them")
 	warn("gpu-revocation", "whether NVIDIA has revoked a GPU's certificates was not asked: that needs its OCSP service")

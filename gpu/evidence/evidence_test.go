@@ -7,11 +7,11 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/fstest"
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/gpu/evidence"
-	"github.com/confidential-node/agent/gpu/rim"
 	"github.com/confidential-node/agent/gpu/rim/rimtest"
 	"github.com/confidential-node/agent/gpu/spdm"
 	"github.com/confidential-node/agent/gpu/spdm/spdmtest"
@@ -37,10 +37,8 @@ func newWorld(tb testing.TB, model string, configs ...spdmtest.Config) *world {
 	for _, c := range configs {
 		w.gpus = append(w.gpus, w.gpu(w.authority, c))
 	}
-	w.policy = evidence.Policy{
-		Model: model, Count: len(configs), Manifests: w.manifests(w.gpus[0]),
-		EmulatedRoots: []*x509.Certificate{w.authority.Root}, Now: time.Now(),
-	}
+	w.policy = evidence.Policy{Model: model, Count: len(configs), EmulatedRoots: []*x509.Certificate{w.authority.Root}, Now: time.Now()}
+	w.manifests(w.gpus[0])
 	return w
 }
 
@@ -53,21 +51,16 @@ func (w *world) gpu(a *spdmtest.Authority, c spdmtest.Config) *spdmtest.GPU {
 	return g
 }
 
-func (w *world) manifests(g *spdmtest.GPU) []*rim.Manifest {
+// manifests makes those that a GPU fits what the policy compares with.
+func (w *world) manifests(g *spdmtest.GPU) {
 	w.tb.Helper()
 	driver, vbios, err := rimtest.For(w.authority, g)
 	if err != nil {
 		w.tb.Fatal(err)
 	}
-	var out []*rim.Manifest
-	for _, data := range [][]byte{driver, vbios} {
-		m, err := rim.Parse(data, []spdm.Fingerprint{spdm.FingerprintOf(w.authority.Root)}, time.Now())
-		if err != nil {
-			w.tb.Fatal(err)
-		}
-		out = append(out, m)
+	if err := w.policy.ReadManifests(fstest.MapFS{"driver": {Data: driver}, "vbios": {Data: vbios}}); err != nil {
+		w.tb.Fatal(err)
 	}
-	return out
 }
 
 func (w *world) evidence() []byte {
@@ -314,7 +307,7 @@ func FuzzJudge(f *testing.F) {
 	f.Add([]byte(`[]`))
 	genuine := w.judge()
 	f.Fuzz(func(t *testing.T, data []byte) {
-		if a := (evidence.Policy{Now: w.policy.Now}).Judge(data, w.nonce); a.OK() {
+		if a := (&evidence.Policy{Now: w.policy.Now}).Judge(data, w.nonce); a.OK() {
 			t.Error("evidence holds although nothing was expected")
 		}
 		if a := w.policy.Judge(data, w.nonce); a.OK() && a.GPUs[0] != genuine.GPUs[0] {

@@ -34,8 +34,8 @@ func modeOf(o spdm.Opaque) string {
 
 // mode judges how the GPUs protect what goes between them and the guest. A
 // GPU that is not confidential at all has no evidence.
-func mode(a *contract.GPUAppraisal, gpus []*member, p Policy) {
-	allowed, why := allowedModes(gpus, p)
+func mode(a *contract.GPUAppraisal, gpus []*member, model string, count int) {
+	allowed, why := allowedModes(gpus, model, count)
 	each(a, "gpu-mode", gpus, "in a mode that encrypts: "+modeOf(gpus[0].report.Opaque), func(g *member) (string, string, string) {
 		if got := modeOf(g.report.Opaque); !slices.Contains(allowed, got) {
 			return fmt.Sprint(allowed), got, why
@@ -58,11 +58,11 @@ func mode(a *contract.GPUAppraisal, gpus []*member, p Policy) {
 	a.Warnings = append(a.Warnings, contract.Warning{Name: "gpu-switches", Why: "the NVSwitches were not asked for evidence of their own; GPUs name them, and links between GPUs are not encrypted in this mode"})
 }
 
-func allowedModes(gpus []*member, p Policy) (modes []string, why string) {
+func allowedModes(gpus []*member, model string, count int) (modes []string, why string) {
 	switch blackwell := gpus[0].Arch == contract.ArchBlackwell; {
-	case gpu.WholeBoard(p.Model, p.Count):
+	case gpu.WholeBoard(model, count):
 		return []string{modeProtectedPCIe}, "eight GPUs of Hopper are one guest's in Protected PCIe only"
-	case blackwell && p.Count > 1:
+	case blackwell && count > 1:
 		return []string{modeMulti}, "several GPUs of Blackwell have to encrypt the links between them"
 	case blackwell:
 		return []string{modeOn, modeMulti}, "Protected PCIe is no mode of Blackwell"
