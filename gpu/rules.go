@@ -4,7 +4,9 @@
 package gpu
 
 import (
+	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/confidential-node/agent/firmware/contract"
@@ -64,6 +66,23 @@ func Rule(model string, count int) *contract.Refusal {
 		return nil
 	}
 	return contract.Refuse("gpu.unknown-model", useOther, "GPU model %q is not known to this build", model)
+}
+
+// ParseDemand reads MODEL[:COUNT], one where no count is given, and refuses
+// what Rule refuses.
+func ParseDemand(text string) (contract.GPU, error) {
+	demand := contract.GPU{Model: text, Count: 1}
+	if model, count, counted := strings.Cut(text, ":"); counted {
+		var err error
+		demand.Model = model
+		if demand.Count, err = strconv.Atoi(count); err != nil {
+			return demand, fmt.Errorf("parsing GPUs: %.100q is not MODEL[:COUNT]", text)
+		}
+	}
+	if refused := Rule(demand.Model, demand.Count); refused != nil {
+		return demand, refused
+	}
+	return demand, nil
 }
 
 // WholeBoard says whether so many of a model are an HGX Hopper board, which

@@ -2,8 +2,6 @@ package main
 
 import (
 	"os"
-	"strconv"
-	"strings"
 
 	"github.com/spf13/pflag"
 
@@ -43,17 +41,11 @@ func (g *expectedGPUs) policy(set *pflag.FlagSet, a *snp.AppraisalPolicy) (*evid
 		}
 		return nil, nil //nolint:nilnil // no expectation is an answer
 	}
-	p := &evidence.Policy{Model: g.expected, Count: 1, AllowUnmeasured: g.unmeasured, EmulatedRoots: a.EmulatedRoots, Now: a.Now}
-	if model, count, counted := strings.Cut(g.expected, ":"); counted {
-		var err error
-		if p.Count, err = strconv.Atoi(count); err != nil {
-			return nil, usageError("--expected-gpu %q is not MODEL[:COUNT]", g.expected)
-		}
-		p.Model = model
+	demand, err := gpu.ParseDemand(g.expected)
+	if err != nil {
+		return nil, usageError("--expected-gpu: %w", err)
 	}
-	if refused := gpu.Rule(p.Model, p.Count); refused != nil {
-		return nil, usageError("--expected-gpu %s: %s; %s", g.expected, refused.Message, refused.Remedy)
-	}
+	p := &evidence.Policy{Model: demand.Model, Count: demand.Count, AllowUnmeasured: g.unmeasured, EmulatedRoots: a.EmulatedRoots, Now: a.Now}
 	for _, text := range g.pdis {
 		pdi, err := spdm.ParsePDI(text)
 		if err != nil {
