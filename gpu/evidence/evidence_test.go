@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"crypto/x509"
 	"encoding/hex"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -124,6 +126,43 @@ func TestGPUsThatFitHold(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// The evidence that NVIDIA publishes as a sample, as a guest would have handed
+// it out: it holds under NVIDIA's root alone.
+func TestTheEvidenceOfARealH100Holds(t *testing.T) {
+	t.Parallel()
+	read := func(name string) []byte {
+		data, err := os.ReadFile(filepath.Join("..", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return data
+	}
+	report := read("spdm/testdata/hopper-report.bin")
+	nonce := [contract.GPUNonceBytes]byte(report[4:])
+	data, err := contract.EncodeGPUEvidence([]contract.GPUEvidence{{
+		Arch: contract.ArchHopper, Nonce: hex.EncodeToString(nonce[:]), Report: report, Certificates: read("spdm/testdata/hopper-chain.pem"),
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed := time.Date(2024, 6, 1, 0, 0, 0, 0, time.UTC)
+	p := evidence.Policy{Model: "H100", Count: 1, PDIs: []spdm.PDI{0x431d480fe5e87274}, AllowUnmeasured: true, Now: signed}
+	a := p.Judge(data, nonce)
+	want := contract.AttestedGPU{Chip: "GH100", PDI: "0x431d480fe5e87274", Board: "1010-0200-882", Driver: "550.90.07", VBIOS: "96.00.9F.00.01", Mode: "on"}
+	if !a.OK() || len(a.GPUs) != 1 || a.GPUs[0] != want {
+		t.Errorf("%+v, %+v", a.Failed(), a.GPUs)
+	}
+	// A manifest of NVIDIA's for another driver is none for this one, even
+	// where unmeasured GPUs are allowed.
+	if err := p.ReadManifests(fstest.MapFS{"driver": {Data: read("rim/testdata/driver-545.swidtag")}}); err != nil {
+		t.Fatal(err)
+	}
+	a = p.Judge(data, nonce)
+	if f := a.Failed(); f == nil || f.Name != "gpu-measurements" || !strings.Contains(f.Why, "no manifest for driver 550.90.07") {
+		t.Errorf("%+v", a.Checks)
 	}
 }
 
