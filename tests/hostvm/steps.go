@@ -37,8 +37,9 @@ ip link set lo up
 install -m 755 /opt/rig/nodeagent /usr/bin/nodeagent
 install -m 644 /opt/rig/nodeagent.service /etc/systemd/system/
 mkdir -p /etc/nodeagent/conf.d /usr/share/nodeagent/images /etc/systemd/system/nodeagent.service.d
-printf '[Service]\nEnvironment=NODEAGENT_FAILPOINTS=/run/failpoints\nStartLimitIntervalSec=0\n' >/etc/systemd/system/nodeagent.service.d/rig.conf
+printf '[Unit]\nStartLimitIntervalSec=0\n[Service]\nEnvironment=NODEAGENT_FAILPOINTS=/run/failpoints\n' >/etc/systemd/system/nodeagent.service.d/rig.conf
 touch /run/failpoints
+printf '[policy]\nreserve_memory_mib = 1024\n' >/etc/nodeagent/conf.d/host.toml
 systemd-run -q --unit=controlplane /opt/rig/controlplane --dir /var/lib/cp serve
 for i in $(seq 60); do
 	/opt/rig/controlplane --dir /var/lib/cp enrol provider --out /etc/nodeagent >/etc/nodeagent/agent.toml 2>/tmp/enrol && break
@@ -47,7 +48,7 @@ done
 chmod 600 /etc/nodeagent/agent.toml
 cat /tmp/enrol >&2
 systemctl daemon-reload
-cat /etc/nodeagent/agent.toml
+
 `
 
 func install(ctx context.Context, w *world) error {
