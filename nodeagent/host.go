@@ -121,8 +121,9 @@ func dnsOf(cfg config.Config) []string {
 	return out
 }
 
-// objectStoreClient trusts the system's roots and one CA more.
-func objectStoreClient(caFile string) (*http.Client, error) {
+// objectStoreClient trusts the system's roots and one CA more, at the time
+// that now tells.
+func objectStoreClient(caFile string, now func() time.Time) (*http.Client, error) {
 	pool, err := x509.SystemCertPool()
 	if err != nil {
 		return nil, fmt.Errorf("reading the system's roots: %w", err)
@@ -137,7 +138,7 @@ func objectStoreClient(caFile string) (*http.Client, error) {
 		}
 	}
 	return blob.Client(&http.Transport{
-		Proxy: http.ProxyFromEnvironment, TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12},
+		Proxy: http.ProxyFromEnvironment, TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12, Time: now},
 		MaxIdleConnsPerHost: 64, IdleConnTimeout: time.Minute,
 	}), nil
 }

@@ -168,7 +168,7 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 		return nil, err
 	}
 	transport, err := control.NewNATS(control.NATSConfig{
-		Servers: cfg.Control.Servers, CAFile: cfg.Control.CAFile, CredsFile: cfg.Control.CredsFile, HostID: cfg.HostID,
+		Servers: cfg.Control.Servers, CAFile: cfg.Control.CAFile, CredsFile: cfg.Control.CredsFile, HostID: cfg.HostID, Clock: a.wall,
 	})
 	if err != nil {
 		return nil, err
@@ -176,7 +176,7 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	if err := transport.Check(); err != nil {
 		return nil, err
 	}
-	cache, spools, err := openBlobs(cfg, logger)
+	cache, spools, err := openBlobs(cfg, a.wall, logger)
 	if err != nil {
 		return nil, err
 	}
@@ -228,17 +228,20 @@ func build(cfg config.Config, logger hclog.Logger) (a *agent, err error) {
 	return a, nil
 }
 
+// wall is the agent's time, for whoever is made before the clock.
+func (a *agent) wall() time.Time { return a.clock.Wall() }
+
 // openBlobs opens what guests read, and what they deliver.
-func openBlobs(cfg config.Config, logger hclog.Logger) (*blob.Cache, *blob.Spools, error) {
-	client, err := objectStoreClient(cfg.Blob.CAFile)
+func openBlobs(cfg config.Config, now func() time.Time, logger hclog.Logger) (*blob.Cache, *blob.Spools, error) {
+	client, err := objectStoreClient(cfg.Blob.CAFile, now)
 	if err != nil {
 		return nil, nil, err
 	}
-	cache, err := blob.Open(cfg.CacheDir, blob.Config{MaxBytes: cfg.Blob.MaxBytes, Parts: cfg.Blob.Parts, CheckHeader: sealed.CheckHeader}, client, logger)
+	cache, err := blob.Open(cfg.CacheDir, blob.Config{MaxBytes: cfg.Blob.MaxBytes, Parts: cfg.Blob.Parts, CheckHeader: sealed.CheckHeader, Clock: now}, client, logger)
 	if err != nil {
 		return nil, nil, err
 	}
-	spools, err := blob.OpenSpools(spoolDir(cfg), blob.SpoolConfig{MaxBytes: cfg.Blob.SpoolMaxBytes, Parts: cfg.Blob.Parts, CheckHeader: sealed.CheckHeader}, client, logger)
+	spools, err := blob.OpenSpools(spoolDir(cfg), blob.SpoolConfig{MaxBytes: cfg.Blob.SpoolMaxBytes, Parts: cfg.Blob.Parts, CheckHeader: sealed.CheckHeader, Clock: now}, client, logger)
 	return cache, spools, err
 }
 

@@ -72,6 +72,18 @@ const (
 // Steps are all steps, in the order of a life.
 func Steps() []Step { return []Step{StepBind, StepVerify, StepCheck, StepOff, StepReturn} }
 
+// Points are where a device's life may be broken: before, inside and after
+// each step, and after its record.
+func Points() []string {
+	var points []string
+	for _, s := range Steps() {
+		for _, at := range []string{"begun:", "inside:", "did:", "done:"} {
+			points = append(points, at+string(s))
+		}
+	}
+	return points
+}
+
 // due is the step that a record asks for by itself; StepCheck is asked for by
 // a guest.
 func due(r Record) Step {

@@ -35,6 +35,8 @@ type Config struct {
 	Stall time.Duration
 	// Space says what is free under a path; nil asks the file system.
 	Space func(path string) (bytes, inodes uint64, err error)
+	// Clock says whether a URL has expired; time.Now when nil.
+	Clock func() time.Time
 }
 
 // Ref is a blob and where to get it.
@@ -82,6 +84,9 @@ func Open(dir string, cfg Config, client *http.Client, logger hclog.Logger) (*Ca
 	}
 	if cfg.Space == nil {
 		cfg.Space = space
+	}
+	if cfg.Clock == nil {
+		cfg.Clock = time.Now
 	}
 	c := &Cache{dir: dir, cfg: cfg, client: client, log: logger.Named("blob"), fetching: map[string]*turn{}, reserved: map[string]int64{}}
 	// QEMU runs as another user and opens blobs by their names, whatever the

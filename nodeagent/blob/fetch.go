@@ -276,7 +276,7 @@ func (d *download) part(ctx context.Context, i int) error {
 		return nil
 	}
 	what := fmt.Sprintf("part %d of blob %s", i, d.ref.name())
-	err := insist(ctx, d.ref.URL, what, d.c.log, func() error { return diskError(d.try(ctx, i)) })
+	err := insist(ctx, d.ref.URL, what, d.c.cfg.Clock, d.c.log, func() error { return diskError(d.try(ctx, i)) })
 	switch {
 	case err == nil:
 		return d.complete(i)

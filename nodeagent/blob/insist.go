@@ -12,14 +12,14 @@ import (
 
 // insist does what may fail and pass, as often as is worth while and not
 // before the store wants it. No try begins after the URL has expired.
-func insist(ctx context.Context, presigned, what string, log hclog.Logger, do func() error) error {
+func insist(ctx context.Context, presigned, what string, now func() time.Time, log hclog.Logger, do func() error) error {
 	for attempt := 0; ; attempt++ {
 		err := do()
 		if err == nil || lasting(err) || ctx.Err() != nil || attempt == attempts-1 {
 			return err
 		}
 		pause := max(retryPause<<attempt, RetryAfter(err))
-		if until := Expiry(presigned); !until.IsZero() && time.Now().Add(pause).After(until) {
+		if until := Expiry(presigned); !until.IsZero() && now().Add(pause).After(until) {
 			return contract.Refuse(codeURLExpired, again, "the URL expires before the object store takes or gives %s", what).Because(err)
 		}
 		log.Debug("failed, trying again", "what", what, "attempt", attempt, "pause", pause.String(), "err", err)

@@ -161,7 +161,7 @@ func (u *upload) part(ctx context.Context, number int, link string) error {
 	}
 	what := fmt.Sprintf("part %d of result %s", number, u.e.Name)
 	var tag string
-	err := insist(ctx, link, what, u.s.log, func() (err error) {
+	err := insist(ctx, link, what, u.s.cfg.Clock, u.s.log, func() (err error) {
 		tag, err = u.try(ctx, number, link)
 		return err
 	})

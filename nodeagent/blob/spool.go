@@ -38,6 +38,8 @@ type SpoolConfig struct {
 	Stall time.Duration
 	// Space says what is free under a path; nil asks the file system.
 	Space func(path string) (bytes, inodes uint64, err error)
+	// Clock says whether a URL has expired; time.Now when nil.
+	Clock func() time.Time
 }
 
 // Spools is the folder that holds every guest's spool.
@@ -63,6 +65,9 @@ func OpenSpools(dir string, cfg SpoolConfig, client *http.Client, logger hclog.L
 	}
 	if cfg.Space == nil {
 		cfg.Space = space
+	}
+	if cfg.Clock == nil {
+		cfg.Clock = time.Now
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("making spools: %w", err)

@@ -45,6 +45,9 @@ type NATSConfig struct {
 	// replaced while the agent runs.
 	CAFile, CredsFile string
 	HostID            string
+	// Clock judges the server's certificate and the end of the identity;
+	// time.Now when nil.
+	Clock func() time.Time
 }
 
 // NATS dials NATS JetStream over TLS 1.3. The TLS handshake comes before the
@@ -61,6 +64,9 @@ func NewNATS(cfg NATSConfig) (*NATS, error) {
 		if err != nil || u.Scheme != "tls" || u.Port() == "" || u.User != nil || u.Path != "" {
 			return nil, errors.New("configuring control link: a server is not tls://host:port")
 		}
+	}
+	if cfg.Clock == nil {
+		cfg.Clock = time.Now
 	}
 	return &NATS{cfg: cfg}, nil
 }
@@ -101,11 +107,11 @@ func (n *NATS) Dial(ctx context.Context) (Conn, error) {
 }
 
 func (n *NATS) connect(ctx context.Context, server string, roots *x509.CertPool, creds *credentials) (*natsConn, error) {
-	c := &natsConn{host: n.cfg.HostID, expires: creds.expires, failed: make(chan struct{})}
+	c := &natsConn{host: n.cfg.HostID, clock: n.cfg.Clock, expires: creds.expires, failed: make(chan struct{})}
 	d := &dialer{ctx: ctx}
 	nc, err := nats.Connect(server,
 		nats.Name("nodeagent "+n.cfg.HostID),
-		nats.Secure(&tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS13}), nats.TLSHandshakeFirst(),
+		nats.Secure(&tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS13, Time: n.cfg.Clock}), nats.TLSHandshakeFirst(),
 		nats.UserJWT(func() (string, error) { return creds.jwt, nil }, creds.seed.Sign),
 		nats.CustomInboxPrefix("_INBOX."+n.cfg.HostID),
 		nats.NoReconnect(), nats.Timeout(connectTimeout), nats.SetCustomDialer(d),
@@ -143,6 +149,7 @@ func (d *dialer) Dial(network, address string) (net.Conn, error) {
 
 type natsConn struct {
 	host    string
+	clock   func() time.Time
 	expires time.Time // of the identity; zero: never
 	nc      *nats.Conn
 	inbox   *nats.Subscription
@@ -194,6 +201,7 @@ func (c *natsConn) asyncError(err error) {
 func (c *natsConn) explain(err error) error {
 	const enrol = "enrol the host again and replace its credentials file"
 	var untrusted *tls.CertificateVerificationError
+	var invalid x509.CertificateInvalidError
 	switch {
 	case err == nil:
 		return errors.New("connection closed by the server")
@@ -202,12 +210,16 @@ func (c *natsConn) explain(err error) error {
 	case errors.Is(err, nats.ErrAuthExpired), errors.Is(err, nats.ErrAccountAuthExpired):
 		return &LinkError{StateAuthExpired, enrol, err}
 	case errors.Is(err, nats.ErrAuthorization):
-		if !c.expires.IsZero() && time.Now().After(c.expires) {
+		if !c.expires.IsZero() && c.clock().After(c.expires) {
 			return &LinkError{StateAuthExpired, enrol, err}
 		}
 		return &LinkError{StateAuthRefused, enrol, err}
 	case errors.Is(err, nats.ErrAuthRevoked):
 		return &LinkError{StateAuthRefused, enrol, err}
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		return &LinkError{StateCertificateExpired, fmt.Sprintf(
+			"by the agent's time it is %s: if that is wrong, set the host's clock (nodeagent status shows whether it is believed); if it is right, renew the server's certificate",
+			c.clock().UTC().Format(time.RFC3339)), err}
 	case errors.As(err, &untrusted):
 		return &LinkError{StateUntrusted, "check the server's address and the CA file; somebody may be in between", err}
 	}

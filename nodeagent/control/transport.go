@@ -66,17 +66,18 @@ type State string
 
 // States of the link.
 const (
-	StateConnecting      State = "connecting"        // nothing heard yet
-	StateConnected       State = "connected"         // commands and events flow
-	StateUnreachable     State = "unreachable"       // no server answers
-	StateUntrusted       State = "untrusted"         // the server's certificate is not the pinned CA's
-	StateCredentials     State = "credentials"       // CA or credentials file cannot be used
-	StateAuthExpired     State = "auth-expired"      // the host's identity is past its end
-	StateAuthRefused     State = "auth-refused"      // the server does not accept the identity
-	StatePermission      State = "permission-denied" // the identity may not use its own subjects
-	StateConsumerMissing State = "consumer-missing"  // no queue for this host
-	StateStreamMissing   State = "stream-missing"    // nobody stores events
-	StateSilent          State = "silent"            // connected, but nothing was confirmed for too long
+	StateConnecting         State = "connecting"          // nothing heard yet
+	StateConnected          State = "connected"           // commands and events flow
+	StateUnreachable        State = "unreachable"         // no server answers
+	StateUntrusted          State = "untrusted"           // the server's certificate is not the pinned CA's
+	StateCertificateExpired State = "certificate-expired" // the server's certificate is not valid yet, or not any more, at the agent's time
+	StateCredentials        State = "credentials"         // CA or credentials file cannot be used
+	StateAuthExpired        State = "auth-expired"        // the host's identity is past its end
+	StateAuthRefused        State = "auth-refused"        // the server does not accept the identity
+	StatePermission         State = "permission-denied"   // the identity may not use its own subjects
+	StateConsumerMissing    State = "consumer-missing"    // no queue for this host
+	StateStreamMissing      State = "stream-missing"      // nobody stores events
+	StateSilent             State = "silent"              // connected, but nothing was confirmed for too long
 )
 
 // LinkError is why the link does not work, with what to do about it.

@@ -179,8 +179,8 @@ func (k *fakeKDS) serveCRL(crl []byte) {
 
 // transport is the usual one, but trusts the fake's certificate and dials it
 // in memory.
-func (k *fakeKDS) transport() http.RoundTripper {
-	transport := systemTransport()
+func (k *fakeKDS) transport(now func() time.Time) http.RoundTripper {
+	transport := systemTransport(now)
 	transport.Proxy = nil
 	transport.TLSClientConfig.RootCAs = x509.NewCertPool()
 	transport.TLSClientConfig.RootCAs.AddCert(k.server.Certificate())
@@ -193,7 +193,7 @@ func (k *fakeKDS) provider(dir string, change func(*Config)) *Provider {
 	k.t.Helper()
 	root := k.authority.ARK
 	cfg := Config{
-		Dir: dir, OperatorDir: dir + ".operator", KeyService: "https://example.com", Transport: k.transport(),
+		Dir: dir, OperatorDir: dir + ".operator", KeyService: "https://example.com", Transport: k.transport(time.Now),
 		Roots: map[string]*x509.Certificate{snp.ProductMilan: root, snp.ProductGenoa: root, snp.ProductTurin: root},
 		Now:   time.Now, Logger: hclog.NewNullLogger(),
 	}

@@ -179,7 +179,7 @@ func TestAPaceThatCannotBeTrueIsReplaced(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				p := pace{t.TempDir()}
+				p := pace{t.TempDir(), time.Now}
 				if err := os.WriteFile(p.file(), []byte(text), 0o600); err != nil {
 					t.Fatal(err)
 				}
@@ -199,7 +199,7 @@ func TestATurnIsOnDiskBeforeTheRequestGoesOut(t *testing.T) {
 		id := genoa(t)
 		var next time.Time
 		k.scripted(func(w http.ResponseWriter, _ *http.Request) {
-			next, _ = pace{dir}.next(time.Now())
+			next, _ = pace{dir, time.Now}.next(time.Now())
 			w.WriteHeader(http.StatusInternalServerError)
 		})
 		_, err := k.provider(dir, nil).Fetch(t.Context(), id)
@@ -365,7 +365,7 @@ func TestOnlyTLSWithATrustedRootIsSpoken(t *testing.T) {
 	server.Config.ErrorLog = log.New(io.Discard, "", 0)
 	server.StartTLS()
 	defer server.Close()
-	k, err := newKDS(server.URL, nil, pace{t.TempDir()})
+	k, err := newKDS(server.URL, nil, pace{t.TempDir(), time.Now})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -375,10 +375,29 @@ func TestOnlyTLSWithATrustedRootIsSpoken(t *testing.T) {
 		t.Errorf("spoke to a server of an unknown CA: %v", err)
 	}
 	for _, bad := range []string{"http://kdsintf.amd.com", "kdsintf.amd.com", "https://", "https://u:p@x", "https://x?y", "://"} {
-		if _, err := newKDS(bad, nil, pace{t.TempDir()}); codeOf(err) != "endorsements.bad-key-service" {
+		if _, err := newKDS(bad, nil, pace{t.TempDir(), time.Now}); codeOf(err) != "endorsements.bad-key-service" {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}
+}
+
+// The key service's certificate is judged at the agent's time; here the host's
+// clock has nothing against it.
+func TestTheKeyServicesCertificateIsJudgedAtTheAgentsTime(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		k := newFakeKDS(t)
+		late := func() time.Time { return k.server.Certificate().NotAfter.Add(time.Hour) }
+		p := k.provider(t.TempDir(), func(c *Config) { c.Now, c.Transport = late, k.transport(late) })
+		_, err := p.Fetch(t.Context(), genoa(t))
+		var invalid x509.CertificateInvalidError
+		if codeOf(err) != "endorsements.unreachable" || !errors.As(err, &invalid) || invalid.Reason != x509.Expired {
+			t.Errorf("asked a service whose certificate has ended: %v", err)
+		}
+		if len(k.asked()) != 0 {
+			t.Error("the request went out")
+		}
+	})
 }
 
 func errorsIsUnknownAuthority(err error) bool {

@@ -99,7 +99,7 @@ func FuzzPace(f *testing.F) {
 	f.Add([]byte(`{"not_before":"2026-11-01T00:00:05Z"}`))
 	f.Add([]byte(`{"not_before":"9999-12-31T23:59:59Z"}`))
 	now := time.Date(2026, 11, 1, 0, 0, 0, 0, time.UTC)
-	p := pace{f.TempDir()}
+	p := pace{f.TempDir(), time.Now}
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		if err := os.WriteFile(p.file(), raw, 0o600); err != nil {
 			t.Fatal(err)

@@ -43,7 +43,7 @@ func newKDS(base string, transport http.RoundTripper, p pace) (*kds, error) {
 			"key service %q is not an https URL", base)
 	}
 	if transport == nil {
-		transport = systemTransport()
+		transport = systemTransport(p.now)
 	}
 	client := &http.Client{
 		Transport: transport, Timeout: requestTimeout,
@@ -52,9 +52,9 @@ func newKDS(base string, transport http.RoundTripper, p pace) (*kds, error) {
 	return &kds{base: u, http: client, pace: p}, nil
 }
 
-func systemTransport() *http.Transport {
+func systemTransport(now func() time.Time) *http.Transport {
 	return &http.Transport{
-		Proxy: http.ProxyFromEnvironment, TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12}, MaxResponseHeaderBytes: maxHeaderBytes,
+		Proxy: http.ProxyFromEnvironment, TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, Time: now}, MaxResponseHeaderBytes: maxHeaderBytes,
 		DisableKeepAlives: true, // ten seconds lie between two requests
 	}
 }
@@ -134,7 +134,7 @@ func (k *kds) once(ctx context.Context, u *url.URL) (body []byte, again time.Dur
 	defer resp.Body.Close() //nolint:errcheck // read only
 	switch code := resp.StatusCode; {
 	case code == http.StatusTooManyRequests:
-		return nil, retryAfter(resp.Header.Get("Retry-After"), time.Now()), nil
+		return nil, retryAfter(resp.Header.Get("Retry-After"), k.pace.now()), nil
 	case code == http.StatusNotFound || code == http.StatusBadRequest:
 		return nil, 0, contract.Refuse("endorsements.unknown-chip", "compare product, chip id and reported TCB with what the firmware says (they change with BIOS and microcode)",
 			"the key service at %s knows no %s (%d)", k.base.Host, u.Path, code)

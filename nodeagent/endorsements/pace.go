@@ -27,7 +27,10 @@ const (
 
 // pace spaces the requests of all processes that share a cache. The next
 // moment is on disk before the request it pays for goes out.
-type pace struct{ dir string }
+type pace struct {
+	dir string
+	now func() time.Time
+}
 
 type paceFile struct {
 	// NotBefore is when AMD may be asked next.
@@ -73,7 +76,7 @@ func (p pace) take(ctx context.Context) error {
 	for {
 		var wait time.Duration
 		err := locked(ctx, p.lock(), func() error {
-			now := time.Now()
+			now := p.now()
 			next, err := p.next(now)
 			if err != nil {
 				return err
@@ -88,10 +91,9 @@ func (p pace) take(ctx context.Context) error {
 		if err != nil || wait <= 0 {
 			return err
 		}
-		turn := time.Now().Add(wait)
-		if deadline, ok := ctx.Deadline(); ok && turn.After(deadline) {
+		if deadline, ok := ctx.Deadline(); ok && time.Now().Add(wait).After(deadline) {
 			return contract.Refuse("endorsements.rate-limited", "wait until then, or carry the certificates over with export and import",
-				"AMD's key service may not be asked before %s", turn.UTC().Format(time.RFC3339))
+				"AMD's key service may not be asked before %s", p.now().Add(wait).UTC().Format(time.RFC3339))
 		}
 		if err := pause(ctx, wait); err != nil {
 			return err
@@ -102,7 +104,7 @@ func (p pace) take(ctx context.Context) error {
 // postpone makes everybody wait at least so long. It never shortens a wait.
 func (p pace) postpone(ctx context.Context, d time.Duration) error {
 	return locked(ctx, p.lock(), func() error {
-		now := time.Now()
+		now := p.now()
 		next, err := p.next(now)
 		if err != nil {
 			return err

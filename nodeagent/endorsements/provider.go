@@ -60,7 +60,8 @@ type Config struct {
 	Platform Platform
 	// Transport to the key service; nil trusts the system's roots.
 	Transport http.RoundTripper
-	// Now is the clock that certificates are judged by.
+	// Now is the clock that certificates are judged by, the key service's own
+	// included, and that its requests are spaced by.
 	Now    func() time.Time
 	Logger hclog.Logger
 }
@@ -88,7 +89,7 @@ func New(cfg Config) (*Provider, error) {
 	}
 	p := &Provider{cfg: cfg, cache: c, log: cfg.Logger.Named("endorsements")}
 	if cfg.KeyService != "" {
-		if p.kds, err = newKDS(cfg.KeyService, cfg.Transport, pace{cfg.Dir}); err != nil {
+		if p.kds, err = newKDS(cfg.KeyService, cfg.Transport, pace{cfg.Dir, cfg.Now}); err != nil {
 			return nil, err
 		}
 	}

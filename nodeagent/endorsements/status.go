@@ -56,7 +56,7 @@ type Document struct {
 func (p *Provider) Status(ctx context.Context) (Status, error) {
 	s := Status{KeyService: p.cfg.KeyService, Source: sourceNone, Documents: []Document{}}
 	var err error
-	if s.MayAskAt, err = (pace{p.cfg.Dir}).next(time.Now()); err != nil {
+	if s.MayAskAt, err = (pace{p.cfg.Dir, p.cfg.Now}).next(p.cfg.Now()); err != nil {
 		return s, err
 	}
 	if p.cfg.Platform != nil {

@@ -10,6 +10,9 @@
 //		return err
 //	}
 //
+// A point at which the agent may die belongs into the list that its crash test
+// goes through (lifecycle.Points and its like): tests/fault fails otherwise.
+//
 // A unit test, in a file with the tag, arms it for itself alone:
 //
 //	points := failpoint.New()

@@ -91,6 +91,7 @@ func (g *guest) upload(ctx context.Context, e Entry) (*contract.Refusal, error) 
 			return contract.Refuse("results.upload-expired", "launch again with URLs that are valid for longer, and a store that takes them in time",
 				"result %s could not be uploaded before its URL or its time expired", e.Name), nil
 		}
+		g.m.mark("sending:" + e.Name)
 		err = g.tryUpload(ctx, e, target, left)
 		if err == nil {
 			return nil, nil //nolint:nilnil // delivered: there is neither reason nor error

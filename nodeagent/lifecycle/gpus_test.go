@@ -264,11 +264,6 @@ func TestADeathAtAnyBoundaryLeavesNoGPUBehind(t *testing.T) {
 	h := newGPUHost(t)
 	change := withGPU(t, "H100", 1)
 	all := pointsOf(h.ready(), change)
-	for _, p := range []string{"gpus-reserved", "begun:gpus", "inside:gpus", "begun:gpu-check", "inside:gpu-check", "did:gpu-check", "undone:gpus", "gone:gpus"} {
-		if !slices.Contains(all, p) {
-			t.Errorf("%s is not among the boundaries", p)
-		}
-	}
 	for _, point := range all {
 		t.Run(point, func(t *testing.T) {
 			t.Parallel()

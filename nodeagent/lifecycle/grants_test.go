@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -157,59 +156,6 @@ func TestExpiredURLsOfPartsAreRenewedOrTheUploadBegunAnew(t *testing.T) {
 	}
 	h.complete(t.Context(), m, nth(h, 2, (*api.Event).GetUploadReady))
 	h.ends(t.Context(), finished, "")
-}
-
-func TestAnUploadInPartsOutlivesTheAgent(t *testing.T) {
-	t.Parallel()
-	for _, point := range []string{"wanted:out", "granted:out", "completed:out", "settled:out"} {
-		t.Run(point, func(t *testing.T) {
-			t.Parallel()
-			h := newHost(t)
-			ctx, die := context.WithCancel(t.Context())
-			var m atomic.Pointer[lifecycle.Manager]
-			first, over := h.lifeUntil(ctx, func(p string) {
-				if p == point {
-					die()
-				}
-			})
-			m.Store(first)
-			next := make(chan struct{})
-			go func() {
-				defer close(next)
-				<-over
-				h.world.ProcessDied()
-				m.Store(h.life(t.Context(), nil))
-			}()
-			go h.guest(t.Context())
-			if err := h.execute(ctx, first, h.command(inParts(2))); err != nil {
-				t.Fatal(err)
-			}
-			nth(h, 1, (*api.Event).GetUploadGrantWanted)
-			again := func(cmd *api.Command) { // as the inbox does with what was not finished
-				for range 2 {
-					if ctx.Err() != nil {
-						<-next
-					}
-					if err := h.execute(t.Context(), m.Load(), cmd); err != nil {
-						t.Fatal(err)
-					}
-				}
-			}
-			again(granting(grantOf("u-1", 3, 128, "")))
-			ready := nth(h, 1, (*api.Event).GetUploadReady)
-			if err := h.world.Complete(ready.GetUploadId(), outURL, ready.GetEtags()); err != nil {
-				t.Fatal(err)
-			}
-			again(settling("out", "u-1"))
-			h.ends(t.Context(), finished, "")
-			if n := len(bodies(h, (*api.Event).GetResultUploaded)); n != 2 {
-				t.Errorf("%d results were told", n)
-			}
-			if ctx.Err() == nil {
-				t.Error("the agent never died")
-			}
-		})
-	}
 }
 
 func TestGrantsNobodyCanUseAreRefusedTyped(t *testing.T) {

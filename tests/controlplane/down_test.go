@@ -19,14 +19,7 @@ func TestTheLinkNamesWhyItIsDown(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	own := permissions(host)
-	creds := func(p jwt.Permissions, expires time.Time) []byte {
-		t.Helper()
-		out, err := w.Server.id.credentials(host, p, expires, jwt.ConnectionTypeStandard)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return out
-	}
+	creds := func(p jwt.Permissions, expires time.Time) []byte { return mustCreds(t, w, host, p, expires) }
 	w.enrol(host)
 	stranger := newWorld(t)
 	strangers, _, _, err := stranger.Server.EnrolHost(t.Context(), host)
@@ -56,25 +49,30 @@ func TestTheLinkNamesWhyItIsDown(t *testing.T) {
 		}
 		return tr
 	}
+	// expired ends within the hour by the host's clock, and has ended by the agent's.
+	expired := w.transportAt(2*time.Hour, host, mustCreds(t, stranger, host, own, time.Now().Add(time.Hour)))
 	for name, tc := range map[string]struct {
 		transport control.Transport
 		state     control.State
 		text      string
 	}{
-		"healthy":               {w.transport(host, creds(own, time.Time{})), control.StateConnected, ""},
-		"identity expired":      {w.transport(host, creds(own, time.Now().Add(-time.Hour))), control.StateAuthExpired, "enrol"},
-		"identity expires":      {w.transport(host, creds(own, time.Now().Add(2*time.Second))), control.StateAuthExpired, "enrol"},
-		"identity of others":    {w.transport(host, strangers), control.StateAuthRefused, "enrol"},
-		"may not publish":       {w.transport(host, creds(mute, time.Time{})), control.StatePermission, "evt." + host},
-		"may not fetch":         {w.transport(host, creds(deaf, time.Time{})), control.StatePermission, "CONSUMER.MSG.NEXT"},
-		"another host's":        {w.transport("node-x", creds(own, time.Time{})), control.StatePermission, "node-x"},
-		"not enrolled":          {w.transport("node-y", mustCreds(t, w, "node-y")), control.StateConsumerMissing, "node-y"},
-		"another CA":            {untrusting(), control.StateUntrusted, "CA file"},
-		"credentials readable":  {readable(), control.StateCredentials, "chmod 0600"},
-		"nobody listens":        {unreachable(t, w), control.StateUnreachable, "refused"},
-		"server without TLS":    {plain(t, w), control.StateUnreachable, ""},
-		"server that is silent": {silent(t, w), control.StateUnreachable, ""},
-		"server of old TLS":     {outdated(t, w), control.StateUnreachable, "protocol version not supported"},
+		"healthy":                {w.transport(host, creds(own, time.Time{})), control.StateConnected, ""},
+		"identity expired":       {w.transport(host, creds(own, time.Now().Add(-time.Hour))), control.StateAuthExpired, "enrol"},
+		"identity expires":       {w.transport(host, creds(own, time.Now().Add(2*time.Second))), control.StateAuthExpired, "enrol"},
+		"identity of others":     {w.transport(host, strangers), control.StateAuthRefused, "enrol"},
+		"may not publish":        {w.transport(host, creds(mute, time.Time{})), control.StatePermission, "evt." + host},
+		"may not fetch":          {w.transport(host, creds(deaf, time.Time{})), control.StatePermission, "CONSUMER.MSG.NEXT"},
+		"another host's":         {w.transport("node-x", creds(own, time.Time{})), control.StatePermission, "node-x"},
+		"not enrolled":           {w.transport("node-y", mustCreds(t, w, "node-y", permissions("node-y"), time.Time{})), control.StateConsumerMissing, "node-y"},
+		"another CA":             {untrusting(), control.StateUntrusted, "CA file"},
+		"clock years ahead":      {w.transportAt(3*365*24*time.Hour, host, creds(own, time.Time{})), control.StateCertificateExpired, "set the host's clock"},
+		"clock years behind":     {w.transportAt(-56*365*24*time.Hour, host, creds(own, time.Time{})), control.StateCertificateExpired, "by the agent's time it is 19"},
+		"identity ended by then": {expired, control.StateAuthExpired, "enrol"},
+		"credentials readable":   {readable(), control.StateCredentials, "chmod 0600"},
+		"nobody listens":         {unreachable(t, w), control.StateUnreachable, "refused"},
+		"server without TLS":     {plain(t, w), control.StateUnreachable, ""},
+		"server that is silent":  {silent(t, w), control.StateUnreachable, ""},
+		"server of old TLS":      {outdated(t, w), control.StateUnreachable, "protocol version not supported"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -101,10 +99,10 @@ func hostOf(row string) string {
 	return host
 }
 
-// mustCreds makes an identity without a queue.
-func mustCreds(t *testing.T, w *world, hostID string) []byte {
+// mustCreds makes an identity without a queue; a zero time is no end.
+func mustCreds(t *testing.T, w *world, hostID string, may jwt.Permissions, expires time.Time) []byte {
 	t.Helper()
-	creds, err := w.Server.id.credentials(hostID, permissions(hostID), time.Time{}, jwt.ConnectionTypeStandard)
+	creds, err := w.Server.id.credentials(hostID, may, expires, jwt.ConnectionTypeStandard)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -153,13 +151,13 @@ func at(t *testing.T, w *world, creds []byte, serve func(net.Conn)) control.Tran
 
 func unreachable(t *testing.T, w *world) control.Transport {
 	t.Helper()
-	return at(t, w, mustCreds(t, w, host), nil)
+	return at(t, w, mustCreds(t, w, host, permissions(host), time.Time{}), nil)
 }
 
 // plain answers in the clear, as a server without TLS first does.
 func plain(t *testing.T, w *world) control.Transport {
 	t.Helper()
-	return at(t, w, mustCreds(t, w, host), func(c net.Conn) {
+	return at(t, w, mustCreds(t, w, host, permissions(host), time.Time{}), func(c net.Conn) {
 		_, _ = c.Write([]byte("INFO {\"server_id\":\"x\",\"version\":\"2.10.0\",\"max_payload\":1048576}\r\n"))
 		_ = c.Close()
 	})
@@ -168,7 +166,7 @@ func plain(t *testing.T, w *world) control.Transport {
 // silent closes without a word.
 func silent(t *testing.T, w *world) control.Transport {
 	t.Helper()
-	return at(t, w, mustCreds(t, w, host), func(c net.Conn) { _ = c.Close() })
+	return at(t, w, mustCreds(t, w, host, permissions(host), time.Time{}), func(c net.Conn) { _ = c.Close() })
 }
 
 // outdated has the right certificate, but speaks TLS 1.2 at most.
@@ -179,7 +177,7 @@ func outdated(t *testing.T, w *world) control.Transport {
 		t.Fatal(err)
 	}
 	options.TLSConfig.MinVersion, options.TLSConfig.MaxVersion = tls.VersionTLS12, tls.VersionTLS12 //nolint:gosec // that it is refused is the test
-	return at(t, w, mustCreds(t, w, host), func(c net.Conn) {
+	return at(t, w, mustCreds(t, w, host, permissions(host), time.Time{}), func(c net.Conn) {
 		_ = tls.Server(c, options.TLSConfig).HandshakeContext(t.Context())
 		_ = c.Close()
 	})

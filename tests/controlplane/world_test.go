@@ -98,9 +98,16 @@ func (w *world) enrol(hostID string) control.Transport {
 
 func (w *world) transport(hostID string, creds []byte) control.Transport {
 	w.t.Helper()
+	return w.transportAt(0, hostID, creds)
+}
+
+// transportAt is an agent's whose time is off from the host's clock.
+func (w *world) transportAt(off time.Duration, hostID string, creds []byte) control.Transport {
+	w.t.Helper()
 	transport, err := control.NewNATS(control.NATSConfig{
 		Servers: []string{"tls://" + strings.TrimPrefix(w.Server.NATSURL(), "tls://")},
 		CAFile:  w.ca, CredsFile: w.file(hostID+"-"+api.NewID()+".creds", creds), HostID: hostID,
+		Clock: func() time.Time { return time.Now().Add(off) },
 	})
 	if err != nil {
 		w.t.Fatal(err)

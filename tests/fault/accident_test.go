@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/clock"
+	"github.com/confidential-node/agent/nodeagent/control"
 	"github.com/confidential-node/agent/tests/fault"
 	"github.com/confidential-node/agent/tests/skip"
 	"github.com/confidential-node/agent/tests/trial"
@@ -128,14 +130,16 @@ func TestADamagedStateFileHarmsNoGuestAndRepeatsNothing(t *testing.T) {
 	}
 }
 
-// The clocks of the host come apart by three years, seen by the real agent on
-// the real run path: in a time namespace it is the time since the boot that
-// moves. Nothing is launched until the operator accepts the clock.
+// The clocks of the host come apart, seen by the real agent on the real run
+// path: in a time namespace it is the time since the boot that moves. Nothing
+// is launched until the operator accepts the clock. By as much as three years,
+// the control plane's certificate has ended at the agent's time, and the link
+// says so.
 func TestAClockThatJumpedClosesLaunchesUntilItIsAccepted(t *testing.T) {
 	if h, err := clock.NewHost("/"); err != nil || h.Synchronised() {
 		skip.Missing(t, "a host whose clock no time service keeps synchronised")
 	}
-	under := []string{"unshare", "--time", "--boottime", "94608000", "--kill-child", "--"}
+	under := apart(time.Hour)
 	w := newWorld(t)
 	if out, err := w.Host.Output(t.Context(), under[0], append(slices.Clone(under[1:]), "true")...); err != nil {
 		t.Log(out, err)
@@ -168,6 +172,34 @@ func TestAClockThatJumpedClosesLaunchesUntilItIsAccepted(t *testing.T) {
 	}
 	if status, err := w.Host.Status(t.Context()); err != nil || !status.Clock.Trusted {
 		t.Errorf("status shows %+v, %v", status.Clock, err)
+	}
+	w.Host.Agent().Kill()
+	if err := w.Host.BeginAgentUnder(t.Context(), apart(3*365*24*time.Hour), nil); err != nil {
+		t.Fatal(err)
+	}
+	w.linked(t, control.StateCertificateExpired)
+	if out, err := w.Host.AgentCommand(t.Context(), "clock", "accept").CombinedOutput(); err != nil {
+		t.Fatalf("accepting the clock: %s, %v", out, err)
+	}
+	w.linked(t, control.StateConnected)
+}
+
+// apart runs a program whose time since the boot is that much longer.
+func apart(d time.Duration) []string {
+	return []string{"unshare", "--time", "--boottime", strconv.Itoa(int(d.Seconds())), "--kill-child", "--"}
+}
+
+// linked waits until the agent says that of its link.
+func (w *world) linked(t *testing.T, state control.State) {
+	t.Helper()
+	within, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	err := trial.Await(within, "a link that is "+string(state), func() (bool, error) {
+		status, err := w.Host.Status(within) // its socket may not be there yet
+		return err == nil && status.Control.State == string(state), nil
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -43,11 +43,11 @@ type Field struct {
 	*trial.Platform
 	Host *trial.Host
 
-	image    *contract.ImageDescription
-	measured lifecycle.Measured
-	boot     lifecycle.Boot
-	store    *objects
-	stop     context.CancelFunc
+	// waiting is what tenants use, delivering a guest that does nothing but
+	// deliver a result.
+	waiting, delivering *bootable
+	store               *objects
+	stop                context.CancelFunc
 }
 
 // New builds the programs and starts the platform.
@@ -68,7 +68,13 @@ func New(ctx context.Context) (f *Field, err error) {
 			err = errors.Join(err, f.Close())
 		}
 	}()
-	if err := errors.Join(f.StopListening(), f.readImage()); err != nil {
+	if err := f.StopListening(); err != nil {
+		return nil, err
+	}
+	if f.waiting, err = readImage(programs.Image); err != nil {
+		return nil, err
+	}
+	if f.delivering, err = readImage(programs.Stranger); err != nil {
 		return nil, err
 	}
 	cert, err := f.CA.Issue(rig.StoreName)
@@ -105,20 +111,32 @@ func (f *Field) SetFaults(lines ...string) error {
 	return os.Rename(path+".new", path)
 }
 
-func (f *Field) readImage() error {
-	text, err := os.ReadFile(filepath.Join(f.Programs.Image, contract.ImageDescriptionName))
+// bootable is a guest image as a launch names it.
+type bootable struct {
+	image  *api.BootImage
+	boot   lifecycle.Boot
+	digest [48]byte
+}
+
+func readImage(dir string) (*bootable, error) {
+	text, err := os.ReadFile(filepath.Join(dir, contract.ImageDescriptionName))
 	if err != nil {
-		return fmt.Errorf("reading image: %w", err)
+		return nil, fmt.Errorf("reading image: %w", err)
 	}
-	if f.image, err = contract.ParseImageDescription(text); err != nil {
-		return err
+	i, err := contract.ParseImageDescription(text)
+	if err != nil {
+		return nil, err
 	}
-	f.boot = lifecycle.Boot{
-		Firmware: filepath.Join(f.Programs.Image, f.image.Firmware.File), Kernel: [32]byte(unhex(f.image.Kernel.SHA256)),
-		Initrd: [32]byte(unhex(f.image.Initrd.SHA256)), Cmdline: f.image.Cmdline, VCPUs: 1, CPUModel: "EPYC-v4", GuestFeatures: 1,
+	b := &bootable{boot: lifecycle.Boot{
+		Firmware: filepath.Join(dir, i.Firmware.File), Kernel: [32]byte(unhex(i.Kernel.SHA256)),
+		Initrd: [32]byte(unhex(i.Initrd.SHA256)), Cmdline: i.Cmdline, VCPUs: 1, CPUModel: "EPYC-v4", GuestFeatures: 1,
+	}}
+	b.image = &api.BootImage{
+		FirmwareSha256: unhex(i.Firmware.SHA256), KernelSha256: b.boot.Kernel[:], InitrdSha256: b.boot.Initrd[:], Cmdline: i.Cmdline,
 	}
-	f.measured, err = lifecycle.Predict(f.boot)
-	return err
+	measured, err := lifecycle.Predict(b.boot)
+	b.digest = measured.Digest
+	return b, err
 }
 
 func unhex(s string) []byte {
@@ -137,7 +155,10 @@ type Order struct {
 
 // Order makes a launch of its own id, with one sealed input nobody fetched
 // before.
-func (f *Field) Order() (*Order, error) {
+func (f *Field) Order() (*Order, error) { return f.order(f.waiting, nil) }
+
+// order may add to the manifest.
+func (f *Field) order(b *bootable, more func(*contract.Manifest)) (*Order, error) {
 	data, err := sealed()
 	if err != nil {
 		return nil, err
@@ -153,17 +174,17 @@ func (f *Field) Order() (*Order, error) {
 		Broker:   contract.Endpoint{URL: "https://broker.example", CAPEM: string(f.CA.PEM)},
 		Registry: contract.Endpoint{URL: "https://" + strings.TrimSuffix(trial.Repository, "/demo/workload"), CAPEM: string(f.CA.PEM)},
 	}
+	if more != nil {
+		more(&m)
+	}
 	manifest, err := m.Encode()
 	if err != nil {
 		return nil, fmt.Errorf("making a launch: %w", err)
 	}
 	f.store.put(name, data)
 	return &Order{blob: name, LaunchGuest: &api.LaunchGuest{
-		GuestId: api.NewID(), Generation: 1, Manifest: manifest, LaunchDigest: f.measured.Digest[:],
-		Image: &api.BootImage{
-			FirmwareSha256: unhex(f.image.Firmware.SHA256), KernelSha256: f.boot.Kernel[:], InitrdSha256: f.boot.Initrd[:], Cmdline: f.image.Cmdline,
-		},
-		Machine: &api.Machine{Vcpus: 1, MemoryMib: 512, CpuModel: f.boot.CPUModel, GuestFeatures: 1, Policy: 0x30000},
+		GuestId: api.NewID(), Generation: 1, Manifest: manifest, LaunchDigest: b.digest[:], Image: b.image,
+		Machine: &api.Machine{Vcpus: 1, MemoryMib: 512, CpuModel: b.boot.CPUModel, GuestFeatures: 1, Policy: 0x30000},
 		Inputs:  []*api.InputBlob{{Sha256: sum[:], Size: uint64(len(data)), Url: storeURL + name}},
 		Results: &api.ResultTarget{Uploads: []*api.ResultUpload{{Name: contract.ResultsManifestName, PutUrl: storeURL + "put"}}},
 	}}, nil
@@ -229,6 +250,7 @@ func (o *objects) corrupt(name string) {
 func (o *objects) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.Method == http.MethodPut {
 		_, _ = io.Copy(io.Discard, r.Body) // what guests deliver is nobody's here
+		w.Header().Set("ETag", `"1"`)
 		return
 	}
 	o.mu.Lock()

@@ -51,6 +51,7 @@ func TestTheHypervisorFailsAndOperatorsInterfere(t *testing.T) {
 	t.Run("a second agent", w.secondAgent)
 	t.Run("libvirtd frozen", w.libvirtdFrozen)
 	t.Run("QEMU hangs", w.qemuHangs)
+	t.Run("QEMU hangs at its start", w.qemuHangsAtItsStart)
 	t.Run("QEMU killed", func(t *testing.T) {
 		o := w.runs(t)
 		w.signal(t, w.qemu(t, o), syscall.SIGKILL)
@@ -208,11 +209,18 @@ func (w *world) libvirtdFrozen(t *testing.T) {
 	w.stops(t, w.runs(t))
 }
 
-// qemuHangs freezes guests' machines. One is stopped: its grace ends, and it is
-// destroyed. The other is not: its own deadline ends it.
+// qemuHangs freezes guests' machines. One is found again by the next agent and
+// stopped: its grace ends, and it is destroyed. The other is not: its own
+// deadline ends it.
 func (w *world) qemuHangs(t *testing.T) {
 	o := w.runs(t)
-	w.signal(t, w.qemu(t, o), syscall.SIGSTOP)
+	qemu := w.qemu(t, o)
+	w.signal(t, qemu, syscall.SIGSTOP)
+	w.Host.Agent().Kill()
+	if err := w.StartAgent(w.t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.same(t, w.Host.Agent().PID(), o, qemu)
 	begun := time.Now()
 	w.stops(t, o)
 	t.Logf("a guest whose QEMU hangs was gone %.1f s after its stop", time.Since(begun).Seconds())
@@ -220,6 +228,34 @@ func (w *world) qemuHangs(t *testing.T) {
 	w.started(t, o)
 	w.signal(t, w.qemu(t, o), syscall.SIGSTOP)
 	w.endsAs(t, o, api.GuestStatus_GUEST_STATUS_FAILED, "guest.start-timeout")
+}
+
+// qemuHangsAtItsStart has guests' QEMU hang before it says a word to libvirt,
+// which waits for it without an end. One guest's start has a deadline; another
+// is stopped meanwhile.
+func (w *world) qemuHangsAtItsStart(t *testing.T) {
+	const program, kept, hanging = "$(command -v qemu-system-x86_64)", "/run/qemu-kept", "/run/qemu-hanging"
+	script := "#!/bin/sh\ncase \"$*\" in *" + vm.NamePrefix + "*) kill -STOP $$ ;; esac\nexec " + kept + " \"$@\"\n"
+	if err := os.WriteFile(w.Host.Path(hanging), []byte(script), 0o755); err != nil { //nolint:gosec // libvirt's user runs it
+		t.Fatal(err)
+	}
+	w.sh(t, "touch %[2]s && mount --bind %[1]s %[2]s && mount --bind %[3]s %[1]s", program, kept, hanging)
+	restore := sync.OnceFunc(func() { w.sh(t, "umount %s && umount %s", program, kept) })
+	t.Cleanup(restore)
+	timed := w.send(t, func(o *fault.Order) { o.StartTimeout = durationpb.New(20 * time.Second) })
+	begun := time.Now()
+	w.endsAs(t, timed, api.GuestStatus_GUEST_STATUS_FAILED, "guest.start-timeout")
+	t.Logf("a guest whose QEMU hung at its start was given up after %.1f s", time.Since(begun).Seconds())
+	o := w.send(t, nil)
+	w.until(t, "its QEMU to hang", func(context.Context) (bool, error) {
+		_, err := os.Stat(w.Host.Path("/run/libvirt/qemu/" + vm.NamePrefix + o.GetGuestId() + ".pid"))
+		return err == nil, nil
+	})
+	begun = time.Now()
+	w.stops(t, o)
+	t.Logf("another was gone %.1f s after its stop", time.Since(begun).Seconds())
+	restore()
+	w.stops(t, w.runs(t))
 }
 
 // programsSwapped takes QEMU away as a broken upgrade does, and restarts

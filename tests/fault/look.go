@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/tests/trial"
 )
@@ -81,6 +82,35 @@ func (f *Field) Once(ctx context.Context, id string) error {
 		return fmt.Errorf("guest %s was started %s times", id, n)
 	}
 	ends := map[string]bool{}
+	err = f.everyEvent(ctx, func(e *api.Event) {
+		if s := e.GetGuestState(); s.GetGuestId() == id && s.GetStatus() >= api.GuestStatus_GUEST_STATUS_FINISHED {
+			ends[s.GetStatus().String()+" "+s.GetRefusal().GetCode()] = true
+		}
+	})
+	if err == nil && len(ends) != 1 {
+		err = fmt.Errorf("guest %s was reported to end as %v", id, ends)
+	}
+	return err
+}
+
+// Delivered makes sure that each file of a Delivery was told once to be there.
+func (f *Field) Delivered(ctx context.Context, id string) error {
+	told := map[string]map[string]bool{ResultName: {}, contract.ResultsManifestName: {}} // event ids by file: one may come twice
+	err := f.everyEvent(ctx, func(e *api.Event) {
+		if r := e.GetResultUploaded(); r.GetGuestId() == id && told[r.GetName()] != nil {
+			told[r.GetName()][e.GetEventId()] = true
+		}
+	})
+	for name, by := range told {
+		if err == nil && len(by) != 1 {
+			err = fmt.Errorf("result %s was told %d times to be there", name, len(by))
+		}
+	}
+	return err
+}
+
+// everyEvent shows all events so far, without heartbeats.
+func (f *Field) everyEvent(ctx context.Context, show func(*api.Event)) error {
 	for since := uint64(0); ; {
 		events, err := f.API.Events(ctx, since, 1000, false)
 		if err != nil {
@@ -92,16 +122,10 @@ func (f *Field) Once(ctx context.Context, id string) error {
 			if err != nil {
 				return err
 			}
-			if s := event.GetGuestState(); s.GetGuestId() == id && s.GetStatus() >= api.GuestStatus_GUEST_STATUS_FINISHED {
-				ends[s.GetStatus().String()+" "+s.GetRefusal().GetCode()] = true
-			}
+			show(event)
 		}
 		if len(events) < 1000 {
-			break
+			return nil
 		}
 	}
-	if len(ends) != 1 {
-		return fmt.Errorf("guest %s was reported to end as %v", id, ends)
-	}
-	return nil
 }

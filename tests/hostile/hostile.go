@@ -9,6 +9,9 @@ const (
 	EnvTargets = "ATTACK_TARGETS"
 	// EnvCollector is the URL that reports are posted to.
 	EnvCollector = "ATTACK_COLLECTOR"
+	// EnvResult, NAME:BYTES, has the guest attack nobody: it delivers one
+	// result of so many bytes, sealed to nobody, and ends.
+	EnvResult = "DELIVER_RESULT"
 )
 
 // Port is where an attacker listens, so that others have something to reach.

@@ -34,6 +34,7 @@ type unreliable struct {
 	http   *http.Client
 	dir    string
 	space  func(string) (uint64, uint64, error)
+	clock  func() time.Time
 }
 
 func newUnreliable(t *testing.T) *unreliable {
@@ -66,7 +67,7 @@ func checkHead(r io.Reader) error {
 func (u *unreliable) cache() *blob.Cache {
 	u.t.Helper()
 	c, err := blob.Open(filepath.Join(u.dir, "cache"), blob.Config{
-		MaxBytes: 64 << 20, Parts: 4, PartSize: partSize, CheckHeader: checkHead, Stall: 500 * time.Millisecond, Space: u.space,
+		MaxBytes: 64 << 20, Parts: 4, PartSize: partSize, CheckHeader: checkHead, Stall: 500 * time.Millisecond, Space: u.space, Clock: u.clock,
 	}, u.http, hclog.NewNullLogger())
 	if err != nil {
 		u.t.Fatal(err)
@@ -208,6 +209,34 @@ func TestAURLThatEndsBeforeTheNextTryIsNotTriedAgain(t *testing.T) {
 	}
 	if n := len(u.faults.Seen()); n != 1 {
 		t.Errorf("asked %d times", n)
+	}
+}
+
+func TestAURLEndsByTheAgentsTimeAndNotByTheHostsClock(t *testing.T) {
+	t.Parallel()
+	for name, tc := range map[string]struct {
+		off   time.Duration
+		valid time.Duration
+		asked int
+		code  string
+	}{
+		"the agent says it has ended": {time.Hour, time.Hour, 1, "blob.url-expired"},
+		"the agent says it is valid":  {-time.Hour, time.Second, 2, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			u := newUnreliable(t)
+			u.clock = func() time.Time { return time.Now().Add(tc.off) }
+			_, ref := u.sealedObject("in", 1)
+			ref.URL = u.presign(http.MethodGet, "in", tc.valid)
+			u.faults.Inject(1, outside.Any, outside.Status(503, "Retry-After", "2"))
+			if _, err := u.cache().Fetch(t.Context(), ref, "guest", nil); (err == nil) != (tc.code == "") || err != nil && contract.AsRefusal(err).Code != tc.code {
+				t.Error(err)
+			}
+			if n := len(u.faults.Seen()); n != tc.asked {
+				t.Errorf("asked %d times", n)
+			}
+		})
 	}
 }
 

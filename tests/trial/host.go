@@ -180,17 +180,23 @@ func (h *Host) StartAgentWith(ctx context.Context, env []string, flags ...string
 
 // StartAgentUnder is StartAgentWith by another program, which runs the agent
 // as its arguments say.
-func (h *Host) StartAgentUnder(ctx context.Context, under, env []string, flags ...string) (err error) {
-	argv := slices.Concat(under, []string{h.p.Programs.Agent, "run", "--config", AgentConfig}, flags)
-	cmd := h.Command(context.WithoutCancel(ctx), argv[0], argv[1:]...)
-	cmd.Env = append(cmd.Env, env...)
-	if h.agent, err = start(h.ID+"-agent", h.p.Logs, cmd); err != nil {
+func (h *Host) StartAgentUnder(ctx context.Context, under, env []string, flags ...string) error {
+	if err := h.BeginAgentUnder(ctx, under, env, flags...); err != nil {
 		return err
 	}
 	return h.agent.up(ctx, func(ctx context.Context) bool {
 		status, err := h.Status(ctx)
 		return err == nil && status.Control.Connected && status.IssuerEpoch > 0 && h.known(ctx)
 	})
+}
+
+// BeginAgentUnder is StartAgentUnder for an agent that need not come up.
+func (h *Host) BeginAgentUnder(ctx context.Context, under, env []string, flags ...string) (err error) {
+	argv := slices.Concat(under, []string{h.p.Programs.Agent, "run", "--config", AgentConfig}, flags)
+	cmd := h.Command(context.WithoutCancel(ctx), argv[0], argv[1:]...)
+	cmd.Env = append(cmd.Env, env...)
+	h.agent, err = start(h.ID+"-agent", h.p.Logs, cmd)
+	return err
 }
 
 // known reports whether the control plane sends this host commands.

@@ -1,5 +1,6 @@
 // Command hostile is the init of a guest that tries what a guest must not be
-// able to do, and posts what it found. Then it waits to be ended. For tests.
+// able to do, and posts what it found. Then it waits to be ended. Or it does
+// nothing but deliver a result. For tests.
 package main
 
 import (
@@ -18,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	"filippo.io/age"
 	"golang.org/x/net/icmp"
 	"golang.org/x/net/ipv6"
 
@@ -65,6 +67,9 @@ func attack(ctx context.Context) error {
 	if err := errors.Join(boot.Configure(device, facts), host.Status(ctx, contract.GuestStatus{Phase: contract.PhaseBooted})); err != nil {
 		return err
 	}
+	if result := m.Env[hostile.EnvResult]; result != "" {
+		return deliver(ctx, host, result)
+	}
 	if err := listen(ctx); err != nil {
 		return err
 	}
@@ -80,6 +85,29 @@ func attack(ctx context.Context) error {
 		case <-time.After(tryTimeout):
 		}
 	}
+}
+
+// deliver delivers NAME:BYTES as a workload's result, as a guest does that is done.
+func deliver(ctx context.Context, host *metadata.Client, result string) error {
+	name, size, _ := strings.Cut(result, ":")
+	n, err := strconv.ParseInt(size, 10, 64)
+	if err != nil {
+		return err
+	}
+	identity, err := age.GenerateX25519Identity()
+	if err != nil {
+		return err
+	}
+	var sealed bytes.Buffer
+	w, err := age.Encrypt(&sealed, identity.Recipient())
+	if err != nil {
+		return err
+	}
+	if _, err := w.Write(make([]byte, n)); err != nil {
+		return err
+	}
+	return errors.Join(w.Close(), host.PutResult(ctx, name, &sealed), host.PutResultManifest(ctx, []byte("{}")),
+		host.Status(ctx, contract.GuestStatus{Phase: contract.PhaseDone}))
 }
 
 // listen accepts connections for as long as the guest lives.
