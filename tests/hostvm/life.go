@@ -76,7 +76,34 @@ func takeAll(ctx context.Context, w *world) error {
 	if err := w.manage(ctx, addresses...); err != nil {
 		return err
 	}
+	// A fresh kernel has not loaded the driver; the package's file has it loaded.
+	if err := w.finds(ctx, "h100a", "vfio.no-driver"); err != nil {
+		return err
+	}
+	if _, err := w.sh(ctx, quick, "cp /opt/rig/modules-load.conf /etc/modules-load.d/nodeagent.conf && systemctl restart systemd-modules-load"); err != nil {
+		return err
+	}
+	// QEMU's IOMMU remaps no interrupts as far as this kernel is concerned. The
+	// emulated GPUs send none, so that it may be told to let that pass.
+	if err := w.becomes(ctx, "b200", "quarantined"); err != nil {
+		return err
+	}
 	for _, id := range rented() {
+		g, err := w.gpu(ctx, id)
+		if err != nil {
+			return err
+		}
+		if g.Quarantine == nil || g.Quarantine.Code != "vfio.interrupts-not-isolated" {
+			return fmt.Errorf("%s: want vfio.interrupts-not-isolated, the agent says %s, %+v", id, g.State, g.Quarantine)
+		}
+	}
+	if _, err := w.sh(ctx, quick, "echo 1 >/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"); err != nil {
+		return err
+	}
+	for _, id := range rented() {
+		if _, err := w.sh(ctx, slow, "nodeagent gpu reset "+w.address[id]); err != nil {
+			return err
+		}
 		if err := w.onDuty(ctx, id); err != nil {
 			return err
 		}

@@ -237,14 +237,19 @@ func (p *process) end() error {
 func (m *machine) sh(ctx context.Context, limit time.Duration, script string) (string, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	stop := context.AfterFunc(ctx, func() { m.port.SetDeadline(time.Now()) }) //nolint:errcheck // reading ends
-	defer stop()
+	if err := ctx.Err(); err != nil {
+		return "", err
+	}
+	// An answer comes whatever the script does; a host that hangs gives none.
+	if err := m.port.SetDeadline(time.Now().Add(limit + quick)); err != nil {
+		return "", err
+	}
 	if err := json.NewEncoder(m.port).Encode(order{Script: script, Limit: limit}); err != nil {
 		return "", err
 	}
 	var r result
 	if err := m.in.Decode(&r); err != nil {
-		return "", errors.Join(err, context.Cause(ctx))
+		return "", fmt.Errorf("%.200s: the host gives no answer: %w", script, err)
 	}
 	if r.Code != 0 {
 		return r.Out, &exitError{script: script, result: r}
@@ -262,7 +267,7 @@ func (e *exitError) Error() string {
 	return fmt.Sprintf("%.200s: exit code %d\n%s%s", e.script, e.Code, e.Out, e.Err)
 }
 
-const look = 300 * time.Millisecond
+const look = time.Second // a look costs the host a second of its own
 
 // until looks again and again until done.
 func until(ctx context.Context, what string, done func() (bool, error)) error {

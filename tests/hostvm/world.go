@@ -67,6 +67,9 @@ func run(ctx context.Context, image, programs, dir string, match *regexp.Regexp,
 		}
 		err := take(s.name, func(ctx context.Context) error { return s.do(ctx, w) })
 		if err != nil {
+			if log, lost := w.sh(ctx, quick, "journalctl -u nodeagent -n 40 --no-pager -o cat; dmesg | tail -n 20"); lost == nil {
+				err = fmt.Errorf("%w\n%s", err, log)
+			}
 			fmt.Fprintf(out, "       %s\n", strings.ReplaceAll(err.Error(), "\n", "\n       ")) //nolint:errcheck // a terminal
 			if s.always || ctx.Err() != nil {
 				break
@@ -136,7 +139,7 @@ func (w *world) gpu(ctx context.Context, id string) (admin.GPU, error) {
 func (w *world) becomes(ctx context.Context, id, state string) error {
 	ctx, cancel := context.WithTimeout(ctx, slow)
 	defer cancel()
-	var last string
+	last := "not listed"
 	err := until(ctx, "", func() (bool, error) {
 		g, err := w.gpu(ctx, id)
 		if err != nil {
@@ -148,6 +151,22 @@ func (w *world) becomes(ctx context.Context, id, state string) error {
 	})
 	if err != nil {
 		return fmt.Errorf("%s is not %s but %s: %w", id, state, last, err)
+	}
+	return nil
+}
+
+// finds waits until the agent has a finding about a device.
+func (w *world) finds(ctx context.Context, id, code string) error {
+	ctx, cancel := context.WithTimeout(ctx, slow)
+	defer cancel()
+	var last any
+	err := until(ctx, "", func() (bool, error) {
+		g, err := w.gpu(ctx, id)
+		last = g.Finding
+		return err == nil && g.Finding != nil && g.Finding.Code == code, nil
+	})
+	if err != nil {
+		return fmt.Errorf("%s: the agent finds %+v, want %s: %w", id, last, code, err)
 	}
 	return nil
 }
