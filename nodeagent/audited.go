@@ -38,7 +38,7 @@ func auditDir(stateDir string) string { return filepath.Join(stateDir, "audit") 
 // nothing is launched while the damaged one lies there.
 func openAudit(cfg config.Config, now func() time.Time, logger hclog.Logger) (*audit.Log, error) {
 	dir := auditDir(cfg.StateDir)
-	l, err := audit.Open(dir, cfg.HostID)
+	l, err := audit.Open(dir, cfg.HostID, now)
 	if !errors.Is(err, audit.ErrDamaged) {
 		return l, err
 	}
@@ -47,7 +47,7 @@ func openAudit(cfg config.Config, now func() time.Time, logger hclog.Logger) (*a
 	if err := os.Rename(dir, aside); err != nil {
 		return nil, fmt.Errorf("setting a damaged audit log aside: %w", err)
 	}
-	return audit.Open(dir, cfg.HostID)
+	return audit.Open(dir, cfg.HostID, now)
 }
 
 // damagedAudit names a log that was set aside, "" when there is none.

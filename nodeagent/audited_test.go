@@ -284,7 +284,7 @@ func TestAFillingOutboxIsToldBeforeItIsFull(t *testing.T) {
 func TestTheAuditVerbs(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	l, err := audit.Open(auditDir(dir), "node-a")
+	l, err := audit.Open(auditDir(dir), "node-a", time.Now)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -171,7 +171,7 @@ func auditPlatform(stateDir, command, outcome string) error {
 	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	log, err := audit.Open(dir, "unknown")
+	log, err := audit.Open(dir, "unknown", time.Now)
 	if err != nil {
 		return auditExit(err)
 	}

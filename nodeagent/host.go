@@ -14,6 +14,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -200,6 +201,9 @@ func (a *agent) heartbeat() *api.Heartbeat {
 	if doubt := a.clock.Doubt(); doubt != nil {
 		h.ClockDoubt = doubt.Code
 	}
+	for _, r := range slices.Concat(a.attention(), a.headroom.Last().Shortages) {
+		h.Warnings = append(h.Warnings, api.RefusalToWire(r))
+	}
 	epoch, epochErr := a.store.Epoch()
 	_, cordoned, cordonErr := a.store.Cordon()
 	waiting, outboxErr := a.store.OutboxLen()
@@ -209,9 +213,6 @@ func (a *agent) heartbeat() *api.Heartbeat {
 	}
 	h.IssuerEpoch, h.StoreId, h.Cordoned, h.Outbox = epoch.Number, epoch.StoreID[:], cordoned, uint64(waiting)
 	h.BootId = a.started.BootID
-	for _, r := range a.attention() {
-		h.Warnings = append(h.Warnings, api.RefusalToWire(r))
-	}
 	a.offerAudit(h)
 	return h
 }

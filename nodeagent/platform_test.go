@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -192,7 +193,7 @@ func TestWhatIsDoneToThePlatformIsNotedBeforeItIsDone(t *testing.T) {
 	t.Parallel()
 	m := hosttest.Boot(t, hosttest.Genoa())
 	agents := auditDir(filepath.Join(m.Root, config.Default().StateDir))
-	log, err := audit.Open(agents, "node-a") // an agent runs beside the verbs
+	log, err := audit.Open(agents, "node-a", time.Now) // an agent runs beside the verbs
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -30,7 +30,7 @@
 //     object store.
 //   - 4 (2026-11-26): Heartbeat says why the host's clock cannot be believed
 //     (clock_doubt), which instance speaks (instance, beat, boot_id), what needs
-//     attention (warnings) and how far the audit log is (audit); commands issued
+//     attention or runs short (warnings) and how far the audit log is (audit); commands issued
 //     before the BeginEpoch of their epoch are refused as replays; published
 //     ports may have a server name. The features audit.log, ports.server-name.
 //     Results of more than 5 GiB: upload grants with part URLs

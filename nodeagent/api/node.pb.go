@@ -3357,7 +3357,9 @@ type Heartbeat struct {
 	Beat uint64 `protobuf:"varint,17,opt,name=beat,proto3" json:"beat,omitempty"`
 	// Boot id of the host's kernel.
 	BootId string `protobuf:"bytes,18,opt,name=boot_id,json=bootId,proto3" json:"boot_id,omitempty"`
-	// What needs somebody's attention, as "outbox.nearly-full".
+	// What needs somebody's attention, as "outbox.nearly-full", and what the host
+	// is short of, as "host.disk-full": while one of these is there, launches are
+	// refused with it. Shortages are of some 15 seconds ago at most.
 	Warnings []*Refusal `protobuf:"bytes,19,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	// The host's audit log; absent when it cannot be read.
 	Audit         *AuditCheckpoint `protobuf:"bytes,20,opt,name=audit,proto3" json:"audit,omitempty"`

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
@@ -21,7 +22,7 @@ const host = "node-a"
 
 func open(t *testing.T, dir string) *Log {
 	t.Helper()
-	l, err := Open(dir, host)
+	l, err := Open(dir, host, time.Now)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -263,7 +264,7 @@ func TestMissingFilesAreFound(t *testing.T) {
 	for _, name := range []string{keyFile, entriesFile, hashesFile, checkpointFile} {
 		broken := copyDir(t, dir)
 		done(t, os.Remove(filepath.Join(broken, name)))
-		if _, err := Open(broken, host); !errors.Is(err, ErrDamaged) {
+		if _, err := Open(broken, host, time.Now); !errors.Is(err, ErrDamaged) {
 			t.Errorf("without %s: %v", name, err)
 		}
 		if _, err := Verify(broken); !errors.Is(err, ErrDamaged) {
@@ -327,7 +328,7 @@ func TestADeathBetweenAppendAndCheckpointLosesNothing(t *testing.T) {
 	lost := copyDir(t, dir)
 	done(t, os.Truncate(filepath.Join(lost, entriesFile), before.bytes-1))
 	done(t, os.Truncate(filepath.Join(lost, hashesFile), beforeHashes))
-	if _, err := Open(lost, host); !errors.Is(err, ErrDamaged) {
+	if _, err := Open(lost, host, time.Now); !errors.Is(err, ErrDamaged) {
 		t.Errorf("a signed entry was cut: %v", err)
 	}
 }

@@ -3,13 +3,14 @@ package audit
 import (
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/mod/sumdb/tlog"
 )
 
 func FuzzObserve(f *testing.F) {
 	dir := filepath.Join(f.TempDir(), "log")
-	l, err := Open(dir, host)
+	l, err := Open(dir, host, time.Now)
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -53,7 +54,7 @@ func FuzzEntry(f *testing.F) {
 }
 
 func BenchmarkAppend(b *testing.B) {
-	l, err := Open(filepath.Join(b.TempDir(), "log"), host)
+	l, err := Open(filepath.Join(b.TempDir(), "log"), host, time.Now)
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -41,6 +41,7 @@ type Log struct {
 	signer   note.Signer
 	verifier note.Verifier
 	vkey     string
+	now      func() time.Time
 	limit    int64
 
 	// state is what State tells, also while the disk holds up who has mu.
@@ -53,12 +54,13 @@ type Log struct {
 }
 
 // Open opens the log of a host in a folder, or begins one there. It reads all
-// of it; what does not check is ErrDamaged, and nothing is changed then.
-func Open(dir, hostID string) (l *Log, err error) {
+// of it; what does not check is ErrDamaged, and nothing is changed then. now
+// tells the time of entries.
+func Open(dir, hostID string, now func() time.Time) (l *Log, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("opening the audit log: %w", err)
 	}
-	l = &Log{dir: dir, limit: MaxBytes}
+	l = &Log{dir: dir, now: now, limit: MaxBytes}
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("opening the audit log in %s: %w", dir, errors.Join(err, l.Close()))
@@ -243,7 +245,7 @@ func (l *Log) Append(e Entry) error {
 func (l *Log) append(e Entry) error {
 	e.Index = l.at.size
 	if e.At.IsZero() {
-		e.At = time.Now().UTC()
+		e.At = l.now().UTC()
 	}
 	line, err := formatEntry(e)
 	if err != nil {

@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -102,8 +103,12 @@ func Judge(f Facts) Left {
 		l.Shortages = append(l.Shortages, contract.Refuse(CodeDescriptors, remedyDescriptors,
 			"the agent has %d file descriptors open of %d, %d are kept", d.Open, d.Limit, keepDescriptors))
 	}
-	if f.MemoryErr != nil {
+	switch {
+	case f.MemoryErr != nil:
 		l.Shortages = append(l.Shortages, unknown("the host's memory", f.MemoryErr))
+	case l.MemoryMiB == 0:
+		l.Shortages = append(l.Shortages, contract.Refuse(CodeMemory, "let guests end, or see on the host which program takes the memory",
+			"%d MiB of memory can be had on the host, %d are kept", f.MemoryMiB, keepMemoryMiB))
 	}
 	return l
 }
@@ -147,6 +152,9 @@ type Gauge struct {
 	folders []*folder
 	root    string
 	log     hclog.Logger
+
+	mu   sync.Mutex // guards last
+	last Left
 }
 
 // folder is looked at by one goroutine at a time.
@@ -193,7 +201,23 @@ func (g *Gauge) Look(ctx context.Context) Facts {
 }
 
 // Left looks and judges.
-func (g *Gauge) Left(ctx context.Context) Left { return Judge(g.Look(ctx)) }
+func (g *Gauge) Left(ctx context.Context) Left {
+	l := Judge(g.Look(ctx))
+	if ctx.Err() == nil { // or it saw little
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.last = l
+	}
+	return l
+}
+
+// Last is what the last look saw, of some 15 seconds ago at most while Run
+// runs: for whoever must not wait for a disk.
+func (g *Gauge) Last() Left {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.last
+}
 
 // begin starts a look, or joins the one under way.
 func (f *folder) begin() *look {

@@ -46,7 +46,7 @@ func TestEveryShortageIsTypedAndHasARemedy(t *testing.T) {
 		CodeUnknown:      failed(syscall.ENOENT),
 		CodeDescriptors:  func(f *Facts) { f.Descriptors.Open++ },
 		CodeFileTable:    func(f *Facts) { f.Descriptors.Err = syscall.ENFILE },
-		CodeMemory:       func(f *Facts) { f.MemoryErr = syscall.ENOMEM },
+		CodeMemory:       func(f *Facts) { f.MemoryMiB = keepMemoryMiB },
 	} {
 		f := plenty()
 		change(&f)
@@ -56,8 +56,13 @@ func TestEveryShortageIsTypedAndHasARemedy(t *testing.T) {
 		}
 	}
 	f := plenty()
-	f.Folders[0].Inodes, f.Folders[0].AllInodes, f.MemoryMiB = 0, 0, 1
-	if l := Judge(f); len(l.Shortages) != 0 || l.MemoryMiB != 0 {
+	f.MemoryErr = syscall.ENOMEM
+	if l := Judge(f); len(l.Shortages) != 1 || l.Shortages[0].Code != CodeMemory {
+		t.Errorf("memory that cannot be asked for: %+v", l)
+	}
+	f = plenty()
+	f.Folders[0].Inodes, f.Folders[0].AllInodes, f.MemoryMiB = 0, 0, keepMemoryMiB+1
+	if l := Judge(f); len(l.Shortages) != 0 || l.MemoryMiB != 1 {
 		t.Errorf("a file system without a table of inodes, little memory: %+v", l)
 	}
 }
@@ -121,6 +126,28 @@ func TestChangesAreToldOnce(t *testing.T) {
 	said := g.tell(g.tell(g.tell(nil, full), full), nil)
 	if g.tell(said, nil); strings.Count(out.String(), "admission is closed") != 1 || strings.Count(out.String(), "admission is open") != 1 {
 		t.Errorf("log:\n%s", out.String())
+	}
+}
+
+// Heartbeats tell the last look and wait for none.
+func TestTheLastLookIsKept(t *testing.T) {
+	t.Parallel()
+	short := true
+	g := New("/", nil, hclog.NewNullLogger())
+	g.folders = []*folder{newFolder(Folder{Name: "state_dir"}, func(f Folder) Disk { return Disk{Folder: f, ReadOnly: short} }, patience)}
+	if l := g.Last(); len(l.Shortages) != 0 {
+		t.Errorf("before any look: %+v", l)
+	}
+	for _, short = range []bool{true, false} {
+		want := g.Left(t.Context())
+		if now := g.Last(); len(now.Shortages) != len(want.Shortages) || (len(now.Shortages) != 0) != short {
+			t.Errorf("short is %v: last %+v, seen %+v", short, now, want)
+		}
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if g.Left(ended); len(g.Last().Shortages) != 0 {
+		t.Error("a look that was broken off counts")
 	}
 }
 

@@ -96,7 +96,7 @@ func TestARolledBackHostIsSeenByTheControlPlane(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "audit")
 	use := func(from string) {
 		t.Helper()
-		l, err := audit.Open(from, host)
+		l, err := audit.Open(from, host, time.Now)
 		if err != nil {
 			t.Fatal(err)
 		}

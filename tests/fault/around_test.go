@@ -155,7 +155,7 @@ func (w *world) status(t *testing.T) admin.Status {
 	return s
 }
 
-// short waits until status names these shortages and no others.
+// short waits until status and heartbeats name these shortages and no others.
 func (w *world) short(t *testing.T, codes ...string) {
 	t.Helper()
 	var last []string
@@ -170,6 +170,24 @@ func (w *world) short(t *testing.T, codes ...string) {
 			last = append(last, code)
 		}
 		return slices.Equal(last, codes), nil
+	})
+	w.toldShort(t, codes...)
+}
+
+// toldShort waits until the control plane sees these shortages, in whatever number, and no others.
+func (w *world) toldShort(t *testing.T, codes ...string) {
+	t.Helper()
+	w.until(t, fmt.Sprintf("heartbeats with %v", codes), func(ctx context.Context) (bool, error) {
+		nodes, err := w.API.Nodes(ctx)
+		var told []string
+		for _, n := range nodes {
+			for _, r := range n.Warnings {
+				if n.ID == w.Host.ID && strings.HasPrefix(r.Code, "host.") {
+					told = append(told, r.Code)
+				}
+			}
+		}
+		return slices.Equal(slices.Compact(told), slices.Compact(slices.Clone(codes))), err
 	})
 }
 

@@ -111,6 +111,7 @@ func (w *world) noDescriptor(t *testing.T, take, giveBack string) {
 	}
 	w.heard(t) // over the connection it has
 	w.endsAs(t, w.send(t, nil), 0, "host.descriptors")
+	w.toldShort(t, "host.descriptors")
 	w.sh(t, "%s", giveBack)
 	w.short(t)
 }

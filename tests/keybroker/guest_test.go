@@ -25,7 +25,7 @@ func TestTheGuestsClientUnderstandsTheBroker(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return c, c.Attest(t.Context(), evidence)
+		return c, c.Attest(t.Context(), broker.NoGPUs, evidence)
 	}
 	first, err := boot()
 	if err != nil {

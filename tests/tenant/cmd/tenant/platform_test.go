@@ -272,7 +272,7 @@ func boot(ctx context.Context, g *attester.Guest) error {
 	if err != nil {
 		return err
 	}
-	if err := c.Attest(ctx, g.BrokerEvidence); err != nil {
+	if err := c.Attest(ctx, broker.NoGPUs, g.BrokerEvidence); err != nil {
 		return err
 	}
 	for _, in := range m.Inputs {
