@@ -160,8 +160,8 @@ type Gauge struct {
 // folder is looked at by one goroutine at a time.
 type folder struct {
 	Folder
-	look  func(Folder) Disk
-	slot  chan *look // holds the look under way, or nil
+	look func(Folder) Disk
+	slot chan *look // holds the look under way, or nil
 }
 
 type look struct {
