@@ -13,6 +13,7 @@ package gputest
 import (
 	"context"
 	"encoding/binary"
+	"maps"
 	"sync"
 	"time"
 )
@@ -94,11 +95,11 @@ type Faults struct {
 	ScrubNever      bool          // memory is never reported clear
 	LosesMemory     bool          // memory decode is off after a reset
 	VanishAfter     int           // falls off the bus after so many accesses; 0: never
-	ResetBlocks     time.Duration // the reset takes so long
-	ResetFails      error
-	NoKnobs         []uint16 // firmware without these
-	BlocksPDI       bool     // PDI unreadable under CC
-	LosesKnobWrites bool     // says yes and stores nothing
+	ResetBlocks     time.Duration `json:"-"` // the reset takes so long; in process only
+	ResetFails      error         `json:"-"` // likewise
+	NoKnobs         []uint16      // firmware without these
+	BlocksPDI       bool          // PDI unreadable under CC
+	LosesKnobWrites bool          // says yes and stores nothing
 }
 
 // Timing is how long a device needs, from its reset on unless said otherwise.
@@ -131,7 +132,8 @@ type Emulator struct {
 	gone    bool
 	resets  int
 
-	fsp fsp
+	fsp    fsp
+	stored func(knobs map[uint16]uint16)
 	// requests are the packets the FSP took, for comparison with vectors.
 	requests [][]uint32
 	// traffic is every BAR0 access since Record, nil when not recording.
@@ -179,6 +181,44 @@ func (e *Emulator) SetKnob(k, value uint16) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.knobs[k] = value
+}
+
+// Persist makes knobs what a non-volatile memory holds, and has store called
+// with all of them whenever the FSP has changed one, before it answers. Knobs
+// that this model lacks are ignored.
+func (e *Emulator) Persist(knobs map[uint16]uint16, store func(knobs map[uint16]uint16)) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for k := range e.knobs {
+		if value, ok := knobs[k]; ok {
+			e.knobs[k] = value
+		}
+	}
+	e.stored = store
+}
+
+// State is what a device would tell somebody who sees into it.
+type State struct {
+	Model    string            `json:"model"`
+	PDI      uint64            `json:"pdi"`
+	Knobs    map[uint16]uint16 `json:"knobs"`
+	CC       bool              `json:"cc"` // this and the next two: active
+	Devtools bool              `json:"devtools"`
+	PPCIe    bool              `json:"ppcie"`
+	Resets   int               `json:"resets"`
+	Accesses int               `json:"accesses"`
+	Gone     bool              `json:"gone"`
+}
+
+// State looks into the device.
+func (e *Emulator) State() State {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return State{
+		Model: e.model.Name, PDI: e.model.PDI, Knobs: maps.Clone(e.knobs),
+		CC: e.applied.cc, Devtools: e.applied.devtools, PPCIe: e.applied.ppcie,
+		Resets: e.resets, Accesses: e.access, Gone: e.gone,
+	}
 }
 
 // Knob returns a staged value.

@@ -1,6 +1,9 @@
 package gputest
 
-import "time"
+import (
+	"maps"
+	"time"
+)
 
 // fsp is the boot processor's mailbox: the same messages through shared
 // memory (Hopper, NVSwitch) or through a FIFO (Blackwell).
@@ -195,6 +198,9 @@ func (e *Emulator) execute(request []uint32) []uint32 {
 		}
 		if !e.faults.LosesKnobWrites {
 			e.knobs[knob] = uint16(request[3])
+			if e.stored != nil {
+				e.stored(maps.Clone(e.knobs))
+			}
 		}
 		return reply(0)
 	}
