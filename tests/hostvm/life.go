@@ -235,7 +235,7 @@ func hangFSP(ctx context.Context, w *world) error {
 		if err := w.broken(ctx, id, gputest.Faults{FSPSilent: true}); err != nil {
 			return err
 		}
-		if err := w.refused(ctx, slow, "gpu.fsp-silent", "nodeagent gpu reset "+w.address[id]); err != nil {
+		if err := w.refused(ctx, "gpu.fsp-silent", "nodeagent gpu reset "+w.address[id]); err != nil {
 			return err
 		}
 		if err := w.becomes(ctx, id, "quarantined"); err != nil {
@@ -261,7 +261,7 @@ func unplug(ctx context.Context, w *world) error {
 	if err := w.qmp.unplug(limited, id); err != nil {
 		return err
 	}
-	if err := w.refused(ctx, slow, "vfio.gone", "nodeagent gpu reset "+w.address[id]); err != nil {
+	if err := w.refused(ctx, "vfio.gone", "nodeagent gpu reset "+w.address[id]); err != nil {
 		return err
 	}
 	for _, s := range slots() {
@@ -294,10 +294,10 @@ func held(ctx context.Context, w *world) error {
 	if err != nil {
 		return err
 	}
-	if err := w.refused(ctx, slow, "vfio.busy", "/opt/rig/hostvm mode vfio "+w.address[id]+" query"); err != nil {
+	if err := w.refused(ctx, "vfio.busy", "/opt/rig/hostvm mode vfio "+w.address[id]+" query"); err != nil {
 		return err
 	}
-	if err := w.refused(ctx, slow, "vfio.in-use", "nodeagent gpu reset "+w.address[id]); err != nil {
+	if err := w.refused(ctx, "vfio.in-use", "nodeagent gpu reset "+w.address[id]); err != nil {
 		return err
 	}
 	after, err := w.inside(ctx, id)
@@ -348,13 +348,13 @@ func nestedGuest(ctx context.Context, w *world) error {
 	if _, err := w.sh(ctx, slow, "set -- "+strings.Join(parts, " ")+"\n"+guestScript); err != nil {
 		return err
 	}
-	if err := w.refused(ctx, slow, "in use", "virsh -q create /run/guest/second.xml"); err != nil {
+	if err := w.refused(ctx, "in use", "virsh -q create /run/guest/second.xml"); err != nil {
 		return err
 	}
-	if err := w.refused(ctx, slow, "vfio.busy", "/opt/rig/hostvm mode vfio "+w.address[id]+" query"); err != nil {
+	if err := w.refused(ctx, "vfio.busy", "/opt/rig/hostvm mode vfio "+w.address[id]+" query"); err != nil {
 		return err
 	}
-	if err := w.refused(ctx, slow, "vfio.in-use", "nodeagent gpu reset "+w.address[id]); err != nil {
+	if err := w.refused(ctx, "vfio.in-use", "nodeagent gpu reset "+w.address[id]); err != nil {
 		return err
 	}
 	if _, err := w.sh(ctx, 2*slow, "while virsh -q domstate guest >/dev/null 2>&1; do sleep 1; done; grep -q 'guest sees 0x10de 0x2330 class 0x030200' /run/guest/guest.log || { tail -n 20 /run/guest/guest.log >&2; exit 1; }"); err != nil {

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -50,7 +49,6 @@ func (s slot) sysfs() string {
 // machine is the running host.
 type machine struct {
 	dir  string // sockets, logs, state of the GPUs
-	log  io.Writer
 	qemu *process
 	gpus map[string]*process
 	qmp  *qmp

@@ -19,7 +19,7 @@ func main() {
 	defer stop()
 	if os.Getpid() == 1 {
 		if err := guestInit(os.Stdout); err != nil {
-			fmt.Println("guest:", err)
+			fmt.Fprintln(os.Stdout, "guest:", err)
 		}
 		return
 	}

@@ -104,7 +104,7 @@ func guestInit(out io.Writer) error {
 			}
 			ids[i] = string(text[:len(text)-1])
 		}
-		fmt.Fprintf(out, "guest sees %s %s class %s\n", ids[0], ids[1], ids[2]) //nolint:errcheck // the console
+		fmt.Fprintf(out, "guest sees %s %s class %s\n", ids[0], ids[1], ids[2])
 	}
 	return powerOff()
 }

@@ -3,6 +3,7 @@ package gpu_test
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -69,9 +70,11 @@ func (c *client) Write32(offset, value uint32) error {
 	_, err := c.access(10, 0, offset, 4, bytesOf(value, 4))
 	return err
 }
+
 func (c *client) ReadConfig(offset uint16, size int) (uint32, error) {
 	return c.access(9, 7, uint32(offset), size, nil)
 }
+
 func (c *client) WriteConfig(offset uint16, size int, value uint32) error {
 	_, err := c.access(10, 7, uint32(offset), size, bytesOf(value, size))
 	return err
@@ -94,7 +97,7 @@ func (c *client) Reset(context.Context) error {
 func plug(t *testing.T, e *gputest.Emulator) *client {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "s")
-	listener, err := vfiouser.Listen(path)
+	listener, err := vfiouser.Listen(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,11 +110,11 @@ func plug(t *testing.T, e *gputest.Emulator) *client {
 			t.Error(err)
 		}
 	})
-	conn, err := net.Dial("unix", path)
+	conn, err := new(net.Dialer).DialContext(t.Context(), "unix", path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { conn.Close() })
+	t.Cleanup(func() { conn.Close() }) //nolint:errcheck // each answer was read
 	c := &client{conn: conn}
 	if _, err := c.ask(1, append(make([]byte, 4), "{}\x00"...)); err != nil {
 		t.Fatal(err)
@@ -205,7 +208,7 @@ func TestTheFunctionIsWhatAKernelExpects(t *testing.T) {
 			t.Errorf("%d bytes of BAR0: %#x, %v", access.size, got, err)
 		}
 	}
-	if _, err := c.access(10, 0, 2, 2, []byte{1, 2}); err != syscall.EINVAL {
+	if _, err := c.access(10, 0, 2, 2, []byte{1, 2}); !errors.Is(err, syscall.EINVAL) {
 		t.Errorf("half a register is written: %v", err)
 	}
 	if got, err := c.access(9, 2, 0x1000, 4, nil); err != nil || got != 0 {
@@ -263,7 +266,7 @@ func TestKnobsOutliveTheProcess(t *testing.T) {
 func TestOrdersLookAndBreak(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "ctl")
-	listener, err := vfiouser.Listen(path)
+	listener, err := vfiouser.Listen(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -228,8 +228,8 @@ func (s *session) write(body []byte) ([]byte, error) {
 }
 
 // Listen listens on a socket of this path; one that an ended server left is replaced.
-func Listen(path string) (*net.UnixListener, error) {
-	if conn, err := net.Dial("unix", path); err == nil {
+func Listen(ctx context.Context, path string) (*net.UnixListener, error) {
+	if conn, err := new(net.Dialer).DialContext(ctx, "unix", path); err == nil {
 		conn.Close() //nolint:errcheck // nothing was written
 		return nil, fmt.Errorf("vfiouser: somebody serves %s already", path)
 	} else if errors.Is(err, syscall.ECONNREFUSED) {

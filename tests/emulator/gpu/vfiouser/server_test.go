@@ -77,7 +77,7 @@ func ask(t *testing.T, conn net.Conn, message []byte) (flags uint32, errno sysca
 func dial(t *testing.T, m Device) *net.UnixConn {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "s")
-	listener, err := Listen(path)
+	listener, err := Listen(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -94,7 +94,7 @@ func dial(t *testing.T, m Device) *net.UnixConn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { conn.Close() })
+	t.Cleanup(func() { conn.Close() }) //nolint:errcheck // each answer was read
 	if flags, _, _ := ask(t, conn, command(1, commandVersion, 0, append(make([]byte, 4), "{}\x00"...))); flags != flagReply {
 		t.Fatalf("version: flags %#x", flags)
 	}
@@ -160,11 +160,11 @@ func TestMappingsAreTakenAndTheirDescriptorsClosed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer r.Close()
+	defer r.Close() //nolint:errcheck // only read from
 	if _, _, err := conn.WriteMsgUnix(command(2, commandDMAMap, 0, make([]byte, 32)), syscall.UnixRights(int(w.Fd())), nil); err != nil {
 		t.Fatal(err)
 	}
-	w.Close()
+	w.Close() //nolint:errcheck // nothing was written
 	if _, err := io.ReadFull(conn, make([]byte, headerSize)); err != nil {
 		t.Fatal(err)
 	}
@@ -206,20 +206,20 @@ func TestWhatIsMalformedEndsTheConnection(t *testing.T) {
 func TestASocketInUseIsNotTaken(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "s")
-	first, err := Listen(path)
+	first, err := Listen(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Listen(path); err == nil {
+	if _, err := Listen(t.Context(), path); err == nil {
 		t.Error("taken from under a server")
 	}
 	first.SetUnlinkOnClose(false)
-	first.Close()
-	second, err := Listen(path)
+	first.Close() //nolint:errcheck // the next one tells
+	second, err := Listen(t.Context(), path)
 	if err != nil {
 		t.Fatalf("what an ended server left is in the way: %v", err)
 	}
-	second.Close()
+	second.Close() //nolint:errcheck // the test is over
 }
 
 func FuzzHandle(f *testing.F) {

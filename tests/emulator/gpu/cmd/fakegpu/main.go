@@ -67,17 +67,17 @@ func run(ctx context.Context, model gputest.Model, socket, state, control string
 	}
 	ended := make(chan error, 2)
 	if control != "" {
-		listener, err := vfiouser.Listen(control)
+		listener, err := vfiouser.Listen(ctx, control)
 		if err != nil {
 			return err
 		}
 		go func() { ended <- gpu.Control(ctx, listener, e) }()
 	}
-	listener, err := vfiouser.Listen(socket)
+	listener, err := vfiouser.Listen(ctx, socket)
 	if err != nil {
 		return err
 	}
-	fmt.Printf("%s, PDI %#x, on %s\n", model.Name, model.PDI, socket)
+	fmt.Fprintf(os.Stdout, "%s, PDI %#x, on %s\n", model.Name, model.PDI, socket)
 	go func() { ended <- vfiouser.Serve(ctx, listener, gpu.Function{Emulator: e}) }()
 	err = <-ended
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
