@@ -38,12 +38,12 @@ RIG_IMAGE ?= $(or $(XDG_CACHE_HOME),/var/cache)/nodeagent/rig
 MATCH     ?=
 test-rig: setup ## a provider's host in a virtual machine: real kernel, IOMMU, systemd, emulated GPUs; MATCH=regexp for some steps (root)
 	@.ci/setup.sh debootstrap e2fsprogs >/dev/null
-	@nice -n 10 tests/hostvm/image.sh $(RIG_IMAGE)
+	@tests/hostvm/image.sh $(RIG_IMAGE)
 	@mkdir -p .cache/rig
 	@go build -tags $(EMULATED_TAGS) -o .cache/rig/ ./nodeagent ./tests/controlplane/cmd/controlplane ./tests/emulator/gpu/cmd/fakegpu
 	@CGO_ENABLED=0 go build -o .cache/rig/ ./tests/hostvm
 	@cp packaging/nodeagent.service packaging/modules-load.conf .cache/rig/
-	@nice -n 10 .cache/rig/hostvm run --image $(RIG_IMAGE) --programs .cache/rig --match '$(MATCH)'
+	@.cache/rig/hostvm run --image $(RIG_IMAGE) --programs .cache/rig --match '$(MATCH)'
 
 DURATION ?= 2h
 SEED     ?= 0
