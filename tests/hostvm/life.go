@@ -261,7 +261,7 @@ func unplug(ctx context.Context, w *world) error {
 	if err := w.qmp.unplug(limited, id); err != nil {
 		return err
 	}
-	if err := w.refused(ctx, "vfio.gone", "nodeagent gpu reset "+w.address[id]); err != nil {
+	if err := w.refused(ctx, "vfio.no-device", "nodeagent gpu reset "+w.address[id]); err != nil {
 		return err
 	}
 	for _, s := range slots() {
