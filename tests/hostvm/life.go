@@ -261,7 +261,7 @@ func unplug(ctx context.Context, w *world) error {
 	if err := w.qmp.unplug(limited, id); err != nil {
 		return err
 	}
-	if err := w.refused(ctx, "vfio.gone", "nodeagent gpu reset "+w.address[id]); err != nil {
+	if err := w.refused(ctx, "vfio.no-device", "nodeagent gpu reset "+w.address[id]); err != nil {
 		return err
 	}
 	for _, s := range slots() {
@@ -297,7 +297,8 @@ func held(ctx context.Context, w *world) error {
 	if err := w.refused(ctx, "vfio.busy", "/opt/rig/hostvm mode vfio "+w.address[id]+" query"); err != nil {
 		return err
 	}
-	if err := w.refused(ctx, "vfio.in-use", "nodeagent gpu reset "+w.address[id]); err != nil {
+	// The agent gives the holder two minutes, then names it.
+	if err := w.refused(ctx, "holder: hostvm", "nodeagent gpu reset "+w.address[id]); err != nil {
 		return err
 	}
 	after, err := w.inside(ctx, id)
@@ -352,9 +353,6 @@ func nestedGuest(ctx context.Context, w *world) error {
 		return err
 	}
 	if err := w.refused(ctx, "vfio.busy", "/opt/rig/hostvm mode vfio "+w.address[id]+" query"); err != nil {
-		return err
-	}
-	if err := w.refused(ctx, "vfio.in-use", "nodeagent gpu reset "+w.address[id]); err != nil {
 		return err
 	}
 	if _, err := w.sh(ctx, 2*slow, "while virsh -q domstate guest >/dev/null 2>&1; do sleep 1; done; grep -q 'guest sees 0x10de 0x2330 class 0x030200' /run/guest/guest.log || { tail -n 20 /run/guest/guest.log >&2; exit 1; }"); err != nil {
