@@ -100,11 +100,12 @@ func FuzzEMEM(f *testing.F) {
 // FuzzMNOC gives arbitrary states and answers of a Blackwell mailbox.
 func FuzzMNOC(f *testing.F) {
 	const ready, failed, credit = 1 << 24, 1 << 25, 1 << 26
-	good := []uint32{0, ready, credit, ready | 24, 0xc0000000, 0x1510de7e, 1, 0x13, 0, 0xdead0001, 0}
+	good := []uint32{0, ready, credit, 0, ready | 24, 0xc0000000, 0x1510de7e, 1, 0x13, 0, 0xdead0001, 0}
 	f.Add(dwords(good...))
 	f.Add(dwords(append([]uint32{ready | 8, 1, 2}, good...)...)) // stale
-	f.Add(dwords(0, ready, credit, ready|0xfffff))
-	f.Add(dwords(0, ready, credit, ready|failed|24))
+	f.Add(dwords(0, ready, credit, 0, ready|0xfffff))
+	f.Add(dwords(0, ready, credit, failed))
+	f.Add(dwords(0, ready, credit, 0, ready|failed|24))
 	f.Add(dwords(0, 0xbadf4100))
 	f.Fuzz(func(t *testing.T, words []byte) { answers(t, Blackwell, 0x8f1f88, 0x8f1f08, words) })
 }

@@ -85,6 +85,8 @@ type Faults struct {
 	ReplyCode       uint32        // answers every request with this error
 	WriteCode       uint32        // answers knob writes with this error
 	MailboxError    bool          // MNOC only: the error bit is set
+	RequestError    bool          // MNOC only: set once a request is written
+	AnswerError     bool          // MNOC only: set once an answer is read
 	BootNever       bool
 	FirewallNever   bool
 	Boot0           uint32 // overrides PMC_BOOT_0 unless 0

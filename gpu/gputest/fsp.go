@@ -90,9 +90,15 @@ func (e *Emulator) fifoRead(offset uint32) (uint32, bool) {
 		if e.faults.FSPStuck {
 			return 0, true
 		}
+		if e.faults.RequestError && f.expect == 0 && len(f.inbound) > 0 {
+			return 1<<25 | 1<<24 | 1<<26, true
+		}
 		return 1<<24 | 1<<26, true
 	case 0x8f1f04:
 		if len(f.visible) == 0 {
+			if e.faults.AnswerError && len(f.inbound) > 0 && f.reply == nil {
+				return 1 << 25, true
+			}
 			return 0, true
 		}
 		return 1<<24 | uint32(4*len(f.visible)), true
