@@ -192,22 +192,3 @@ func (g Guest) Clone() Guest {
 	g.Phases = maps.Clone(g.Phases)
 	return g
 }
-
-// Forwarding returns what the host did about forwarding IPv4 before the agent
-// changed it, and whether the agent did.
-func (s *Store) Forwarding() (previous, changed bool, err error) {
-	changed, err = s.metaJSON("forwarding", &previous)
-	return previous, changed, err
-}
-
-// SetForwarding remembers what the host did, before the agent changes it.
-func (s *Store) SetForwarding(previous bool) error {
-	return s.update(func(tx *bbolt.Tx) error {
-		return putJSON(tx.Bucket([]byte("meta")), []byte("forwarding"), recordForwarding, previous)
-	})
-}
-
-// ClearForwarding forgets it, after it was given back.
-func (s *Store) ClearForwarding() error {
-	return s.update(func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Delete([]byte("forwarding")) })
-}

@@ -78,7 +78,7 @@ const (
 	recordEvent
 	recordGuest
 	recordCordon
-	recordForwarding
+	recordForwarding // of earlier agents; nobody reads it
 	recordReport
 	recordSequence
 	recordSeen
