@@ -181,7 +181,7 @@ func (s *Store) SetCordon(reason string, on bool, events ...*api.Event) error {
 // Cordon reports whether admission is closed, and why.
 func (s *Store) Cordon() (reason string, on bool, err error) {
 	var c cordon
-	_, err = s.metaJSON("cordon", &c)
+	err = s.metaJSON("cordon", &c)
 	return c.Reason, c.On, err
 }
 
