@@ -4,7 +4,9 @@
 package gpu
 
 import (
+	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/confidential-node/agent/firmware/contract"
@@ -22,6 +24,9 @@ type product struct {
 	// board is how many make a whole board, which runs in another mode and
 	// with its switches; 0 where there is no such thing.
 	board int
+	// chip is what its certificates call it; boards of one chip cannot be told
+	// apart by them.
+	chip string
 }
 
 const useOther = "ask for H100, H200, B200, B300 or RTX PRO 6000"
@@ -31,10 +36,12 @@ const useOther = "ask for H100, H200, B200, B300 or RTX PRO 6000"
 // NVLink encryption, everything before Hopper and everything with a Grace CPU
 // not at all.
 func products() []product {
+	const encrypted = "Blackwell HGX encrypts NVLink between 1, 2, 4 or 8 GPUs"
 	return []product{
-		{names: []string{"H100", "H200", "H800", "H20"}, counts: []int{1, 8}, reason: "Hopper runs one GPU in CC mode, or all eight of an HGX board with their NVSwitches under PPCIe", remedy: "ask for 1, or for 8 under PPCIe", board: 8},
-		{names: []string{"B200", "B300"}, counts: []int{1, 2, 4, 8}, reason: "Blackwell HGX encrypts NVLink between 1, 2, 4 or 8 GPUs", remedy: "ask for 1, 2, 4 or 8"},
-		{names: []string{"RTX PRO 6000"}, counts: []int{1}, reason: "RTX PRO 6000 Server Edition runs one GPU in CC mode", remedy: "ask for 1"},
+		{names: []string{"H100", "H200", "H800", "H20"}, counts: []int{1, 8}, reason: "Hopper runs one GPU in CC mode, or all eight of an HGX board with their NVSwitches under PPCIe", remedy: "ask for 1, or for 8 under PPCIe", board: 8, chip: "GH100"},
+		{names: []string{"B200"}, counts: []int{1, 2, 4, 8}, reason: encrypted, remedy: "ask for 1, 2, 4 or 8", chip: "GB100"},
+		{names: []string{"B300"}, counts: []int{1, 2, 4, 8}, reason: encrypted, remedy: "ask for 1, 2, 4 or 8", chip: "GB110"},
+		{names: []string{"RTX PRO 6000"}, counts: []int{1}, reason: "RTX PRO 6000 Server Edition runs one GPU in CC mode", remedy: "ask for 1", chip: "GB202"},
 		{names: []string{"A100", "A30", "A10"}, reason: "Ampere has no CC mode a host can set", remedy: useOther},
 		{names: []string{"L40S", "L40", "L4", "RTX 4090"}, reason: "Ada has no CC mode; its driver refuses to load in a confidential guest", remedy: useOther},
 		{names: []string{"GH200", "GB200", "GB300"}, reason: "its Grace CPU has no TEE", remedy: useOther},
@@ -61,12 +68,40 @@ func Rule(model string, count int) *contract.Refusal {
 	return contract.Refuse("gpu.unknown-model", useOther, "GPU model %q is not known to this build", model)
 }
 
+// ParseDemand reads MODEL[:COUNT], one where no count is given, and refuses
+// what Rule refuses.
+func ParseDemand(text string) (contract.GPU, error) {
+	demand := contract.GPU{Model: text, Count: 1}
+	if model, count, counted := strings.Cut(text, ":"); counted {
+		var err error
+		demand.Model = model
+		if demand.Count, err = strconv.Atoi(count); err != nil {
+			return demand, fmt.Errorf("parsing GPUs: %.100q is not MODEL[:COUNT]", text)
+		}
+	}
+	if refused := Rule(demand.Model, demand.Count); refused != nil {
+		return demand, refused
+	}
+	return demand, nil
+}
+
 // WholeBoard says whether so many of a model are an HGX Hopper board, which
 // goes to a guest with its NVSwitches and under Protected PCIe.
 func WholeBoard(model string, count int) bool {
 	return slices.ContainsFunc(products(), func(p product) bool {
 		return p.board > 0 && count == p.board && slices.Contains(p.names, Canonical(model))
 	})
+}
+
+// Chip is what certificates of a model's GPUs call it, "GH100", and which
+// models have the same chip; "" for a model that cannot be rented out.
+func Chip(model string) (chip string, models []string) {
+	for _, p := range products() {
+		if slices.Contains(p.names, Canonical(model)) {
+			return p.chip, p.names
+		}
+	}
+	return "", nil
 }
 
 // Canonical is a model's name as the tables have it: upper case, without

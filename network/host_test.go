@@ -283,6 +283,32 @@ func TestTheLastTapTakesADeadAgentsTableWithIt(t *testing.T) {
 	}
 }
 
+// An agent was killed while nft wrote, and nft went on for longer than the next
+// agent needed to find no table. The soak met it.
+func TestATableThatAppearsWithoutGuestsIsErased(t *testing.T) {
+	t.Parallel()
+	k := newKernel()
+	if err := newTestHost(k).Add(t.Context(), testGuest(1)); err != nil {
+		t.Fatal(err)
+	}
+	late := k.table()
+	next := newTestHost(k)
+	if err := next.Remove(t.Context(), testGuest(1).ID); err != nil || k.table() != "" {
+		t.Fatalf("%v; the table is\n%s", err, k.table())
+	}
+	runHost(t, next)
+	k.appears(late)
+	eventually(t, "the table is gone", func() bool { return k.table() == "" })
+	// While a guest of an earlier run has its tap, the table is that guest's.
+	k.mu.Lock()
+	k.taps["nt00000002"] = Tap{Name: "nt00000002", GuestID: "guest-c", Up: true}
+	k.mu.Unlock()
+	k.appears(late)
+	if err := next.check(t.Context()); err != nil || k.table() != late {
+		t.Errorf("%v; the rules of a guest that runs were changed to\n%s", err, k.table())
+	}
+}
+
 // A tap that was cut off is no longer named once it is gone.
 func TestARemovedStrayIsForgotten(t *testing.T) {
 	t.Parallel()

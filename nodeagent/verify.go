@@ -17,10 +17,11 @@ import (
 // verdict is the document of `nodeagent verify`.
 type verdict struct {
 	output.Header
-	OK       bool           `json:"ok"`
-	Signer   *snp.Signer    `json:"signer,omitempty"`
-	Checks   []verdictCheck `json:"checks"`
-	Warnings []snp.Warning  `json:"warnings,omitempty"`
+	OK       bool                   `json:"ok"`
+	Signer   *snp.Signer            `json:"signer,omitempty"`
+	GPUs     []contract.AttestedGPU `json:"gpus,omitempty"`
+	Checks   []verdictCheck         `json:"checks"`
+	Warnings []snp.Warning          `json:"warnings,omitempty"`
 }
 
 type verdictCheck struct {
@@ -36,6 +37,7 @@ type verifyFlags struct {
 	allowDevelopmentImage   bool
 	explain                 bool
 	policy                  policyFlags
+	gpus                    expectedGPUs
 }
 
 func newVerifyCommand() *cobra.Command {
@@ -52,14 +54,20 @@ exit code 0 means that none failed, 5 that at least one did. A line begins with
   !  no check: a warning, which does not change the verdict
 
 FILE is one of
-  an evidence bundle (JSON): needs --expected-image, --expected-digest and --nonce;
+  an evidence bundle (JSON): needs --expected-image, --expected-digest and --nonce,
+  and where the guest has GPUs also --expected-gpu and --rim-dir;
   a raw attestation report of 1184 bytes, with its certificates in --certs, or
   a go-sev-guest attestation (protobuf): both need --expected-digest, --report-data
   and --host-data.
 
 The evidence itself is never a source of expectations: take the launch digest from
-"nodeagent measure" over files you trust, and the nonce from your own challenge.`,
+"nodeagent measure" over files you trust, and the nonce from your own challenge.
+
+No signature ties a GPU to the processor that signed the report. That the GPUs are in
+the same machine, and that no genuine GPU elsewhere answered in their stead, is the word
+of the measured guest which asked them; it is as good as its launch digest.`,
 		Example: `  nodeagent verify evidence.json --expected-image registry.example/app@sha256:... --expected-digest 8a1f... --nonce 00112233445566778899aabbccddeeff
+  nodeagent verify evidence.json --expected-image registry.example/app@sha256:... --expected-digest 8a1f... --nonce 0011... --expected-gpu H100 --rim-dir rims
   nodeagent verify report.bin --certs vcek.pem --certs cert_chain.pem --expected-digest 8a1f... --report-data 5c0e... --host-data 91b2... --explain`,
 		Args: exactArgs("FILE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -96,6 +104,7 @@ The evidence itself is never a source of expectations: take the launch digest fr
 	flags.StringVar(&f.hostData, "host-data", "", "HOST_DATA in hex, 32 bytes (reports and attestations)")
 	flags.StringArrayVar(&f.certs, "certs", nil, "`PEM` file with VCEK or VLEK, ASK and ARK in any order, instead of the evidence's own; may be repeated (reports and attestations)")
 	f.policy.register(flags)
+	f.gpus.register(flags)
 	return cmd
 }
 
@@ -140,7 +149,7 @@ func (f *verifyFlags) judge(set *pflag.FlagSet, data []byte) (*snp.Result, error
 }
 
 func (f *verifyFlags) document(result *snp.Result) verdict {
-	doc := verdict{Header: output.NewHeader("Verdict"), OK: result.OK(), Signer: result.Signer, Warnings: result.Warnings}
+	doc := verdict{Header: output.NewHeader("Verdict"), OK: result.OK(), Signer: result.Signer, GPUs: result.GPUs, Warnings: result.Warnings}
 	for _, c := range result.Checks {
 		check := verdictCheck{Check: c}
 		if f.explain {
@@ -179,6 +188,13 @@ func (f *verifyFlags) expectations(set *pflag.FlagSet, policy snp.AppraisalPolic
 	if x.Nonce, err = hex.DecodeString(f.nonce); err != nil {
 		return x, usageError("--nonce is not hex")
 	}
+	gpus, err := f.gpus.policy(set, &policy)
+	if err != nil {
+		return x, err
+	}
+	if gpus != nil {
+		x.GPUs = gpus.Judge
+	}
 	if f.imageFile != "" {
 		data, err := readLimited(f.imageFile, contract.MaxImageDescriptionBytes)
 		if err != nil {
@@ -194,7 +210,7 @@ func (f *verifyFlags) expectations(set *pflag.FlagSet, policy snp.AppraisalPolic
 func (f *verifyFlags) expect(set *pflag.FlagSet, policy snp.AppraisalPolicy) (snp.Expect, error) {
 	x := snp.Expect{AppraisalPolicy: policy}
 	err := only(set, "an attestation report", []string{"report-data", "host-data"},
-		[]string{"expected-image", "nonce", "image", "allow-development-image"})
+		append(gpuFlagNames(), "expected-image", "nonce", "image", "allow-development-image"))
 	if err != nil {
 		return x, err
 	}

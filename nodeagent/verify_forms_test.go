@@ -164,6 +164,8 @@ func TestFlagsThatCannotBeReadOrMeanNothingAreUsageErrors(t *testing.T) {
 		{"nonce", "00"},
 		{"expected-image", "r.example/a"},
 		{"image", "image.json"},
+		{"expected-gpu", "H100"},
+		{"rim-dir", "rims"},
 	} {
 		if code, _, stderr := run(t, append(raw(c.flag), "--"+c.flag, c.value)...); code != exitUsage || !strings.Contains(stderr, "--"+c.flag) {
 			t.Errorf("--%s %s: exit %d, %q", c.flag, c.value, code, stderr)

@@ -15,6 +15,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp"
+	"github.com/confidential-node/agent/gpu/spdm/spdmtest"
 	"github.com/confidential-node/agent/tests/attester"
 	"github.com/confidential-node/agent/tests/skip"
 )
@@ -31,9 +32,15 @@ type proof struct {
 
 func newProof(t *testing.T) *proof {
 	t.Helper()
+	return newProofWith(t, nil)
+}
+
+// newProofWith is the evidence of a guest whose manifest demands GPUs.
+func newProofWith(t *testing.T, demand *contract.GPU, gpus ...*spdmtest.GPU) *proof {
+	t.Helper()
 	image := "registry.example/app@sha256:" + strings.Repeat("ab", 32)
 	manifest, err := (&contract.Manifest{
-		Version: contract.ManifestVersion, LaunchID: strings.Repeat("0a", 16), Image: image,
+		Version: contract.ManifestVersion, LaunchID: strings.Repeat("0a", 16), Image: image, GPU: demand,
 		Broker:   contract.Endpoint{URL: "https://broker.example", SPKISHA256: strings.Repeat("cd", 32)},
 		Registry: contract.Endpoint{URL: "https://registry.example", SPKISHA256: strings.Repeat("cd", 32)},
 	}).Encode()
@@ -49,6 +56,7 @@ func newProof(t *testing.T) *proof {
 	if err != nil {
 		t.Fatal(err)
 	}
+	guest.GPUs = gpus
 	nonce := bytes.Repeat([]byte{9}, 32)
 	p := &proof{t: t, dir: t.TempDir()}
 	if p.evidence, err = guest.Evidence(nonce); err != nil {

@@ -70,6 +70,34 @@ func ParseGPUEvidence(data []byte) ([]GPUEvidence, error) {
 	return gpus, nil
 }
 
+// AttestedGPU is what a GPU's evidence says of it; believe it only where no
+// check failed.
+type AttestedGPU struct {
+	// Chip is as its certificates name it, "GH100".
+	Chip string `json:"chip"`
+	// PDI is the chip's own number, 0x and 16 hex digits.
+	PDI string `json:"pdi"`
+	// Board is project, SKU of the project and of the chip, as NVIDIA's
+	// manifests name it.
+	Board string `json:"board,omitempty"`
+	// Driver is that of the guest, VBIOS that on the board.
+	Driver string `json:"driver"`
+	VBIOS  string `json:"vbios"`
+	// Mode is "on" (CC), "multi-gpu" (CC with encrypted NVLinks) or "ppcie".
+	Mode string `json:"mode"`
+	// Emulated means that no silicon stands behind it.
+	Emulated bool `json:"emulated"`
+}
+
+// GPUAppraisal is every check that was made of GPU evidence, and what else it
+// tells.
+type GPUAppraisal struct {
+	Checks
+	// GPUs are none unless all certificates and signatures hold.
+	GPUs     []AttestedGPU
+	Warnings []Warning
+}
+
 // gpuNonceLabel separates this use of REPORT_DATA from every other.
 const gpuNonceLabel = "nodeagent gpu nonce v1"
 

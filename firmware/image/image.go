@@ -47,6 +47,9 @@ type Options struct {
 	Variant string
 	// Emulated says that Init was built with the tag "emulated".
 	Emulated bool
+	// GPUDir is a folder with the part that knows GPUs; "" builds an image that
+	// refuses manifests with GPUs. See GPUFolder.
+	GPUDir string
 	// Name identifies the build, for people.
 	Name string
 	// OutDir receives the image; it is made when missing.
@@ -97,6 +100,14 @@ func Build(ctx context.Context, o Options) (*contract.ImageDescription, error) {
 	if err != nil {
 		return nil, err
 	}
+	gpus, err := loadGPUPart(o.GPUDir)
+	if err != nil {
+		return nil, err
+	}
+	if o.GPUDir != "" {
+		cmdline += " " + paramFirmware
+	}
+	modules = append(modules, gpus.modules...)
 	init, err := os.ReadFile(o.Init)
 	if err != nil {
 		return nil, fmt.Errorf("reading init: %w", err)
@@ -104,13 +115,14 @@ func Build(ctx context.Context, o Options) (*contract.ImageDescription, error) {
 	d := &contract.ImageDescription{
 		Version: contract.ImageVersion, Name: o.Name, Variant: o.Variant, Emulated: o.Emulated,
 		// A stock kernel interprets ACPI code from the host.
-		AMLDefence: false,
-		Cmdline:    cmdline,
+		AMLDefence:  false,
+		GPUEvidence: o.GPUDir != "",
+		Cmdline:     cmdline,
 	}
 	for _, m := range modules {
 		d.Modules = append(d.Modules, describe(m.file(), m.data, o.KernelSource))
 	}
-	initrd, err := packInitrd(init, modules)
+	initrd, err := packInitrd(init, modules, gpus.entries)
 	if err != nil {
 		return nil, err
 	}

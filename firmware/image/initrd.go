@@ -28,7 +28,7 @@ const (
 // 10 MB under software emulation: the firmware hashes them in 0.2 s and the
 // kernel unpacks them in 0.16 s; with zstd (3.4 MB) unpacking takes 0.3 s, so
 // nothing would be gained, and no compressor's version has to be reproduced.
-func packInitrd(init []byte, modules []module) ([]byte, error) {
+func packInitrd(init []byte, modules []module, further []entry) ([]byte, error) {
 	var a archive
 	for _, dir := range []string{"dev", ModulesFolder} {
 		a.add(entry{name: dir, mode: typeDir | 0o755})
@@ -44,6 +44,9 @@ func packInitrd(init []byte, modules []module) ([]byte, error) {
 		list.WriteString(m.file() + "\n")
 	}
 	a.add(entry{name: ModulesList, mode: typeFile | 0o644, data: []byte(list.String())})
+	for _, e := range further {
+		a.add(e)
+	}
 	return a.close()
 }
 

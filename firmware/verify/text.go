@@ -5,10 +5,11 @@ import (
 	"strings"
 	"unicode/utf8"
 
+	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp"
 )
 
-// Text is a result for people: who signed, one line per check that says
+// Text is a result for people: who signed, which GPUs, one line per check that says
 // whether it holds and why, the compared values below one that does not, then
 // what to know nevertheless, and the verdict last. With explain, each check
 // also says what it protects from.
@@ -20,6 +21,9 @@ func Text(res *snp.Result, explain bool) string {
 	var b strings.Builder
 	if res.Signer != nil {
 		b.WriteString(signedBy(res.Signer))
+	}
+	for _, g := range res.GPUs {
+		b.WriteString(attested(g))
 	}
 	below := func(what, value string) { fmt.Fprintf(&b, "  %-*s  %s %s\n", width, "", what, value) }
 	for _, c := range res.Checks {
@@ -55,6 +59,14 @@ func Text(res *snp.Result, explain bool) string {
 		b.WriteString(": the evidence does NOT hold\n")
 	}
 	return b.String()
+}
+
+func attested(g contract.AttestedGPU) string {
+	name := g.Chip
+	if g.Emulated {
+		name = "EMULATED " + name
+	}
+	return fmt.Sprintf("GPU %s, PDI %s, board %s, mode %s\n  driver %s, VBIOS %s\n", name, g.PDI, g.Board, g.Mode, g.Driver, g.VBIOS)
 }
 
 func signedBy(s *snp.Signer) string {

@@ -1,7 +1,7 @@
 // Package verify judges a whole evidence bundle: it derives what the report
 // must contain from the verifier's own expectations, lets firmware/snp judge
-// the report, and adds what only the bundle can tell: the workload image and
-// the guest image's defences. It also reads reports and certificates that come
+// the report and the caller's judge the GPUs, and adds what only the bundle can
+// tell: the workload image and the guest image's defences. It also reads reports and certificates that come
 // without a bundle, and words results for people. It is what `nodeagent
 // verify` and the tenant's tool share.
 //
@@ -33,6 +33,9 @@ type Expectations struct {
 	// AllowDevelopmentImage accepts an image without AML defence, or one
 	// nothing is known of.
 	AllowDevelopmentImage bool
+	// GPUs judges evidence of GPUs that has to answer a nonce; nil when none
+	// are expected. gpu/evidence has one.
+	GPUs func(evidence []byte, nonce [contract.GPUNonceBytes]byte) contract.GPUAppraisal
 	// AppraisalPolicy is what platform and launch have to be. With
 	// TrustedImage, give only Measurements taken over that image's files: which
 	// files a bundle names is the host's word, the digest is the silicon's.
@@ -75,11 +78,29 @@ func manifest(res *snp.Result, e *contract.Evidence, x Expectations) {
 	}
 	res.Add("manifest", true, "", m.LaunchID, "a manifest in canonical form, launch "+m.LaunchID, "")
 	res.Add("workload-image", x.Image != "" && m.Image == x.Image, x.Image, m.Image, "runs the expected workload image", "runs another workload image, or none was expected; state the reference with its digest")
-	if m.GPU == nil {
-		res.Add("gpu-evidence", len(e.GPUEvidence) == 0, "", "", "the manifest asks for no GPU and there is no GPU evidence", "there is GPU evidence although the manifest asks for no GPU; ask for evidence of this launch")
-		return
+	gpus(res, e, m.GPU, x)
+}
+
+// gpus judges the guest's GPUs where any are expected. Without expectations
+// evidence of them proves nothing, and is not taken for more.
+func gpus(res *snp.Result, e *contract.Evidence, demanded *contract.GPU, x Expectations) {
+	const name = "gpu-evidence"
+	switch there := len(e.GPUEvidence) > 0; {
+	case demanded == nil && there:
+		res.Add(name, false, "none", "", "", "there is GPU evidence although the manifest asks for no GPU; ask for evidence of this launch")
+	case demanded == nil && x.GPUs != nil:
+		res.Add(name, false, "GPUs", "none", "", "you expect GPUs, and the manifest asks for none: nobody gave this launch any")
+	case demanded == nil:
+		res.Add(name, true, "", "", "the manifest asks for no GPU and there is no GPU evidence", "")
+	case x.GPUs == nil && there:
+		res.Skip(name, fmt.Sprintf("NOT judged: the manifest asks for %d × %s and there is evidence, but you did not say what you expect", demanded.Count, demanded.Model))
+	case x.GPUs == nil:
+		res.Add(name, false, fmt.Sprintf("%d × %s", demanded.Count, demanded.Model), "none", "", "the manifest asks for GPUs and the guest shows no evidence of any; use a guest image that gathers it")
+	default:
+		a := x.GPUs(e.GPUEvidence, contract.GPUNonce(contract.EvidenceReportData(x.Nonce, e.TLSSPKI, e.ResultKey, nil)))
+		res.Checks = append(res.Checks, a.Checks...)
+		res.GPUs, res.Warnings = a.GPUs, append(res.Warnings, a.Warnings...)
 	}
-	res.Add("gpu-evidence", false, fmt.Sprintf("%d × %s", m.GPU.Count, m.GPU.Model), "", "", "this version cannot judge GPU evidence; use one that can")
 }
 
 // guestImage needs a description from the verifier: the bundle's own copy is

@@ -165,13 +165,72 @@ func TestTheBundlesOwnImageDescriptionIsNoDefence(t *testing.T) {
 	}
 }
 
-func TestAJobThatNeedsAGPUDoesNotHoldWithoutAJudge(t *testing.T) {
+// withGPU makes the manifest ask for one, and the guest show evidence of it.
+func withGPU(e *contract.Evidence) {
+	e.Manifest = bytes.Replace(e.Manifest, []byte(`"image"`), []byte(`"gpu":{"count":1,"model":"H100"},"image"`), 1)
+	e.GPUEvidence = []byte("evidence of GPUs")
+}
+
+func gpuCheck(t *testing.T, res snp.Result) snp.Check {
+	t.Helper()
+	i := slices.IndexFunc(res.Checks, func(c snp.Check) bool { return c.Name == "gpu-evidence" })
+	if i < 0 {
+		t.Fatalf("no such check: %+v", res.Checks)
+	}
+	return res.Checks[i]
+}
+
+func TestGPUsAreLeftToTheVerifiersJudge(t *testing.T) {
 	t.Parallel()
 	e, x := evidence(t)
-	e.Manifest = bytes.Replace(e.Manifest, []byte(`"image"`), []byte(`"gpu":{"count":1,"model":"H100"},"image"`), 1)
+	withGPU(e)
+	asked := 0
+	x.GPUs = func(data []byte, nonce [contract.GPUNonceBytes]byte) contract.GPUAppraisal {
+		asked++
+		want := contract.GPUNonce(contract.EvidenceReportData(x.Nonce, e.TLSSPKI, e.ResultKey, nil))
+		if !bytes.Equal(data, e.GPUEvidence) || nonce != want {
+			t.Errorf("asked about %q under %x", data, nonce)
+		}
+		a := contract.GPUAppraisal{GPUs: []contract.AttestedGPU{{Chip: "GH100"}}, Warnings: []contract.Warning{{Name: "gpu-binding", Why: "not proven"}}}
+		a.Add("gpu-evidence", false, "", "", "", "no")
+		return a
+	}
 	res := verify.Bundle(bundle(t, e), x)
-	if !slices.ContainsFunc(res.Checks, func(c snp.Check) bool { return c.Name == "gpu-evidence" && c.Status == snp.Fail }) {
-		t.Errorf("%+v", res.Checks)
+	if asked != 1 || gpuCheck(t, res).Why != "no" || len(res.GPUs) != 1 || res.Warnings[len(res.Warnings)-1].Name != "gpu-binding" {
+		t.Errorf("asked %d times: %+v", asked, res)
+	}
+	// Another nonce than the bundle's own claim.
+	e.Nonce = bytes.Repeat([]byte{1}, 32)
+	_ = verify.Bundle(bundle(t, e), x)
+}
+
+// gpuJudge is one that must not be asked.
+type gpuJudge struct{ t *testing.T }
+
+func (j *gpuJudge) judge([]byte, [contract.GPUNonceBytes]byte) contract.GPUAppraisal {
+	j.t.Error("the judge was asked")
+	return contract.GPUAppraisal{}
+}
+
+func TestGPUsNobodyExpectsOrShowsAreNotTakenForProven(t *testing.T) {
+	t.Parallel()
+	judge := (&gpuJudge{t}).judge
+	for name, c := range map[string]struct {
+		change func(*contract.Evidence, *verify.Expectations)
+		status snp.Status
+	}{
+		"shown, not expected":              {func(e *contract.Evidence, _ *verify.Expectations) { withGPU(e) }, snp.Skip},
+		"asked for, not shown":             {func(e *contract.Evidence, _ *verify.Expectations) { withGPU(e); e.GPUEvidence = nil }, snp.Fail},
+		"expected, not asked for":          {func(_ *contract.Evidence, x *verify.Expectations) { x.GPUs = judge }, snp.Fail},
+		"shown, not asked for":             {func(e *contract.Evidence, _ *verify.Expectations) { e.GPUEvidence = []byte("g") }, snp.Fail},
+		"shown, expected, not asked for":   {func(e *contract.Evidence, x *verify.Expectations) { e.GPUEvidence, x.GPUs = []byte("g"), judge }, snp.Fail},
+		"not shown, expected or asked for": {func(*contract.Evidence, *verify.Expectations) {}, snp.Pass},
+	} {
+		e, x := evidence(t)
+		c.change(e, &x)
+		if got := gpuCheck(t, verify.Bundle(bundle(t, e), x)); got.Status != c.status || got.Why == "" {
+			t.Errorf("%s: %+v, want %s", name, got, c.status)
+		}
 	}
 }
 

@@ -246,6 +246,23 @@ func TestGuestsOfAnEarlierRun(t *testing.T) {
 	}
 }
 
+func TestTheNUMANodeIsThePlatforms(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		apart, near := device(first, gputest.B200(), ""), device(second, gputest.B200(), "")
+		third := device(b200, gputest.B200(), "")
+		apart.NUMANode, near.NUMANode, third.NUMANode = 0, 1, 1
+		p, stop := newWorld(t, apart, near, third).life()
+		defer stop()
+		rest(t, p)
+		if err := p.Reserve(guest, "B200", 2); err != nil {
+			t.Fatal(err)
+		}
+		if s := states(p); s[first] != pool.Clean || s[second] != pool.Reserved || s[b200] != pool.Reserved {
+			t.Errorf("two of node 1 are asked for, and %v", s)
+		}
+	})
+}
+
 func TestReservationsAreRefusedInWords(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, device(first, gputest.H100(), ""), device(b200, gputest.B200(), ""))

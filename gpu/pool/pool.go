@@ -67,6 +67,7 @@ type device struct {
 	busy    chan struct{} // holds one token
 	rec     Record        // as on disk
 	named   bool          // by the configuration
+	node    int           // NUMA node, vfio.Function's
 	finding *contract.Refusal
 }
 
@@ -91,7 +92,7 @@ func New(d Deps, c Config) (*Pool, error) {
 	return p, nil
 }
 
-func newDevice(r Record) *device { return &device{busy: make(chan struct{}, 1), rec: r} }
+func newDevice(r Record) *device { return &device{busy: make(chan struct{}, 1), rec: r, node: -1} }
 
 // look compares the configuration with the bus.
 func (p *Pool) look() {
@@ -121,6 +122,11 @@ func (p *Pool) look() {
 			p.devices[a] = newDevice(Record{Address: a, Model: model, State: Unmanaged, Since: time.Now(), Duty: true, BootID: p.c.BootID})
 		}
 		p.devices[a].named = true
+	}
+	for _, f := range functions {
+		if d := p.devices[f.Address]; d != nil {
+			d.node = f.NUMANode
+		}
 	}
 	for uuid, a := range uuids {
 		if d := p.devices[a]; d != nil && d.rec.UUID == "" {

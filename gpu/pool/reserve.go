@@ -36,7 +36,7 @@ func (p *Pool) pickLocked(model string, count int) ([]vfio.Address, *contract.Re
 	if !p.settled {
 		return nil, contract.Refuse("gpu.not-settled", "launch again in a minute", "the node has not accounted for its GPUs yet")
 	}
-	var all []Record
+	var all []candidate
 	for _, d := range p.devices {
 		if !d.named {
 			continue
@@ -45,7 +45,7 @@ func (p *Pool) pickLocked(model string, count int) ([]vfio.Address, *contract.Re
 		if r.State == Clean && (!r.Duty || r.Leaving) {
 			r.State = Unmanaged // as good as gone
 		}
-		all = append(all, r)
+		all = append(all, candidate{r, d.node})
 	}
 	return pick(all, gpu.Canonical(model), count)
 }
@@ -75,9 +75,16 @@ func (p *Pool) Reserve(guestID, model string, count int) error {
 	return p.putLocked(changed...)
 }
 
-// pick chooses a set of clean devices, lowest addresses first: on server boards
-// neighbours in address are neighbours on the board. Pure.
-func pick(all []Record, model string, count int) ([]vfio.Address, *contract.Refusal) {
+// candidate is a device and the NUMA node it is on, -1 where the platform does
+// not tell.
+type candidate struct {
+	Record
+	node int
+}
+
+// pick chooses a set of clean devices: GPUs of one NUMA node where one has
+// enough. Pure.
+func pick(all []candidate, model string, count int) ([]vfio.Address, *contract.Refusal) {
 	if len(all) == 0 {
 		return nil, contract.Refuse("gpu.not-managed", "choose a host that offers GPUs, or a job without", "this node manages no GPUs")
 	}
@@ -85,11 +92,11 @@ func pick(all []Record, model string, count int) ([]vfio.Address, *contract.Refu
 	if gpu.WholeBoard(model, count) {
 		want[modelSwitch] = boardSwitches
 	}
-	slices.SortFunc(all, func(a, b Record) int { return cmp.Compare(a.Address, b.Address) })
+	slices.SortFunc(all, func(a, b candidate) int { return cmp.Compare(a.Address, b.Address) })
 	var set []vfio.Address
 	for _, name := range []string{model, modelSwitch} {
 		seen, states := 0, map[State]int{}
-		var free []vfio.Address
+		var free []candidate
 		for _, r := range all {
 			if r.Model.Name != name {
 				continue
@@ -97,7 +104,7 @@ func pick(all []Record, model string, count int) ([]vfio.Address, *contract.Refu
 			seen++
 			states[r.State]++
 			if r.State == Clean {
-				free = append(free, r.Address)
+				free = append(free, r)
 			}
 		}
 		switch {
@@ -109,10 +116,37 @@ func pick(all []Record, model string, count int) ([]vfio.Address, *contract.Refu
 				"%d × %s are asked for, %d are free (%d reserved or attached, %d being cleaned, %d quarantined)", want[name], name, len(free),
 				states[Reserved]+states[Attached], states[Dirty]+states[Bound]+states[Unmanaged], states[Quarantined])
 		default:
-			set = append(set, free[:want[name]]...)
+			set = append(set, fit(free, want[name])...)
 		}
 	}
 	return set, nil
+}
+
+// fit chooses count of the free devices: those of the node that has the fewest
+// of those that have enough, so that the emptier nodes keep room for larger
+// sets; else the lowest addresses, neighbours on server boards. Devices of
+// unknown nodes are only taken by address.
+func fit(free []candidate, count int) []vfio.Address {
+	nodes := map[int][]candidate{}
+	for _, c := range free {
+		if c.node >= 0 {
+			nodes[c.node] = append(nodes[c.node], c)
+		}
+	}
+	var best []candidate
+	for _, node := range slices.Sorted(maps.Keys(nodes)) {
+		if on := nodes[node]; len(on) >= count && (best == nil || len(on) < len(best)) {
+			best = on
+		}
+	}
+	if best == nil {
+		best = free
+	}
+	set := make([]vfio.Address, 0, count)
+	for _, c := range best[:count] {
+		set = append(set, c.Address)
+	}
+	return set
 }
 
 // has says whether a guest has the device or is promised it.

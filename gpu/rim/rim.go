@@ -8,7 +8,6 @@ package rim
 import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
-	"crypto/sha256"
 	"crypto/sha512"
 	"crypto/subtle"
 	"crypto/x509"
@@ -44,12 +43,12 @@ const (
 )
 
 // NVIDIARoot is the SHA-256 of the DER of "NVIDIA CoRIM signing Root CA".
-func NVIDIARoot() [sha256.Size]byte {
+func NVIDIARoot() spdm.Fingerprint {
 	raw, err := hex.DecodeString("12977b5115acb0381179279fffeb5a8c4d264971ebb32298023a465fa41df5d1")
 	if err != nil {
 		panic(err) // a constant
 	}
-	return [sha256.Size]byte(raw)
+	return spdm.Fingerprint(raw)
 }
 
 // Manifest is one that NVIDIA signed.
@@ -64,10 +63,10 @@ type Manifest struct {
 	Golden map[int][]spdm.Digest
 }
 
-// Parse reads a manifest and verifies its signature up to the root with the
-// given SHA-256, at the given time. What stands outside the signature does not
+// Parse reads a manifest and verifies its signature up to one of the
+// pinned roots, at the given time. What stands outside the signature does not
 // exist: it covers the whole document.
-func Parse(data []byte, root [sha256.Size]byte, now time.Time) (*Manifest, error) {
+func Parse(data []byte, roots []spdm.Fingerprint, now time.Time) (*Manifest, error) {
 	if len(data) > MaxBytes {
 		return nil, fmt.Errorf("reference manifest: %d bytes, at most %d are read", len(data), MaxBytes)
 	}
@@ -80,7 +79,7 @@ func Parse(data []byte, root [sha256.Size]byte, now time.Time) (*Manifest, error
 	if top == nil || top.Tag != "SoftwareIdentity" {
 		return nil, errors.New("reference manifest: it is no SWID tag")
 	}
-	signer, err := verify(top, root, now)
+	signer, err := verify(top, roots, now)
 	if err != nil {
 		return nil, fmt.Errorf("reference manifest: %w", err)
 	}
@@ -115,7 +114,7 @@ func algorithm(parent *etree.Element, tag, want string) error {
 
 // verify follows W3C XML Signature 1.1 for the one form above: a reference to
 // the whole document, without the signature itself.
-func verify(top *etree.Element, root [sha256.Size]byte, now time.Time) (signer string, err error) {
+func verify(top *etree.Element, roots []spdm.Fingerprint, now time.Time) (signer string, err error) {
 	signature, err := only(top, "Signature")
 	if err != nil {
 		return "", err
@@ -159,7 +158,7 @@ func verify(top *etree.Element, root [sha256.Size]byte, now time.Time) (signer s
 	if err != nil {
 		return "", err
 	}
-	return check(signature, signed, value, root, now)
+	return check(signature, signed, value, roots, now)
 }
 
 // form refuses every other kind of signature.
@@ -210,12 +209,12 @@ func text(parent *etree.Element, tag string) ([]byte, error) {
 }
 
 // check verifies the signature value and the certificates that come along.
-func check(signature *etree.Element, signed, value []byte, root [sha256.Size]byte, now time.Time) (string, error) {
+func check(signature *etree.Element, signed, value []byte, roots []spdm.Fingerprint, now time.Time) (string, error) {
 	certs, err := certificates(signature)
 	if err != nil {
 		return "", err
 	}
-	if err := spdm.FollowToRoot(certs, root, now); err != nil {
+	if _, err := spdm.FollowToRoot(certs, roots, now); err != nil {
 		return "", fmt.Errorf("its certificates: %w", err)
 	}
 	key, ok := certs[0].PublicKey.(*ecdsa.PublicKey)

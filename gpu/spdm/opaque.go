@@ -6,6 +6,8 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 )
 
 // PDI is the per-device identifier, a number fused into the chip: it can also
@@ -13,6 +15,16 @@ import (
 type PDI uint64
 
 func (p PDI) String() string { return fmt.Sprintf("%#016x", uint64(p)) }
+
+// ParsePDI reads what String writes: 16 hex digits, with or without 0x.
+func ParsePDI(text string) (PDI, error) {
+	digits := strings.TrimPrefix(strings.ToLower(text), "0x")
+	n, err := strconv.ParseUint(digits, 16, 64)
+	if err != nil || len(digits) != 16 {
+		return 0, fmt.Errorf("parsing PDI: %.40q is not 16 hex digits", text)
+	}
+	return PDI(n), nil
+}
 
 // Feature is the mode of use that a GPU states, opaque field 36.
 type Feature uint16

@@ -14,6 +14,7 @@ import (
 	"encoding/pem"
 	"math/big"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -31,9 +32,11 @@ func sample(tb testing.TB, name string) []byte {
 	return data
 }
 
+func nvidia() []Fingerprint { return []Fingerprint{NVIDIARoot()} }
+
 // judge is everything this package can say of a report.
 func judge(report, chain []byte) error {
-	c, err := VerifyChain(chain, NVIDIARoot(), now())
+	c, err := VerifyChain(chain, nvidia(), now())
 	if err != nil {
 		return err
 	}
@@ -46,7 +49,7 @@ func judge(report, chain []byte) error {
 
 func TestARealReportOfHopperHolds(t *testing.T) {
 	t.Parallel()
-	c, err := VerifyChain(sample(t, "hopper-chain.pem"), NVIDIARoot(), now())
+	c, err := VerifyChain(sample(t, "hopper-chain.pem"), nvidia(), now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -75,17 +78,46 @@ func TestARealReportOfHopperHolds(t *testing.T) {
 	}
 }
 
+func TestAPDIIsReadAsItIsWritten(t *testing.T) {
+	t.Parallel()
+	for _, want := range []PDI{1, 0x431d480fe5e87274, 1<<64 - 1} {
+		for _, text := range []string{want.String(), want.String()[2:], strings.ToUpper(want.String())} {
+			if got, err := ParsePDI(text); err != nil || got != want {
+				t.Errorf("%s: %s, %v", text, got, err)
+			}
+		}
+	}
+	for _, text := range []string{"", "0x", "1", "0x431d480fe5e8727", "0x431d480fe5e872741", "0x431d480fe5e8727g", "+0431d480fe5e8727"} {
+		if got, err := ParsePDI(text); err == nil {
+			t.Errorf("%q is taken for %s", text, got)
+		}
+	}
+}
+
+// sampled is of how many bytes one is followed to the signature, which takes
+// milliseconds: a prime, so that over the 55-byte blocks every offset has its
+// turn.
+const sampled = 29
+
 func TestEveryByteOfARealReportCounts(t *testing.T) {
 	t.Parallel()
 	chain, report := sample(t, "hopper-chain.pem"), sample(t, "hopper-report.bin")
-	c, err := VerifyChain(chain, NVIDIARoot(), now())
+	c, err := VerifyChain(chain, nvidia(), now())
 	if err != nil {
 		t.Fatal(err)
 	}
 	for i := range report {
 		flipped := bytes.Clone(report)
 		flipped[i] ^= 1 << (i % 8)
-		if r, err := Parse(flipped); err == nil && r.Verify(c) == nil {
+		r, err := Parse(flipped)
+		if err != nil {
+			continue
+		}
+		// Verify hashes the one and compares with the other, whole.
+		if !bytes.Equal(slices.Concat(r.signed, r.signature), flipped) {
+			t.Errorf("byte %d is neither signed nor signature", i)
+		}
+		if i%sampled == 0 && r.Verify(c) == nil {
 			t.Errorf("bit %d of byte %d does not count", i%8, i)
 		}
 	}
@@ -99,7 +131,8 @@ func TestEveryByteOfARealReportCounts(t *testing.T) {
 	}
 }
 
-// Every fifth byte, for time's sake: a verification takes milliseconds.
+// Some 120 bytes, for time's sake: following a chain takes milliseconds. The
+// fuzz target goes on from there.
 func TestBytesAllOverTheCertificatesCount(t *testing.T) {
 	t.Parallel()
 	report := sample(t, "hopper-report.bin")
@@ -122,7 +155,7 @@ func TestBytesAllOverTheCertificatesCount(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, der := range ders {
-		for i := 0; i < len(der); i += 5 {
+		for i := 0; i < len(der); i += sampled {
 			der[i] ^= 1
 			if judge(report, encode()) == nil {
 				t.Errorf("byte %d of a certificate does not count", i)
@@ -136,7 +169,7 @@ func TestBytesAllOverTheCertificatesCount(t *testing.T) {
 type gpu struct {
 	key   *ecdsa.PrivateKey
 	chain []byte
-	root  [sha256.Size]byte
+	root  Fingerprint
 }
 
 // newGPU issues the certificates; extension is the leaf's FWID.
@@ -200,7 +233,7 @@ func TestAFirmwareOfBlackwellIsFoundInItsTcbInfo(t *testing.T) {
 	t.Parallel()
 	want := bytes.Repeat([]byte{0x5a}, DigestSize)
 	g := newGPU(t, 0x1122, tcbInfo(t, want))
-	c, err := VerifyChain(g.chain, g.root, now())
+	c, err := VerifyChain(g.chain, []Fingerprint{g.root}, now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,7 +250,7 @@ func TestCertificatesThatProveNothingAreRefused(t *testing.T) {
 	second := bytes.Index(hopper[1:], []byte("-----BEGIN")) + 1
 	for name, c := range map[string]struct {
 		chain []byte
-		root  [sha256.Size]byte
+		root  Fingerprint
 		at    time.Time
 		want  string
 	}{
@@ -240,7 +273,7 @@ func TestCertificatesThatProveNothingAreRefused(t *testing.T) {
 			}
 			c.chain, c.root, c.want = g.chain, g.root, "FWID"
 		}
-		if _, err := VerifyChain(c.chain, c.root, c.at); err == nil || !strings.Contains(err.Error(), c.want) {
+		if _, err := VerifyChain(c.chain, []Fingerprint{c.root}, c.at); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", name, err, c.want)
 		}
 	}
@@ -249,7 +282,7 @@ func TestCertificatesThatProveNothingAreRefused(t *testing.T) {
 func TestAReportOfAnotherGPUIsRefused(t *testing.T) {
 	t.Parallel()
 	g := newGPU(t, 1, tcbInfo(t, make([]byte, DigestSize)))
-	c, err := VerifyChain(g.chain, g.root, now())
+	c, err := VerifyChain(g.chain, []Fingerprint{g.root}, now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -324,9 +357,23 @@ func FuzzParse(f *testing.F) {
 func FuzzChain(f *testing.F) {
 	f.Add(sample(f, "hopper-chain.pem"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		c, err := VerifyChain(data, NVIDIARoot(), now())
+		c, err := VerifyChain(data, nvidia(), now())
 		if err == nil && c.Leaf == nil {
 			t.Error("a chain without leaf")
+		}
+	})
+}
+
+func FuzzParsePDI(f *testing.F) {
+	f.Add("0x431d480fe5e87274")
+	f.Add("431D480FE5E87274")
+	f.Fuzz(func(t *testing.T, text string) {
+		p, err := ParsePDI(text)
+		if err != nil {
+			return
+		}
+		if again, err := ParsePDI(p.String()); err != nil || again != p || !strings.HasSuffix(p.String(), strings.TrimPrefix(strings.ToLower(text), "0x")) {
+			t.Errorf("%q is read as %s, that as %s (%v)", text, p, again, err)
 		}
 	})
 }

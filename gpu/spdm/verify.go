@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"slices"
 	"strings"
 	"time"
 )
@@ -23,18 +24,25 @@ const (
 	maxChain      = 8
 )
 
-// NVIDIARoot is the SHA-256 of the DER of "NVIDIA Device Identity CA", the
-// root of all GPUs since Hopper.
-func NVIDIARoot() [sha256.Size]byte {
+// Fingerprint is the SHA-256 of a certificate's DER, by which roots are
+// pinned.
+type Fingerprint [sha256.Size]byte
+
+// FingerprintOf is that of a certificate.
+func FingerprintOf(c *x509.Certificate) Fingerprint { return sha256.Sum256(c.Raw) }
+
+// NVIDIARoot is that of "NVIDIA Device Identity CA", the root of all GPUs
+// since Hopper.
+func NVIDIARoot() Fingerprint {
 	return fingerprint("102bf659d5419614c9d8e6aecebc80454eb26b1df6a769ac720b9a690b167b48")
 }
 
-func fingerprint(text string) [sha256.Size]byte {
+func fingerprint(text string) Fingerprint {
 	raw, err := hex.DecodeString(text)
 	if err != nil {
 		panic(err) // a constant of this package
 	}
-	return [sha256.Size]byte(raw)
+	return Fingerprint(raw)
 }
 
 // Chain is a GPU's certificates, leaf first, that lead to a pinned root.
@@ -48,6 +56,8 @@ type Chain struct {
 	PDI PDI
 	// FWID is the identity of the firmware that the leaf was issued to.
 	FWID Digest
+	// Root is the pinned one that the chain leads to.
+	Root Fingerprint
 }
 
 // oidFWID is TCG DICE's multi-version FWID extension as Hopper has it, oidTCB
@@ -57,40 +67,49 @@ func oidFWID() asn1.ObjectIdentifier { return asn1.ObjectIdentifier{2, 23, 133, 
 func oidTCB() asn1.ObjectIdentifier  { return asn1.ObjectIdentifier{2, 23, 133, 5, 4, 1, 1} }
 
 // VerifyChain reads certificates in PEM, leaf first, and follows them up to
-// the root with the given SHA-256. The root is never taken from the chain: a
-// certificate that is not the pinned one roots nothing. Revocation is not
-// asked for: that needs NVIDIA's OCSP service.
-func VerifyChain(data []byte, root [sha256.Size]byte, now time.Time) (*Chain, error) {
+// one of the pinned roots. The root is never taken from the chain: a
+// certificate that is not pinned roots nothing. Revocation is not asked for:
+// that needs NVIDIA's OCSP service.
+func VerifyChain(data []byte, roots []Fingerprint, now time.Time) (*Chain, error) {
 	certs, err := parseChain(data)
 	if err != nil {
 		return nil, err
 	}
-	if err := FollowToRoot(certs, root, now); err != nil {
+	root, err := FollowToRoot(certs, roots, now)
+	if err != nil {
 		return nil, fmt.Errorf("GPU certificates: %w", err)
 	}
-	return describe(certs)
+	c, err := describe(certs)
+	if err != nil {
+		return nil, err
+	}
+	c.Root = root
+	return c, nil
 }
 
-// FollowToRoot verifies the first certificate by the others, up to the one
-// among them that has the given SHA-256.
-func FollowToRoot(certs []*x509.Certificate, root [sha256.Size]byte, now time.Time) error {
+// FollowToRoot verifies the first certificate by the others, up to one among
+// them that is pinned, and returns which.
+func FollowToRoot(certs []*x509.Certificate, pinned []Fingerprint, now time.Time) (Fingerprint, error) {
 	roots, between := x509.NewCertPool(), x509.NewCertPool()
-	pinned := false
+	var root Fingerprint
 	for _, c := range certs[1:] {
-		if sha256.Sum256(c.Raw) == root {
+		switch sum := FingerprintOf(c); {
+		case !slices.Contains(pinned, sum):
+			between.AddCert(c)
+		case root == Fingerprint{} || root == sum:
+			root = sum
 			roots.AddCert(c)
-			pinned = true
-			continue
+		default:
+			return root, errors.New("they hold two roots")
 		}
-		between.AddCert(c)
 	}
-	if !pinned {
-		return fmt.Errorf("they lead to %q, not to the pinned root", certs[len(certs)-1].Subject.CommonName)
+	if root == (Fingerprint{}) {
+		return root, fmt.Errorf("they lead to %q, not to the pinned root", certs[len(certs)-1].Subject.CommonName)
 	}
 	_, err := certs[0].Verify(x509.VerifyOptions{
 		Roots: roots, Intermediates: between, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
-	return err
+	return root, err
 }
 
 func parseChain(data []byte) ([]*x509.Certificate, error) {

@@ -22,6 +22,7 @@ import (
 	"github.com/confidential-node/agent/firmware/snp"
 	"github.com/confidential-node/agent/firmware/snp/idblock"
 	"github.com/confidential-node/agent/firmware/snp/snptest"
+	"github.com/confidential-node/agent/gpu/spdm/spdmtest"
 )
 
 // TCB is the platform's version that every report of a chip states.
@@ -46,6 +47,8 @@ type Guest struct {
 	IDBlock *idblock.Signed
 	// Boot is the host's hint that it passes on.
 	Boot contract.BootComponents
+	// GPUs are those it was given.
+	GPUs []*spdmtest.GPU
 	// TLSKey ends its connections, ResultKey signs its results.
 	TLSKey    *ecdsa.PrivateKey
 	ResultKey ed25519.PrivateKey
@@ -87,6 +90,15 @@ func (g *Guest) report(data [contract.ReportDataSize]byte) ([]byte, error) {
 	return snptest.Sign(r.Marshal(), g.Chip.Key)
 }
 
+// GPUEvidence asks its GPUs for what REPORT_DATA were without them; nil where
+// there are none.
+func (g *Guest) GPUEvidence(_ context.Context, withoutGPUs [contract.ReportDataSize]byte) ([]byte, error) {
+	if len(g.GPUs) == 0 {
+		return nil, nil
+	}
+	return spdmtest.Evidence(contract.GPUNonce(withoutGPUs), g.GPUs...)
+}
+
 // Evidence answers a challenge.
 func (g *Guest) Evidence(nonce []byte) (*contract.Evidence, error) {
 	spki, err := x509.MarshalPKIXPublicKey(&g.TLSKey.PublicKey)
@@ -94,12 +106,16 @@ func (g *Guest) Evidence(nonce []byte) (*contract.Evidence, error) {
 		return nil, fmt.Errorf("encoding TLS key: %w", err)
 	}
 	resultKey := []byte(g.ResultKey[ed25519.SeedSize:])
-	report, err := g.report(contract.EvidenceReportData(nonce, spki, resultKey, nil))
+	gpus, err := g.GPUEvidence(context.Background(), contract.EvidenceReportData(nonce, spki, resultKey, nil))
+	if err != nil {
+		return nil, err
+	}
+	report, err := g.report(contract.EvidenceReportData(nonce, spki, resultKey, gpus))
 	if err != nil {
 		return nil, err
 	}
 	return &contract.Evidence{
-		Version: contract.EvidenceVersion, Nonce: nonce, TLSSPKI: spki, ResultKey: resultKey, Report: report,
+		Version: contract.EvidenceVersion, Nonce: nonce, TLSSPKI: spki, ResultKey: resultKey, Report: report, GPUEvidence: gpus,
 		Manifest: g.Manifest, Endorsements: g.Chip.Endorsements, Boot: g.Boot,
 	}, nil
 }

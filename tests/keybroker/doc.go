@@ -1,11 +1,12 @@
 // Package keybroker is a reference key broker for tenants: it speaks the
 // Request-Challenge-Attestation-Response protocol of the Confidential
-// Containers KBS, version 0.4.0, verifies the SEV-SNP evidence of a guest
-// against what the tenant registered for that launch, counts releases, and
-// hands out resources encrypted to the key that the report binds.
+// Containers KBS, version 0.4.0, verifies the SEV-SNP evidence of a guest and
+// that of its GPUs against what the tenant registered for that launch, counts
+// releases, and hands out resources encrypted to the key that the report binds.
 //
 // The framing (paths, cookie, JSON names, error body, JWE) is Trustee's; the
-// primary evidence is contract.BrokerEvidence, which Trustee does not know.
+// primary evidence is contract.BrokerEvidence, which Trustee does not know, the
+// additional one the guest's GPU evidence.
 //
 // It owns its state folder (0700), alone (lock): launches/ID.json per registered
 // launch with its resources, releases and latest refusals, and token.key, the

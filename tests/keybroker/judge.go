@@ -39,6 +39,18 @@ func remedy(check string) string {
 		return "use a host whose firmware does what the tenant demands, or register the launch without that demand"
 	case "id-key", "author-key", "guest-svn":
 		return "launch with the ID block of the image's publisher, whose keys the tenant registered"
+	case "gpu-evidence", "gpu-nonce", "gpu-distinct", "gpu-driver":
+		return "use a guest image that asks every GPU itself, under the nonce of this session"
+	case "gpu-root", "gpu-signature":
+		return "use GPUs that NVIDIA has certified; emulated roots count only where the broker was started with --allow-emulated-root"
+	case "gpu-count", "gpu-model":
+		return "give the guest the GPUs that its manifest asks for"
+	case "gpu-mode", "gpu-switches":
+		return "have the host switch the GPUs to CC mode (eight of Hopper to Protected PCIe, with their switches) and reset them"
+	case "gpu-measurements":
+		return "have the host switch devtools off and use a driver and VBIOS of whose manifests the broker knows (--rim-dir)"
+	case "gpu-allowed":
+		return "deploy to a host whose GPUs are on the launch's list, or add their PDIs to it"
 	case "chip-allowed":
 		return "deploy to a host on the launch's list, or add this chip id to it"
 	}
@@ -52,10 +64,6 @@ func (s *Server) judge(a *attestation, nonce string, r *record) (*brokeradmin.Re
 	if a.nonce != nonce {
 		return nil, contract.Refuse("broker.nonce-mismatch", sessionRemedy, "the answer is to another nonce than this session's")
 	}
-	if a.additions != "" {
-		return nil, contract.Refuse("broker.additional-evidence-unsupported", "send an empty additional_evidence",
-			"the attest request carries additional evidence, which this broker cannot verify")
-	}
 	if !bytes.Equal(a.evidence.Manifest, r.Launch.Manifest) {
 		return nil, contract.Refuse("broker.manifest-mismatch", "launch with the manifest that was registered",
 			"the manifest is not the one registered for launch %s", r.LaunchID)
@@ -63,9 +71,8 @@ func (s *Server) judge(a *attestation, nonce string, r *record) (*brokeradmin.Re
 	if refused := s.judgeImage(r.Launch.Image); refused != nil {
 		return nil, refused
 	}
-	if a.manifest.GPU != nil {
-		return nil, contract.Refuse("broker.gpu-evidence-missing", "deploy without --gpu until the broker verifies GPU evidence",
-			"the manifest demands %d %s, and there is no verified GPU evidence", a.manifest.GPU.Count, a.manifest.GPU.Model)
+	if refused := shown(a); refused != nil {
+		return nil, refused
 	}
 	x, refused := s.expect(a, r)
 	if refused != nil {
@@ -75,13 +82,18 @@ func (s *Server) judge(a *attestation, nonce string, r *record) (*brokeradmin.Re
 	if refused := refuseChecks(result); refused != nil {
 		return nil, refused
 	}
+	gpus, refused := s.judgeGPUs(a, r)
+	if refused != nil {
+		return nil, refused
+	}
 	report, err := snp.ParseReport(a.evidence.Report)
 	if err != nil {
 		return nil, contract.Refuse("broker.report-malformed", "do not use this host", "the report cannot be parsed").Because(err)
 	}
 	return &brokeradmin.Release{
-		At: s.cfg.Now().UTC(), ChipID: hex.EncodeToString(report.ChipID[:]), Measurement: hex.EncodeToString(report.Measurement[:]),
-		Emulated: slices.ContainsFunc(s.cfg.EmulatedRoots, func(root *x509.Certificate) bool { return bytes.Equal(root.Raw, a.evidence.Endorsements.ARK) }),
+		At: s.cfg.Now().UTC(), ChipID: hex.EncodeToString(report.ChipID[:]), Measurement: hex.EncodeToString(report.Measurement[:]), GPUs: gpus,
+		Emulated: slices.ContainsFunc(s.cfg.EmulatedRoots, func(root *x509.Certificate) bool { return bytes.Equal(root.Raw, a.evidence.Endorsements.ARK) }) ||
+			slices.ContainsFunc(gpus, func(g contract.AttestedGPU) bool { return g.Emulated }),
 	}, nil
 }
 

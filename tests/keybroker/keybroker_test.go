@@ -330,22 +330,6 @@ func TestDevelopmentImageOnlyWhenTold(t *testing.T) {
 	}
 }
 
-func TestManifestWithGPUIsRefusedWithoutItsEvidence(t *testing.T) {
-	t.Parallel()
-	w := newWorld(t, nil)
-	w.manifest.GPU = &contract.GPU{Model: "H100", Count: 1}
-	w.manifest.LaunchID = strings.Repeat("a", 32)
-	w.launch.Manifest = encode(t, w.manifest)
-	if err := w.admin.PutLaunch(t.Context(), w.manifest.LaunchID, &w.launch); err != nil {
-		t.Fatal(err)
-	}
-	g := w.guest()
-	g.report.HostData = contract.HostData(w.launch.Manifest)
-	if _, _, refused := g.attest(g.attestBody(g.auth())); refused.Code != "broker.gpu-evidence-missing" {
-		t.Fatalf("%+v", refused)
-	}
-}
-
 func TestResourcesOfOtherLaunchesAreOutOfReach(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, nil)

@@ -103,6 +103,7 @@ func TestAdminAPINeedsItsTokenAndKeepsManifestsFixed(t *testing.T) {
 		"broken image":   func(l *brokeradmin.Launch) { l.Image = &contract.ImageDescription{} },
 		"no manifest":    func(l *brokeradmin.Launch) { l.Manifest = nil },
 		"bad chip":       func(l *brokeradmin.Launch) { l.ChipIDs = []string{"zz"} },
+		"PDIs for none":  func(l *brokeradmin.Launch) { l.GPUPDIs = []string{"2921ce551e4eeda3"} },
 		"bad resource":   func(l *brokeradmin.Launch) { l.Resources = map[string][]byte{"../x": []byte("v")} },
 		"empty resource": func(l *brokeradmin.Launch) { l.Resources = map[string][]byte{"a/b/c": {}} },
 		"bad floor":      registered(brokeradmin.AppraisalPolicy{Floors: []string{"19:snp"}}),

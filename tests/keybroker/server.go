@@ -20,6 +20,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp"
+	"github.com/confidential-node/agent/gpu/rim"
 	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
 	"github.com/confidential-node/agent/tests/keybroker/hsm"
 )
@@ -39,13 +40,19 @@ type Config struct {
 	// Token wraps the resources; nil keeps them readable in StateDir. The
 	// caller closes it.
 	Token *hsm.Token
-	// EmulatedRoots are accepted beside AMD's. For trials without secrets.
+	// EmulatedRoots are accepted beside AMD's and NVIDIA's. For trials without secrets.
 	EmulatedRoots []*x509.Certificate
 	// AllowDevelopmentImage accepts guest images without AML defence and the
 	// debug variant. For trials without secrets.
 	AllowDevelopmentImage bool
 	// AllowProducts accepts processor lines that are excluded by default.
 	AllowProducts []snp.Product
+	// GPUManifests are NVIDIA's reference values, verified; a launch with GPUs
+	// that fit none of them gets nothing.
+	GPUManifests []*rim.Manifest
+	// AllowUnmeasuredGPUs accepts GPUs without manifests to compare with. For
+	// trials without secrets.
+	AllowUnmeasuredGPUs bool
 	// Issuer is the token's "iss", the broker's URL as guests know it.
 	Issuer string
 	// SessionTTL is from the challenge to the last resource; 0 means 10 min.

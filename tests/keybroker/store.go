@@ -328,6 +328,9 @@ func validateLaunch(id string, l *brokeradmin.Launch) *contract.Refusal {
 			return bad("chip_ids: %.140q is not 128 hex digits", c)
 		}
 	}
+	if refused := validateGPUs(m.GPU, l.GPUPDIs); refused != nil {
+		return refused
+	}
 	if err := l.AppraisalPolicy.Demand(&snp.AppraisalPolicy{}); err != nil {
 		return bad("appraisal_policy: %v", err)
 	}

@@ -206,12 +206,21 @@ func (s *soak) keepAlive(ctx context.Context) error {
 // remedy restarts libvirtd when the agent says that it is stuck.
 func (s *soak) remedy(ctx context.Context) error {
 	status, err := s.Host.Status(ctx)
-	if err != nil || !slices.ContainsFunc(status.Warnings, func(w string) bool { return strings.Contains(w, "vm.hypervisor-stuck") }) {
+	if err != nil {
 		return nil //nolint:nilerr // an agent that is down is started again by keepAlive
 	}
-	s.note("libvirtd is stuck and is restarted, as the agent says")
+	at := slices.IndexFunc(status.Warnings, func(w string) bool { return strings.Contains(w, "vm.hypervisor-stuck") })
+	if at < 0 {
+		return nil
+	}
+	s.note("libvirtd is stuck and is restarted, as the agent says: %s", status.Warnings[at])
 	s.remedied++
-	return errors.Join(s.Host.KillLibvirtd(), s.Host.StartLibvirtd(context.WithoutCancel(ctx)))
+	err = s.Host.KillLibvirtd()
+	if _, rest, ok := strings.Cut(status.Warnings[at], "remove "); ok {
+		state, _, _ := strings.Cut(rest, ",")
+		err = errors.Join(err, os.Remove(s.Host.Path(state)))
+	}
+	return errors.Join(err, s.Host.StartLibvirtd(context.WithoutCancel(ctx)))
 }
 
 func (s *soak) ends(ctx context.Context, k kind, orders []*fault.Order) error {

@@ -16,7 +16,6 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/confidential-node/agent/firmware/contract"
-	"github.com/confidential-node/agent/gpu"
 	"github.com/confidential-node/agent/network/relay"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/tests/keybroker/brokeradmin"
@@ -28,6 +27,8 @@ type DeployOptions struct {
 	// GPU is a model without vendor, empty for none; GPUCount 0 means 1.
 	GPU      string
 	GPUCount int
+	// GPUPDIs, 16 hex digits each, are the GPUs to accept; empty for any.
+	GPUPDIs []string
 	// Datasets and Models are [NAME=]URL, see parseSource.
 	Datasets, Models []string
 	// EncryptionKey is file://PATH; empty makes a key of this deployment.
@@ -99,13 +100,8 @@ func (o *DeployOptions) check() error {
 	if o.Compliance != "" && !contract.ValidFileName(o.Compliance) {
 		return Usage("--compliance %q is not a profile's name", o.Compliance)
 	}
-	if o.GPU == "" && o.GPUCount > 0 {
-		return Usage("--count needs --gpu")
-	}
-	if o.GPU != "" {
-		if refused := gpu.Rule(o.GPU, max(o.GPUCount, 1)); refused != nil {
-			return refused
-		}
+	if err := o.checkGPUs(); err != nil {
+		return err
 	}
 	for _, port := range o.Ports {
 		if port < 1 || port > 65535 {
@@ -267,7 +263,7 @@ func (t *Tenant) prepare(ctx context.Context, o *DeployOptions) (*plan, error) {
 		p.d.Node = t.profile.Node
 	}
 	if o.GPU != "" {
-		p.d.GPU = &contract.GPU{Model: o.GPU, Count: max(o.GPUCount, 1)}
+		p.d.GPU, p.d.GPUPDIs = &contract.GPU{Model: o.GPU, Count: max(o.GPUCount, 1)}, o.GPUPDIs
 	}
 	if p.aside, err = t.state.create(o.Name, o.Replace); err != nil {
 		return nil, err
@@ -362,7 +358,7 @@ func (t *Tenant) register(ctx context.Context, p *plan) error {
 	t.report.Step("registering policy and keys at the broker")
 	err := t.broker.PutLaunch(ctx, p.d.LaunchID, &brokeradmin.Launch{
 		LaunchDigests: p.d.LaunchDigests, Manifest: p.manifest, Image: p.d.GuestImage, Releases: p.o.Releases,
-		TCBFloor: p.o.TCBFloor, ChipIDs: p.o.ChipIDs, AppraisalPolicy: p.d.Appraisal, Resources: p.resources,
+		TCBFloor: p.o.TCBFloor, ChipIDs: p.o.ChipIDs, GPUPDIs: p.d.GPUPDIs, AppraisalPolicy: p.d.Appraisal, Resources: p.resources,
 	})
 	if err != nil {
 		p.unsure = !unsent(err)

@@ -361,7 +361,7 @@ func TestGPUsThatCannotBeConfidentialAreRefusedEarly(t *testing.T) {
 		t.Fatalf("one H100: %v", err)
 	}
 	v, err := w.tenant.Attest(t.Context(), "job", VerifyOptions{ExpectedGPU: "B200"})
-	if err != nil || v.OK() || !failed(v, "gpu-model") {
+	if err != nil || v.OK() || !failed(v, "gpu-demand") {
 		t.Fatalf("another GPU than expected: %v", err)
 	}
 }

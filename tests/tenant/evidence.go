@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io/fs"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/confidential-node/agent/firmware/contract"
@@ -50,8 +49,14 @@ func (v *Verdict) refusal() error {
 type VerifyOptions struct {
 	// ExpectedImage is REF@sha256:…, or a tag this tool resolved at deploy.
 	ExpectedImage string
-	// ExpectedGPU is a model; empty means what the deployment asked for.
+	// ExpectedGPU is MODEL[:COUNT]; empty means what the deployment asked for.
 	ExpectedGPU string
+	// ExpectedPDIs are GPUs to accept, empty takes the deployment's; RIMDir has
+	// NVIDIA's reference manifests, empty takes the profile's.
+	ExpectedPDIs []string
+	RIMDir       string
+	// AllowUnmeasuredGPUs accepts GPUs without manifests to compare with.
+	AllowUnmeasuredGPUs bool
 	// Digests are acceptable launch digests, hex.
 	Digests []string
 	// Nonce in hex; empty accepts a challenge this tool made.
@@ -207,6 +212,15 @@ func (t *Tenant) judge(raw []byte, d *Deployment, o VerifyOptions) (*Verdict, er
 	if err != nil {
 		return nil, err
 	}
+	demand, err := expectedGPUs(d, o.ExpectedGPU)
+	if err != nil {
+		return nil, err
+	}
+	if demand != nil {
+		if x.GPUs, err = t.gpuJudge(demand, d, o, x.EmulatedRoots); err != nil {
+			return nil, err
+		}
+	}
 	v := &Verdict{Result: verify.Bundle(raw, x), Raw: raw}
 	if v.Evidence, err = contract.ParseEvidence(raw); err != nil {
 		return v, nil //nolint:nilerr // a failed check says so
@@ -219,28 +233,8 @@ func (t *Tenant) judge(raw []byte, d *Deployment, o VerifyOptions) (*Verdict, er
 		v.Add("own-manifest", bytes.Equal(own, v.Evidence.Manifest), d.LaunchID, "", "the manifest is the one written for "+d.Name,
 			"the guest was started with another manifest than the one written for "+d.Name)
 	}
-	checkGPU(v, d, o.ExpectedGPU)
+	checkDemand(v, demand)
 	return v, nil
-}
-
-// checkGPU compares the manifest's demand with what is expected.
-func checkGPU(v *Verdict, d *Deployment, expected string) {
-	if expected == "" && (d == nil || d.GPU == nil) {
-		return
-	}
-	if expected == "" {
-		expected = d.GPU.Model
-	}
-	m, err := contract.ParseManifest(v.Evidence.Manifest)
-	if err != nil {
-		return // check "manifest" failed already
-	}
-	got := "none"
-	if m.GPU != nil {
-		got = m.GPU.Model
-	}
-	v.Add("gpu-model", m.GPU != nil && strings.EqualFold(got, expected), expected, got, "the manifest demands the expected GPU",
-		"the manifest does not demand the expected GPU")
 }
 
 func (t *Tenant) expectations(raw []byte, d *Deployment, o VerifyOptions) (verify.Expectations, error) {
@@ -403,11 +397,12 @@ func (v *Verdict) JSON(explain bool) ([]byte, error) {
 		checks = append(checks, doc)
 	}
 	return json.Marshal(struct {
-		APIVersion string          `json:"apiVersion"`
-		Kind       string          `json:"kind"`
-		OK         bool            `json:"ok"`
-		Signer     *snp.Signer     `json:"signer,omitempty"`
-		Checks     []checkDocument `json:"checks"`
-		Warnings   []snp.Warning   `json:"warnings,omitempty"`
-	}{"tenant/v1", "Verdict", v.OK(), v.Signer, checks, v.Warnings})
+		APIVersion string                 `json:"apiVersion"`
+		Kind       string                 `json:"kind"`
+		OK         bool                   `json:"ok"`
+		Signer     *snp.Signer            `json:"signer,omitempty"`
+		GPUs       []contract.AttestedGPU `json:"gpus,omitempty"`
+		Checks     []checkDocument        `json:"checks"`
+		Warnings   []snp.Warning          `json:"warnings,omitempty"`
+	}{"tenant/v1", "Verdict", v.OK(), v.Signer, v.GPUs, checks, v.Warnings})
 }

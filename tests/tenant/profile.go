@@ -26,6 +26,8 @@ type Profile struct {
 	StateDir string `toml:"state_dir"`
 	// ImageDir holds the tenant's copy of the guest image, with image.json.
 	ImageDir string `toml:"image_dir"`
+	// RIMDir is a folder with NVIDIA's reference manifests of GPUs.
+	RIMDir string `toml:"rim_dir"`
 	// Node is the host to deploy to; empty lets the control plane choose.
 	Node string `toml:"node"`
 	// GuestHost is the address under which the node publishes ports, for
@@ -83,6 +85,7 @@ type VerifyProfile struct {
 	AllowEmulatedRoots    []string `toml:"allow_emulated_roots"`
 	AllowDevelopmentImage bool     `toml:"allow_development_image"`
 	AllowProducts         []string `toml:"allow_products"`
+	AllowUnmeasuredGPUs   bool     `toml:"allow_unmeasured_gpus"`
 }
 
 // LoadProfile reads a profile. Unknown keys are errors.
@@ -138,7 +141,7 @@ func parseProfile(data []byte) (*Profile, error) {
 // resolve makes file names absolute.
 func (p *Profile) resolve(dir string) {
 	names := []*string{
-		&p.StateDir, &p.ImageDir, &p.ControlPlane.CAFile, &p.ControlPlane.TokenFile, &p.Broker.CAFile,
+		&p.StateDir, &p.ImageDir, &p.RIMDir, &p.ControlPlane.CAFile, &p.ControlPlane.TokenFile, &p.Broker.CAFile,
 		&p.Broker.AdminTokenFile, &p.Registry.CAFile, &p.Store.CAFile, &p.Store.SecretKeyFile,
 	}
 	for i := range p.Verify.AllowEmulatedRoots {

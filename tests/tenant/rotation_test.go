@@ -21,7 +21,7 @@ func (w *world) attested() (*broker.Client, error) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return c, c.Attest(w.t.Context(), w.guest().BrokerEvidence)
+	return c, c.Attest(w.t.Context(), broker.NoGPUs, w.guest().BrokerEvidence)
 }
 
 func resource(t *testing.T, c *broker.Client, uri string) (string, error) {

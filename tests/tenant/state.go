@@ -49,6 +49,7 @@ type Deployment struct {
 	// Appraisal is what else was demanded, of the broker too.
 	Appraisal *brokeradmin.AppraisalPolicy `json:"appraisal_policy,omitempty"`
 	GPU       *contract.GPU                `json:"gpu,omitempty"`
+	GPUPDIs   []string                     `json:"gpu_pdis,omitempty"`
 	Ports     []int                        `json:"ports,omitempty"`
 	// DataKey is the broker resource of the inputs' key.
 	DataKey string           `json:"data_key"`

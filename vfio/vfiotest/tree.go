@@ -68,6 +68,8 @@ type Kernel struct {
 	nextDev int
 	groups  map[string]int // open group or device files by group
 	failing map[string]error
+	// unsafeInterrupts: the IOMMU remaps no interrupts.
+	unsafeInterrupts bool
 }
 
 // New builds a machine without devices below dir. It knows the drivers
@@ -196,6 +198,12 @@ func (k *Kernel) Remove(a vfio.Address) error {
 	link := filepath.Join(k.dir, "sys/bus/pci/devices", string(a))
 	place, err := os.Readlink(link)
 	return errFirst(err, os.RemoveAll(place), os.Remove(link))
+}
+
+// AddNode has a NUMA node with the CPUs of a list, "0-3,8".
+func (k *Kernel) AddNode(node int, cpus string) error {
+	dir := fmt.Sprintf("sys/devices/system/node/node%d", node)
+	return errFirst(os.MkdirAll(filepath.Join(k.dir, dir), 0o755), k.put(dir+"/cpulist", cpus))
 }
 
 func (k *Kernel) put(path, text string) error {

@@ -72,13 +72,17 @@ func (g *guest) evidence(ctx context.Context, nonce []byte) ([]byte, error) {
 	if !ok {
 		return nil, fmt.Errorf("making evidence: result key is a %T", g.resultKey.Public())
 	}
-	attested, err := g.tee.Report(ctx, contract.EvidenceReportData(nonce, g.tls.SPKI, resultKey, nil))
+	gpus, err := g.gpus.Evidence(ctx, contract.EvidenceReportData(nonce, g.tls.SPKI, resultKey, nil))
+	if err != nil {
+		return nil, err
+	}
+	attested, err := g.tee.Report(ctx, contract.EvidenceReportData(nonce, g.tls.SPKI, resultKey, gpus))
 	if err != nil {
 		return nil, fmt.Errorf("making evidence: %w", err)
 	}
 	bundle, err := json.Marshal(contract.Evidence{
 		Version: contract.EvidenceVersion, Nonce: nonce, TLSSPKI: g.tls.SPKI, ResultKey: resultKey,
-		Report: attested.Report, Manifest: g.manifest, Endorsements: g.endorsements(ctx, attested), Boot: g.bootComponents(ctx),
+		GPUEvidence: gpus, Report: attested.Report, Manifest: g.manifest, Endorsements: g.endorsements(ctx, attested), Boot: g.bootComponents(ctx),
 	})
 	if err != nil {
 		return nil, fmt.Errorf("encoding evidence: %w", err)

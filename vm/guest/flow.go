@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/vm/guest/gpu"
 	"github.com/confidential-node/agent/vm/guest/inputs"
 	"github.com/confidential-node/agent/vm/guest/metadata"
 	"github.com/confidential-node/agent/vm/guest/pin"
@@ -77,9 +78,13 @@ type guest struct {
 	listen              func(ctx context.Context, port int) (net.Listener, error)
 	start               func(context.Context, workload.Spec) (process, error)
 
+	openGPUs     func(ctx context.Context, count int) (*gpu.Set, error) // nil: the image cannot
+	driverFolder string                                                 // of the GPUs' libraries
+
 	// What the flow learns, in this order.
 	manifest    []byte
 	m           *contract.Manifest
+	gpus        *gpu.Set // nil without GPUs
 	tls         *serve.Identity
 	resultKey   ed25519.PrivateKey
 	secrets     secrets
@@ -105,6 +110,7 @@ type phase struct {
 func (g *guest) phases(ctx context.Context) []phase {
 	return []phase{
 		{"identify", identifyTimeout, contract.PhaseBooted, g.identify},
+		{"gpus", gpu.StartTime(contract.MaxGPUs), "", g.takeGPUs},
 		{"answer", 0, "", func(context.Context) error {
 			g.answersDone.Go(func() { g.answerChallenges(ctx) })
 			return nil
@@ -123,6 +129,11 @@ func (g *guest) flow(ctx context.Context) error {
 	defer g.answersDone.Wait()
 	defer cancel()
 	defer func() { g.secrets.wipe() }()
+	defer func() {
+		if err := g.gpus.Close(); err != nil {
+			g.log.Warn("letting the GPUs go", "err", err)
+		}
+	}()
 	for _, p := range g.phases(ctx) {
 		begin := g.now()
 		if err := g.phase(ctx, p); err != nil {
@@ -246,9 +257,19 @@ func (g *guest) identify(ctx context.Context) error {
 	return g.prepare(ctx)
 }
 
+// takeGPUs takes hold of the GPUs that the manifest asks for. They take no
+// work yet.
+func (g *guest) takeGPUs(ctx context.Context) (err error) {
+	if g.m.GPU == nil {
+		return nil
+	}
+	g.gpus, err = g.openGPUs(ctx, g.m.GPU.Count)
+	return err
+}
+
 // supported refuses what the manifest demands and this guest cannot do.
 func (g *guest) supported() error {
-	if g.m.GPU != nil {
+	if g.m.GPU != nil && g.openGPUs == nil {
 		return contract.Refuse("guest.gpu-unsupported", "leave the GPU out of the manifest, or use a guest image with GPU support",
 			"this guest image cannot gather evidence for GPUs")
 	}

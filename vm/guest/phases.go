@@ -48,13 +48,17 @@ func (g *guest) attest(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := client.Attest(ctx, func(ctx context.Context, data [contract.ReportDataSize]byte) (contract.BrokerEvidence, error) {
+	if err := client.Attest(ctx, g.gpus.Evidence, func(ctx context.Context, data [contract.ReportDataSize]byte) (contract.BrokerEvidence, error) {
 		attested, err := g.tee.Report(ctx, data)
 		if err != nil {
 			return contract.BrokerEvidence{}, err
 		}
 		return contract.BrokerEvidence{Report: attested.Report, Manifest: g.manifest, Endorsements: g.endorsements(ctx, attested)}, nil
 	}); err != nil {
+		return err
+	}
+	// The broker has judged them: no secret is in the guest before.
+	if err := g.gpus.Ready(ctx); err != nil {
 		return err
 	}
 	wanted := slices.Sorted(maps.Values(g.m.SecretEnv))
@@ -115,13 +119,21 @@ func (g *guest) pullImage(ctx context.Context) error {
 	}
 	g.spec = workload.Spec{
 		Root: g.rootDir, Inputs: g.inputs.Plain, Results: g.resultsDir,
-		Args: how.Args, Env: env, Dir: how.Dir, UID: uid, GID: gid,
+		Args: how.Args, Env: env, Dir: how.Dir, UID: uid, GID: gid, Devices: g.gpus.Nodes(), Driver: g.driver(),
 	}
 	// The workload owns its root and its results, within its own ids.
 	return errors.Join(
 		chown(g.rootDir, g.idShift, g.idShift),
 		chown(g.resultsDir, g.idShift+uid, g.idShift+gid),
 	)
+}
+
+// driver is the folder with the GPUs' libraries, for a workload that has GPUs.
+func (g *guest) driver() string {
+	if g.gpus == nil {
+		return ""
+	}
+	return g.driverFolder
 }
 
 func chown(path string, uid, gid int) error {

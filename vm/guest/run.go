@@ -14,6 +14,7 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/vm/guest/boot"
+	"github.com/confidential-node/agent/vm/guest/gpu"
 	"github.com/confidential-node/agent/vm/guest/inputs"
 	"github.com/confidential-node/agent/vm/guest/metadata"
 	"github.com/confidential-node/agent/vm/guest/tee"
@@ -81,6 +82,12 @@ func (g *guest) equip(device string, debug bool) (err error) {
 	g.inputs = inputs.Store{Disks: inputs.Disks{Sys: "/sys/block", Dev: "/dev"}, Private: boot.Private, Plain: boot.Inputs}
 	g.resultsDir, g.rootDir = boot.Results, boot.Root
 	g.idShift, g.ids = workload.IDShift, workload.IDs
+	if _, err := os.Stat(boot.GPUHelper); err == nil {
+		g.driverFolder = boot.GPUFolder
+		g.openGPUs = gpu.Machine{
+			Sysfs: "/sys", Proc: "/proc", Dev: "/dev", Helper: []string{boot.GPUHelper}, Env: []string{"LD_LIBRARY_PATH=" + boot.GPULibrary},
+		}.Open
+	}
 	g.listen = func(ctx context.Context, port int) (net.Listener, error) {
 		return (&net.ListenConfig{}).Listen(ctx, "tcp", ":"+strconv.Itoa(port))
 	}

@@ -411,7 +411,14 @@ func (w *world) judge(r *http.Request) error {
 	if w.refuse != nil {
 		return w.refuse
 	}
-	want, err := contract.BrokerReportData("", w.nonce, req.Runtime.Key)
+	without, err := contract.BrokerReportData("", w.nonce, req.Runtime.Key)
+	if err != nil {
+		return err
+	}
+	if err := w.judgeGPUs(req.Evidence.Additional, without); err != nil {
+		return err
+	}
+	want, err := contract.BrokerReportData(req.Evidence.Additional, w.nonce, req.Runtime.Key)
 	if err != nil {
 		return err
 	}
@@ -431,6 +438,31 @@ func (w *world) judge(r *http.Request) error {
 	}
 	w.key, err = ecdsa.ParseUncompressedPublicKey(elliptic.P256(), append(append([]byte{4}, x...), y...))
 	return err
+}
+
+// judgeGPUs demands evidence of as many GPUs as the manifest's, each over the
+// nonce that without leads to.
+func (w *world) judgeGPUs(evidence string, without [contract.ReportDataSize]byte) error {
+	if w.manifest.GPU == nil {
+		if evidence != "" {
+			return contract.Refuse("broker.gpus", "r", "evidence of GPUs nobody asked for")
+		}
+		return nil
+	}
+	gpus, err := contract.ParseGPUEvidence([]byte(evidence))
+	if err != nil {
+		return err
+	}
+	nonce := contract.GPUNonce(without)
+	for _, g := range gpus {
+		if g.Nonce != hex.EncodeToString(nonce[:]) {
+			return contract.Refuse("broker.gpus", "r", "a GPU answers another nonce")
+		}
+	}
+	if len(gpus) != w.manifest.GPU.Count {
+		return contract.Refuse("broker.gpus", "r", "evidence of %d GPUs", len(gpus))
+	}
+	return nil
 }
 
 // report is what a processor would say, without a signature.

@@ -27,20 +27,31 @@ const killTimeout = 2 * time.Minute
 
 // stuck ends the process of a guest that libvirt does not end, because
 // somebody holds the domain's job and never lets go: a libvirtd that died while
-// it started the guest leaves that behind (seen with libvirt 11.3, once in 830
-// launches of a soak). The domain itself stays in libvirt's list for as long as
-// libvirtd runs: only the operator can restart that.
+// it started the guest leaves that behind (seen with libvirt 11.3, once in 370
+// to 830 launches of a soak). The domain itself stays in libvirt's list for as
+// long as libvirtd runs: only the operator can restart that. When libvirtd died
+// before there was a process, the next one does not look at the domain again
+// either, and lets go of it only when its state file is taken away.
 func stuck(ctx context.Context, dir, guestID string, cause error) error {
 	killed, err := kill(ctx, dir, guestID)
 	if err != nil {
 		return errors.Join(cause, err)
 	}
-	what := "its process is gone already"
-	if killed {
+	what, remedy := "its process is gone already", "restart libvirtd (or virtqemud) on the host"
+	state := filepath.Join(dir, vm.NamePrefix+guestID+".xml")
+	switch {
+	case killed:
 		what = "its process was killed"
+	case !exists(filepath.Join(dir, vm.NamePrefix+guestID+".pid")) && exists(state):
+		what, remedy = "it never had a process", "stop libvirtd (or virtqemud) and its sockets on the host, remove "+state+", and start it again"
 	}
-	return contract.Refuse("vm.hypervisor-stuck", "restart libvirtd (or virtqemud) on the host; running guests are not touched by that",
+	return contract.Refuse("vm.hypervisor-stuck", remedy+"; running guests are not touched by that",
 		"libvirt holds on to guest %s and does not end it; %s", guestID, what).Because(cause)
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }
 
 // kill ends the QEMU process of a guest, if it is there and is the guest's, and

@@ -78,6 +78,20 @@ func TestAGuestThatLibvirtDoesNotEndIsKilledAndTheRemedyTold(t *testing.T) {
 	}
 }
 
+// libvirt reconnects to no domain without a process, and so never lets go of it.
+func TestADomainThatNeverHadAProcessNeedsMoreThanARestart(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	state := filepath.Join(dir, vm.NamePrefix+victim+".xml")
+	if err := os.WriteFile(state, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := contract.AsRefusal(stuck(t.Context(), dir, victim, errors.New("cannot acquire state change lock")))
+	if r.Code != "vm.hypervisor-stuck" || !strings.Contains(r.Message, "never had a process") || !strings.Contains(r.Remedy, "remove "+state+",") {
+		t.Error(r)
+	}
+}
+
 func TestAProcessThatIsNotTheGuestsIsLeftAlone(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

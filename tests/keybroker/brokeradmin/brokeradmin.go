@@ -71,6 +71,9 @@ type Launch struct {
 	// ChipIDs, 128 hex digits each, limit the launch to these processors;
 	// empty means any.
 	ChipIDs []string `json:"chip_ids,omitempty"`
+	// GPUPDIs, 16 hex digits each, limit the launch to these GPUs; empty means
+	// any of the model and count that the manifest asks for.
+	GPUPDIs []string `json:"gpu_pdis,omitempty"`
 	// AppraisalPolicy is what else platform and launch have to be.
 	AppraisalPolicy *AppraisalPolicy `json:"appraisal_policy,omitempty"`
 	// Resources maps repository/type/tag to the secret.
@@ -96,7 +99,10 @@ type Release struct {
 	At          time.Time `json:"at"`
 	ChipID      string    `json:"chip_id"`
 	Measurement string    `json:"measurement"`
-	// Emulated is true when the report chained to an emulated root.
+	// GPUs are those whose evidence was judged.
+	GPUs []contract.AttestedGPU `json:"gpus,omitempty"`
+	// Emulated is true when the report, or that of a GPU, chained to an
+	// emulated root.
 	Emulated bool `json:"emulated"`
 }
 

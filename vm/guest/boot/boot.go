@@ -31,6 +31,15 @@ const (
 	modulesList   = modulesFolder + "/list"
 )
 
+// GPUs' part of the image, where it has one: the helper and NVIDIA's user
+// space. The helper is dynamically linked, and its loader and libraries are in
+// the library folder; the kernel finds the driver's firmware by its command line.
+const (
+	GPUFolder  = "/gpu"
+	GPUHelper  = GPUFolder + "/helper"
+	GPULibrary = GPUFolder + "/lib"
+)
+
 // paramVariant is the kernel parameter with the image's variant.
 const paramVariant = "nodeagent.variant"
 
@@ -69,8 +78,8 @@ func Mounts() error {
 	return nil
 }
 
-// root moves to a root that is a mount of its own. The initrd's modules go
-// along; its init lives on as the running program.
+// root moves to a root that is a mount of its own. The initrd's modules and
+// the GPUs' part go along; its init lives on as the running program.
 func root() error {
 	const fresh = "/newroot"
 	if err := os.Mkdir(fresh, 0o755); err != nil {
@@ -79,11 +88,20 @@ func root() error {
 	if err := unix.Mount("tmpfs", fresh, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0755"); err != nil {
 		return fmt.Errorf("mounting root: %w", err)
 	}
-	if err := os.CopyFS(fresh+modulesFolder, os.DirFS(modulesFolder)); err != nil {
-		return fmt.Errorf("moving modules: %w", err)
+	for _, folder := range []string{modulesFolder, GPUFolder} {
+		if _, err := os.Stat(folder); folder == GPUFolder && errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err := os.CopyFS(fresh+folder, os.DirFS(folder)); err != nil {
+			return fmt.Errorf("moving %s: %w", folder, err)
+		}
+		if err := os.RemoveAll(folder); err != nil {
+			return fmt.Errorf("moving %s: %w", folder, err)
+		}
 	}
-	if err := os.RemoveAll(modulesFolder); err != nil {
-		return fmt.Errorf("moving modules: %w", err)
+	// Where the helper's loader is looked for.
+	if err := os.Symlink(strings.TrimPrefix(GPULibrary, "/"), fresh+"/lib64"); err != nil {
+		return fmt.Errorf("making root: %w", err)
 	}
 	if err := os.Mkdir(fresh+"/etc", 0o755); err != nil {
 		return fmt.Errorf("making /etc: %w", err)

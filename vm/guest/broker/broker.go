@@ -106,19 +106,26 @@ func (c *Client) jwk() (json.RawMessage, error) {
 // until ctx ends. But an answer is sent once, because the broker counts: there
 // is a second challenge only when it is certain that the first counted nothing,
 // for instance because the broker was restarted between the two.
-func (c *Client) Attest(ctx context.Context, evidence Evidence) error {
+func (c *Client) Attest(ctx context.Context, gpus GPUs, evidence Evidence) error {
 	for {
-		err := c.exchange(ctx, evidence)
+		err := c.exchange(ctx, gpus, evidence)
 		if !errors.Is(err, errUncounted) || !c.rest(ctx) {
 			return err
 		}
 	}
 }
 
+// GPUs makes the evidence of the guest's GPUs, given what the report data were
+// without it; nothing when the guest has none.
+type GPUs = func(context.Context, [contract.ReportDataSize]byte) ([]byte, error)
+
+// NoGPUs is that of a guest without any.
+func NoGPUs(context.Context, [contract.ReportDataSize]byte) ([]byte, error) { return nil, nil }
+
 // Evidence makes evidence over report data.
 type Evidence = func(context.Context, [contract.ReportDataSize]byte) (contract.BrokerEvidence, error)
 
-func (c *Client) exchange(ctx context.Context, evidence Evidence) error {
+func (c *Client) exchange(ctx context.Context, gpus GPUs, evidence Evidence) error {
 	key, err := c.jwk()
 	if err != nil {
 		return err
@@ -140,6 +147,13 @@ func (c *Client) exchange(ctx context.Context, evidence Evidence) error {
 	if err != nil {
 		return noAnswer("its challenge cannot be read", err)
 	}
+	additional, err := gpus(ctx, data)
+	if err != nil {
+		return err
+	}
+	if data, err = contract.BrokerReportData(string(additional), challenge.Nonce, key); err != nil {
+		return err
+	}
 	e, err := evidence(ctx, data)
 	if err != nil {
 		return err
@@ -147,7 +161,7 @@ func (c *Client) exchange(ctx context.Context, evidence Evidence) error {
 	answer, err = c.post(ctx, "attest", map[string]any{
 		"init-data":    nil,
 		"runtime-data": map[string]any{"nonce": challenge.Nonce, "tee-pubkey": key},
-		"tee-evidence": map[string]any{"primary_evidence": e, "additional_evidence": ""},
+		"tee-evidence": map[string]any{"primary_evidence": e, "additional_evidence": string(additional)},
 	})
 	if err != nil {
 		return fmt.Errorf("attesting: %w", err)

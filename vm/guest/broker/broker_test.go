@@ -30,7 +30,7 @@ func talk(t *testing.T, answers map[string]func(http.ResponseWriter)) error {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Attest(t.Context(), func(context.Context, [64]byte) (contract.BrokerEvidence, error) {
+	if err := c.Attest(t.Context(), broker.NoGPUs, func(context.Context, [64]byte) (contract.BrokerEvidence, error) {
 		return contract.BrokerEvidence{Report: []byte("report")}, nil
 	}); err != nil {
 		return err

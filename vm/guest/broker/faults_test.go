@@ -173,7 +173,7 @@ func ask(ctx context.Context, t *testing.T, url string, transport http.RoundTrip
 		t.Fatal(err)
 	}
 	c.pause, c.http.Timeout = time.Millisecond, 2*time.Second
-	if err := c.Attest(ctx, func(context.Context, [contract.ReportDataSize]byte) (contract.BrokerEvidence, error) {
+	if err := c.Attest(ctx, NoGPUs, func(context.Context, [contract.ReportDataSize]byte) (contract.BrokerEvidence, error) {
 		return contract.BrokerEvidence{Report: []byte("report")}, nil
 	}); err != nil {
 		return nil, err

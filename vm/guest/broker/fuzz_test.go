@@ -44,7 +44,7 @@ func FuzzAnswers(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = c.Attest(t.Context(), func(context.Context, [contract.ReportDataSize]byte) (contract.BrokerEvidence, error) {
+		err = c.Attest(t.Context(), NoGPUs, func(context.Context, [contract.ReportDataSize]byte) (contract.BrokerEvidence, error) {
 			return contract.BrokerEvidence{}, nil
 		})
 		if err == nil {

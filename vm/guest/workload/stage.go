@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"math"
 	"os"
 	"os/exec"
@@ -117,7 +118,10 @@ func mounts(s Spec) error {
 			return fmt.Errorf("/%s: %w", m.target, err)
 		}
 	}
-	if err := devices(s.Root); err != nil {
+	if err := devices(s); err != nil {
+		return err
+	}
+	if err := driver(s); err != nil {
 		return err
 	}
 	if err := coverProc(s.Root); err != nil {
@@ -146,16 +150,54 @@ func folder(root, name string) error {
 	return nil
 }
 
-// devices gives the workload the harmless devices and nothing else. Nodes are
-// bound from the init's /dev: a user namespace cannot make any.
-func devices(root string) error {
+// driverFolder is where images for NVIDIA's container tools look for the
+// driver's libraries.
+const driverFolder = "usr/local/nvidia"
+
+// driver shows the workload the libraries of the guest's GPU driver.
+func driver(s Spec) error {
+	if s.Driver == "" {
+		return nil
+	}
+	for name := range prefixes(driverFolder) {
+		if err := folder(s.Root, name); err != nil {
+			return fmt.Errorf("/%s: %w", name, err)
+		}
+	}
+	target := filepath.Join(s.Root, driverFolder)
+	if err := unix.Mount(s.Driver, target, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("/%s: %w", driverFolder, err)
+	}
+	return unix.Mount("", target, "", bindRO|unix.MS_NOSUID|unix.MS_NODEV, "")
+}
+
+// prefixes are a path's folders, from the outermost on: "a", "a/b".
+func prefixes(path string) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		for i, c := range path + "/" {
+			if c == '/' && !yield(path[:i]) {
+				return
+			}
+		}
+	}
+}
+
+// devices gives the workload the harmless devices, those of its GPUs, and
+// nothing else. Nodes are bound from the init's /dev: a user namespace cannot
+// make any.
+func devices(s Spec) error {
+	root := s.Root
+	sources := s.Devices
 	for _, name := range []string{"null", "zero", "full", "random", "urandom", "tty"} {
-		target := filepath.Join(root, "dev", name)
+		sources = append(sources, "/dev/"+name)
+	}
+	for _, source := range sources {
+		target := filepath.Join(root, "dev", filepath.Base(source))
 		if err := os.WriteFile(target, nil, 0o600); err != nil {
 			return err
 		}
-		if err := unix.Mount("/dev/"+name, target, "", unix.MS_BIND, ""); err != nil {
-			return fmt.Errorf("/dev/%s: %w", name, err)
+		if err := unix.Mount(source, target, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("%s: %w", source, err)
 		}
 	}
 	for name, to := range map[string]string{

@@ -54,9 +54,15 @@ type Spec struct {
 	// Root is the unpacked image, owned within the workload's ids.
 	Root string `json:"root"`
 	// Inputs appears read-only as /inputs, Results writable as /results.
-	Inputs  string   `json:"inputs"`
-	Results string   `json:"results"`
-	Args    []string `json:"args"`
+	Inputs  string `json:"inputs"`
+	Results string `json:"results"`
+	// Devices are files of the init's /dev that the workload may use, besides
+	// the harmless ones.
+	Devices []string `json:"devices,omitempty"`
+	// Driver is the folder with the GPUs' libraries; it appears read-only as
+	// /usr/local/nvidia, where images for NVIDIA's container tools look.
+	Driver string   `json:"driver,omitempty"`
+	Args   []string `json:"args"`
 	// Env is NAME=value; it holds secrets.
 	Env []string `json:"env"`
 	Dir string   `json:"dir"`

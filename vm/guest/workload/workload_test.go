@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/tests/skip"
 	"github.com/confidential-node/agent/vm/guest/workload"
@@ -182,6 +184,35 @@ func checkReport(t *testing.T, text []byte) {
 		if !strings.Contains(got["status"], line) {
 			t.Errorf("/proc/self/status lacks %q:\n%s", line, got["status"])
 		}
+	}
+}
+
+func TestAWorkloadWithGPUsGetsTheirFilesAndTheDriversOnly(t *testing.T) {
+	t.Parallel()
+	s := spec(t)
+	dir := filepath.Dir(s.Root)
+	s.Driver, s.Devices = filepath.Join(dir, "driver"), []string{filepath.Join(dir, "nvidia0")}
+	if err := errors.Join(os.MkdirAll(s.Driver+"/lib", 0o755), os.WriteFile(s.Driver+"/lib/cuda", []byte("cuda"), 0o644),
+		unix.Mknod(s.Devices[0], unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))), os.Chmod(s.Devices[0], 0o666)); err != nil {
+		t.Fatal(err)
+	}
+	p := start(t, s, t.Output())
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if _, err := ask(ctx, p, "/quit", ""); err != nil {
+		t.Fatal(err)
+	}
+	<-p.Done()
+	text, err := os.ReadFile(s.Results + "/report.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got map[string]string
+	if err := json.Unmarshal(text, &got); err != nil {
+		t.Fatal(err)
+	}
+	if got["gpu"] != "0" || got["driver"] != "cuda" || got["driverRW"] == "<nil>" || !strings.Contains(got["dev"], " /dev/nvidia0 ") {
+		t.Errorf("device %q, driver %q, writing there %q, /dev %q", got["gpu"], got["driver"], got["driverRW"], got["dev"])
 	}
 }
 

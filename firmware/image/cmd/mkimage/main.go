@@ -38,6 +38,7 @@ func build(ctx context.Context, args []string) (err error) {
 	firmware := flags.String("firmware-deb", "", "package `file` with OVMF.amdsev.fd")
 	flags.StringVar(&o.Variant, "variant", contract.VariantProduction, "production or debug")
 	flags.BoolVar(&o.Emulated, "emulated", false, "the init was built with the tag emulated")
+	flags.StringVar(&o.GPUDir, "gpu-dir", "", "`folder` with the helper, libraries, modules and firmware for GPUs")
 	flags.StringVar(&o.OutDir, "out", "", "`folder` to make")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -59,6 +60,9 @@ func build(ctx context.Context, args []string) (err error) {
 	o.Name = "guest-" + o.Variant
 	if o.Emulated {
 		o.Name += "-emulated"
+	}
+	if o.GPUDir != "" {
+		o.Name += "-gpu"
 	}
 	_, err = image.Build(ctx, o)
 	return err

@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/spf13/cobra"
@@ -21,6 +22,8 @@ import (
 
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/snp"
+	"github.com/confidential-node/agent/gpu/evidence"
+	"github.com/confidential-node/agent/gpu/rim"
 	"github.com/confidential-node/agent/tests/keybroker"
 	"github.com/confidential-node/agent/tests/keybroker/hsm"
 )
@@ -54,6 +57,8 @@ type options struct {
 	emulatedRoots       []string
 	products            []string
 	development         bool
+	manifests           string
+	unmeasured          bool
 	token               hsm.Config
 	logLevel, logFormat string
 }
@@ -86,6 +91,8 @@ Exit codes: 0 stopped on request, 1 failed, 2 usage.`,
 	f.StringArrayVar(&o.emulatedRoots, "allow-emulated-root", nil, "PEM `CERT` of an emulated root to accept; for trials without secrets")
 	f.BoolVar(&o.development, "allow-development-image", false, "accept guest images without AML defence; for trials without secrets")
 	f.StringSliceVar(&o.products, "allow-product", nil, "processor `LINE` to accept although it is excluded by default (milan: its root can be extracted in software)")
+	f.StringVar(&o.manifests, "rim-dir", "", "`DIR` with NVIDIA's reference manifests of the GPUs' driver and VBIOS, read at the start")
+	f.BoolVar(&o.unmeasured, "allow-unmeasured-gpu", false, "accept GPUs without comparing what they measured; for trials without secrets")
 	f.StringVar(&o.logLevel, "log-level", "info", "trace, debug, info, warn or error")
 	f.StringVar(&o.logFormat, "log-format", "text", "text or json")
 	tokenFlags(f, &o.token)
@@ -120,6 +127,10 @@ func run(ctx context.Context, o *options) (err error) {
 	if err != nil {
 		return err
 	}
+	gpus, err := readManifests(o.manifests, roots)
+	if err != nil {
+		return err
+	}
 	wrapping, err := openToken(&o.token)
 	if err != nil {
 		return err
@@ -130,13 +141,14 @@ func run(ctx context.Context, o *options) (err error) {
 	server, err := keybroker.New(keybroker.Config{
 		StateDir: o.stateDir, AdminToken: strings.TrimSpace(string(token)), Token: wrapping, EmulatedRoots: roots,
 		AllowDevelopmentImage: o.development, AllowProducts: products, Issuer: o.issuer, Logger: logger,
+		GPUManifests: gpus, AllowUnmeasuredGPUs: o.unmeasured,
 	})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, server.Close()) }()
-	if len(roots) > 0 || o.development {
-		logger.Warn("trial mode: do not register real secrets", "emulated_roots", len(roots), "development_image", o.development)
+	if len(roots) > 0 || o.development || o.unmeasured {
+		logger.Warn("trial mode: do not register real secrets", "emulated_roots", len(roots), "development_image", o.development, "unmeasured_gpus", o.unmeasured)
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	guests := server.Handler()
@@ -157,6 +169,23 @@ func run(ctx context.Context, o *options) (err error) {
 	logger.Info("listening", "for", "guests", "addr", ln.Addr().String())
 	group.Go(func() error { return keybroker.Serve(ctx, ln, cert, guests, logger) })
 	return group.Wait()
+}
+
+// readManifests reads those of GPUs; "" is no folder.
+func readManifests(dir string, roots []*x509.Certificate) ([]*rim.Manifest, error) {
+	if dir == "" {
+		return nil, nil
+	}
+	folder, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("reading reference manifests: %w", err)
+	}
+	defer folder.Close() //nolint:errcheck // nothing was written
+	policy := evidence.Policy{EmulatedRoots: roots, Now: time.Now()}
+	if err := policy.ReadManifests(folder.FS()); err != nil {
+		return nil, usageError{fmt.Errorf("--rim-dir %s: %w", dir, err)}
+	}
+	return policy.Manifests, nil
 }
 
 func loadRoots(files []string) ([]*x509.Certificate, error) {

@@ -45,6 +45,12 @@ func TestMissingFilesAndShortTokensStopTheBroker(t *testing.T) {
 	if err := os.WriteFile(file, []byte("no PEM"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	if _, err := readManifests(filepath.Join(dir, "none"), nil); !errors.Is(err, os.ErrNotExist) {
+		t.Error(err)
+	}
+	if _, err := readManifests(dir, nil); err == nil || !strings.Contains(err.Error(), "--rim-dir") {
+		t.Error(err)
+	}
 	if _, err := loadRoots([]string{file}); err == nil || !strings.Contains(err.Error(), "parsing emulated root") {
 		t.Error(err)
 	}

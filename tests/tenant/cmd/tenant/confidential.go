@@ -30,7 +30,10 @@ type verifyFlags struct {
 
 func (v *verifyFlags) register(f *pflag.FlagSet) {
 	f.StringVar(&v.ExpectedImage, "expected-image", "", "workload image, REF@sha256:DIGEST, or the tag as you deployed it")
-	f.StringVar(&v.ExpectedGPU, "expected-gpu", "", "GPU model the manifest must demand")
+	f.StringVar(&v.ExpectedGPU, "expected-gpu", "", "GPUs that the manifest must demand and the guest show evidence of, `MODEL[:COUNT]`")
+	f.StringSliceVar(&v.ExpectedPDIs, "expected-pdi", nil, "GPU to accept by its PDI, `HEX`; may be repeated")
+	f.StringVar(&v.RIMDir, "rim-dir", "", "`DIR` with NVIDIA's reference manifests of GPUs")
+	f.BoolVar(&v.AllowUnmeasuredGPUs, "allow-unmeasured-gpu", false, "accept GPUs without comparing what they measured")
 	f.StringSliceVar(&v.Digests, "expected-digest", nil, "launch digest in hex; may be repeated")
 	f.StringVar(&v.minTCB, "min-tcb", "", "lowest platform TCB, for instance snp=27,microcode=86")
 	f.StringVar(&v.ImageDescription, "image", "", "image.json you trust")

@@ -47,6 +47,7 @@ func (d *deployFlags) register(f *pflag.FlagSet) {
 	f.Int64Var(&o.PartSize, "part-size", 0, "`BYTES` of a part, 5 MiB to 5 GiB; results go up in parts then (default by --results-quota)")
 	f.StringArrayVar(&o.Command, "command", nil, "one word of the command that replaces the image's; may be repeated")
 	f.IntVar(&o.Releases, "releases", 1, "how often the broker may release the keys")
+	f.StringSliceVar(&o.GPUPDIs, "gpu-pdi", nil, "GPU the launch is limited to, by its PDI, 16 hex digits; may be repeated")
 	f.StringArrayVar(&o.ChipIDs, "chip-id", nil, "processor the launch is limited to, 128 hex digits; may be repeated")
 	f.StringVar(&d.minTCB, "min-tcb", "", "lowest platform TCB, for instance snp=27,microcode=86")
 	appraisalFlags(f, &o.Appraisal)

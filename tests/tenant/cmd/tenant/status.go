@@ -101,6 +101,9 @@ func showStatus(w io.Writer, s *tenant.Status) error {
 		fmt.Fprintf(&b, "broker    %d of %d releases, %d refusals\n", len(s.Broker.Releases), s.Broker.MaxReleases, s.Broker.RefusalCount)
 		for _, r := range s.Broker.Releases {
 			fmt.Fprintf(&b, "  released %s to chip %.16s…\n", r.At.Format(time.RFC3339), r.ChipID)
+			for _, g := range r.GPUs {
+				fmt.Fprintf(&b, "    with GPU %s, PDI %s, mode %s\n", g.Chip, g.PDI, g.Mode)
+			}
 		}
 		for _, r := range s.Broker.Refusals {
 			fmt.Fprintf(&b, "  refused  %s %s: %s\n    remedy: %s\n", r.At.Format(time.RFC3339), r.Refusal.Code, r.Refusal.Message, r.Refusal.Remedy)
