@@ -73,7 +73,7 @@ check-dirty: generate fmt ## fail when generated or formatted files differ from 
 	@test -z "$$(git status --porcelain)" || { git status --short; exit 1; }
 
 bench: setup ## print tables of ratios: launch, boot, digest, blob fetch, result upload, idle agent (root)
-	go test -tags $(EMULATED_TAGS) -run '^$$' -bench . ./firmware/measure ./firmware/snp ./firmware/verify ./nodeagent/endorsements ./nodeagent/blob ./nodeagent/metadata ./network/relay ./gpu/spdm ./gpu/ccmode ./tests/bench
+	go test -tags $(EMULATED_TAGS) -run '^$$' -bench . ./firmware/measure ./firmware/snp ./firmware/verify ./nodeagent/endorsements ./nodeagent/blob ./nodeagent/metadata ./network/relay ./gpu/spdm ./gpu/ccmode ./gpu/pool ./tests/bench
 	@go build -tags $(EMULATED_TAGS) -o .cache/trial/bin/bench ./tests/bench
 	@.cache/trial/bin/bench build
 	@.cache/trial/bin/bench

@@ -25,12 +25,14 @@ import (
 // carried out.
 type gpuShown struct {
 	output.Header
+	AgentRunning bool `json:"agent_running"`
 	admin.GPU
 }
 
 // gpuFlags are common to the verbs.
 type gpuFlags struct {
 	socket  string
+	config  string
 	format  output.Format
 	timeout time.Duration
 	// every is how often the agent is asked how far it is.
@@ -49,11 +51,13 @@ func newGPUCommand() *cobra.Command {
 does by itself: give one back to its driver (release), reset and verify one, out of
 quarantine too (reset), or withhold one (quarantine). A GPU that a guest has is not
 touched by any of them. Which devices are managed at all is gpu.manage of the
-configuration.`,
+configuration. While the agent does not run, list and show tell what it recorded last,
+and say so; orders need it.`,
 		Args: exactArgs(), RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.PersistentFlags().VarP(&f.format, "output", "o", "how to print")
 	cmd.PersistentFlags().StringVar(&f.socket, "socket", filepath.Join(config.Default().RunDir, admin.SocketName), "the agent's admin socket")
+	cmd.PersistentFlags().StringVar(&f.config, "config", "/etc/nodeagent/agent.toml", "the agent's configuration file, for what is on record while it does not run")
 	cmd.PersistentFlags().DurationVar(&f.timeout, "timeout", 20*time.Minute, "how long to wait for what was ordered; the agent goes on with it all the same")
 	cmd.AddCommand(newGPUList(&f), newGPUShow(&f), newGPURelease(&f), newGPUReset(&f), newGPUQuarantine(&f))
 	return cmd
@@ -63,7 +67,7 @@ func newGPUList(f *gpuFlags) *cobra.Command {
 	return &cobra.Command{
 		Use: "list", Short: "List the GPUs, their states and what cannot be had", Args: exactArgs(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			list, err := admin.FetchGPUs(cmd.Context(), f.socket)
+			list, err := f.list(cmd)
 			if err != nil {
 				return err
 			}
@@ -76,11 +80,19 @@ func newGPUShow(f *gpuFlags) *cobra.Command {
 	return &cobra.Command{
 		Use: "show ADDRESS", Short: "Show one GPU with all that is known of it", Args: exactArgs("ADDRESS"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			g, err := f.fetch(cmd.Context(), args[0])
+			a, err := vfio.ParseAddress(args[0])
+			if err != nil {
+				return usageError("%w", err)
+			}
+			list, err := f.list(cmd)
 			if err != nil {
 				return err
 			}
-			return f.show(cmd, g)
+			g, err := find(list, string(a))
+			if err != nil {
+				return err
+			}
+			return f.show(cmd, g, list.AgentRunning)
 		},
 	}
 }
@@ -129,26 +141,21 @@ func newGPUQuarantine(f *gpuFlags) *cobra.Command {
 	return cmd
 }
 
-// fetch asks for one GPU.
-func (f *gpuFlags) fetch(ctx context.Context, address string) (admin.GPU, error) {
-	a, err := vfio.ParseAddress(address)
-	if err != nil {
-		return admin.GPU{}, usageError("%w", err)
-	}
-	list, err := admin.FetchGPUs(ctx, f.socket)
-	if err != nil {
-		return admin.GPU{}, err
-	}
-	at := slices.IndexFunc(list.GPUs, func(g admin.GPU) bool { return g.Address == string(a) })
+// find picks one GPU.
+func find(list admin.GPUList, address string) (admin.GPU, error) {
+	at := slices.IndexFunc(list.GPUs, func(g admin.GPU) bool { return g.Address == address })
 	if at < 0 {
-		return admin.GPU{}, contract.Refuse(pool.CodeNotManaged, "see `nodeagent gpu list`; name it in gpu.manage of the configuration and restart the agent", "the agent does not manage %s", a)
+		return admin.GPU{}, contract.Refuse(pool.CodeNotManaged, "see `nodeagent gpu list`; name it in gpu.manage of the configuration and restart the agent", "the agent does not manage %s", address)
 	}
 	return list.GPUs[at], nil
 }
 
-func (f *gpuFlags) show(cmd *cobra.Command, g admin.GPU) error {
-	doc := gpuShown{output.NewHeader("GPU"), g}
-	return f.format.Print(cmd.OutOrStdout(), doc, func(w io.Writer) error { return printGPU(w, g) })
+func (f *gpuFlags) show(cmd *cobra.Command, g admin.GPU, running bool) error {
+	doc := gpuShown{output.NewHeader("GPU"), running, g}
+	return f.format.Print(cmd.OutOrStdout(), doc, func(w io.Writer) error {
+		printNotRunning(w, running)
+		return printGPU(w, g)
+	})
 }
 
 // order gives an order, tells how far it is, and shows what came of it. It is
@@ -168,7 +175,7 @@ func (f *gpuFlags) order(cmd *cobra.Command, address string, order admin.GPUOrde
 	if err != nil {
 		return err
 	}
-	if err := f.show(cmd, g); err != nil {
+	if err := f.show(cmd, g, true); err != nil {
 		return err
 	}
 	switch {
@@ -193,7 +200,11 @@ func (f *gpuFlags) follow(ctx context.Context, progress io.Writer, address strin
 	tick := time.NewTicker(f.every)
 	defer tick.Stop()
 	for {
-		g, err := f.fetch(ctx, address)
+		var g admin.GPU
+		list, err := admin.FetchGPUs(ctx, f.socket)
+		if err == nil {
+			g, err = find(list, address)
+		}
 		switch {
 		case err != nil && ctx.Err() != nil:
 			return g, late()
@@ -223,6 +234,7 @@ func progressText(g admin.GPU, now time.Time) string {
 }
 
 func printGPUs(out io.Writer, list admin.GPUList, now time.Time) error {
+	printNotRunning(out, list.AgentRunning)
 	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
 	if len(list.GPUs) == 0 {
 		fmt.Fprintln(w, "no GPU is managed: name some in gpu.manage of the configuration")

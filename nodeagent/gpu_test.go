@@ -102,6 +102,9 @@ func TestTheOperatorSeesAndOrdersGPUs(t *testing.T) {
 	d := newGPUDesk(t)
 	code, out, stderr := d.run(t, "list", "-o", "json")
 	matchesSchema(t, out)
+	if !strings.Contains(out, `"agent_running": true`) {
+		t.Error(out)
+	}
 	var list admin.GPUList
 	if err := json.Unmarshal([]byte(out), &list); code != exitOK || err != nil || len(list.GPUs) != 1 || len(list.Problems) != 1 || list.Problems[0].Code != "vfio.no-device" {
 		t.Fatalf("exit %d, %s%s, %v", code, out, stderr, err)
@@ -175,7 +178,11 @@ func TestOrdersThatCannotBeHaveTheirExitCodes(t *testing.T) {
 			t.Errorf("%s: exit %d, %q; want %d and %q", name, code, stderr, c.want, c.says)
 		}
 	}
-	if code, _, stderr := run(t, "gpu", "list", "--socket", filepath.Join(t.TempDir(), "none")); code != exitUnreachable {
+	none := filepath.Join(t.TempDir(), "none")
+	if code, _, stderr := run(t, "gpu", "list", "--socket", none, "--config", none); code != exitNotFound {
+		t.Errorf("no agent and no configuration: exit %d, %s", code, stderr)
+	}
+	if code, _, stderr := run(t, "gpu", "release", gpuAddress, "--accept-consequences", "--socket", none); code != exitUnreachable {
 		t.Errorf("no agent: exit %d, %s", code, stderr)
 	}
 	if err := d.pool.Return(t.Context(), "g"); err != nil {

@@ -27,6 +27,9 @@ const SocketName = "agent.sock"
 // ErrUnreachable means that no agent answers on the socket.
 var ErrUnreachable = errors.New("agent unreachable")
 
+// ErrNotRunning means that nobody listens on the socket.
+var ErrNotRunning = fmt.Errorf("%w: nothing listens", ErrUnreachable)
+
 // maxReplyBytes bounds what a client reads.
 const maxReplyBytes = 8 << 20
 
@@ -224,7 +227,7 @@ func dial(socket string) *http.Client {
 func unreachable(err error, socket string) error {
 	switch {
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("%w: nothing listens on %s; is nodeagent running? (systemctl status nodeagent, or --socket)", ErrUnreachable, socket)
+		return fmt.Errorf("%w on %s; is nodeagent running? (systemctl status nodeagent, or --socket)", ErrNotRunning, socket)
 	case errors.Is(err, os.ErrPermission):
 		return fmt.Errorf("%w: no permission to open %s; run as root", ErrUnreachable, socket)
 	}

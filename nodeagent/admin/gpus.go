@@ -84,6 +84,9 @@ func (r Reason) Refusal() *contract.Refusal {
 // GPUList is the answer of `nodeagent gpu list`.
 type GPUList struct {
 	output.Header
+	// AgentRunning is false for what an agent recorded that does not run.
+	AgentRunning bool `json:"agent_running"`
+
 	GPUs     []GPU        `json:"gpus"`
 	Problems []GPUProblem `json:"problems"`
 }
@@ -122,7 +125,9 @@ const maxOrderBytes = 64 << 10
 func handleGPUs(mux *http.ServeMux, gpus GPUs) {
 	mux.HandleFunc("GET /v1/gpus", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(gpus.List())
+		list := gpus.List()
+		list.AgentRunning = true
+		_ = json.NewEncoder(w).Encode(list)
 	})
 	mux.HandleFunc("POST /v1/gpus/{address}", func(w http.ResponseWriter, r *http.Request) {
 		decoder := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxOrderBytes))

@@ -1,8 +1,14 @@
 package store
 
 import (
-	"go.etcd.io/bbolt"
+	"errors"
+	"fmt"
+	"path/filepath"
 
+	"go.etcd.io/bbolt"
+	berrors "go.etcd.io/bbolt/errors"
+
+	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/gpu/pool"
 	"github.com/confidential-node/agent/vfio"
 )
@@ -23,6 +29,36 @@ func (s *Store) GPUs() (records []pool.Record, err error) {
 		})
 	})
 	return records, err
+}
+
+// ReadGPUs reads the records of a store that no agent has open, and changes
+// nothing. It refuses with CodeInUse one that an agent has, store.newer and
+// store.older one of another layout; no store is fs.ErrNotExist.
+func ReadGPUs(path string) (records []pool.Record, err error) {
+	var s *Store
+	err = guard(func() error {
+		db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, Timeout: lockTimeout, OpenFile: openChecked})
+		s = &Store{db: db}
+		return err
+	})
+	if errors.Is(err, errLocked) || errors.Is(err, berrors.ErrTimeout) {
+		return nil, contract.Refuse(CodeInUse, "ask that agent: name its admin socket with --socket, or wait until it answers",
+			"%s holds the store in %s", holder(path), filepath.Dir(path)).Because(err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading store %s: %w", path, err)
+	}
+	defer func() { err = errors.Join(err, guard(s.db.Close)) }()
+	version, err := s.version()
+	switch {
+	case err != nil:
+		return nil, err
+	case version > schemaVersion:
+		return nil, contract.Refuse("store.newer", "use the nodeagent of the agent's version", "the store has layout %d, this build knows %d", version, schemaVersion)
+	case version < schemaVersion:
+		return nil, contract.Refuse("store.older", "start the agent of this version once, it brings the store up to date", "the store has layout %d, this build's is %d", version, schemaVersion)
+	}
+	return s.GPUs()
 }
 
 // PutGPUs stores all of the records or none.

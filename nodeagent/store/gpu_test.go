@@ -1,6 +1,8 @@
 package store
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"os"
 	"path/filepath"
@@ -77,5 +79,47 @@ func TestGPUsAreRememberedWhole(t *testing.T) {
 	}
 	if _, err := os.Stat(path); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestAStoreIsReadWhileItsAgentDoesNotRun(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state.db")
+	if _, err := ReadGPUs(path); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("no store: %v", err)
+	}
+	s, err := Open(path, time.Now, hclog.NewNullLogger())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []pool.Record{{Address: "0000:42:00.0", State: pool.Attached, Guest: "g"}}
+	if err := s.PutGPUs(want...); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadGPUs(path); err == nil || contract.AsRefusal(err).Code != CodeInUse {
+		t.Errorf("its agent runs: %v", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := ReadGPUs(path); err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("read %+v, %v", got, err)
+	}
+	if after, err := os.ReadFile(path); err != nil || !bytes.Equal(before, after) {
+		t.Errorf("reading changed the file: %v", err)
+	}
+	if s, err = Open(path, time.Now, hclog.NewNullLogger()); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(s.update(func(tx *bbolt.Tx) error {
+		return put(tx.Bucket([]byte("meta")), []byte("schema"), recordSchema, binary.BigEndian.AppendUint32(nil, schemaVersion+1))
+	}), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadGPUs(path); err == nil || contract.AsRefusal(err).Code != "store.newer" {
+		t.Errorf("layout of a newer build: %v", err)
 	}
 }
