@@ -35,8 +35,9 @@ type Spec struct {
 	Devices []PCIDevice
 	// IOMMUFD attaches them through iommufd (floor.Attach decides), else type1.
 	IOMMUFD bool
-	// Placement of memory and vCPUs; the zero value leaves it to the kernel.
-	Placement Placement
+	// CPUs are those of the host that its vCPUs may run on; none leaves it to
+	// the kernel.
+	CPUs []int
 	// ConsoleLog receives the serial console of a debug image; "" gives the
 	// guest none.
 	ConsoleLog string
@@ -68,14 +69,9 @@ type PCIDevice struct {
 	Kind    Kind
 	// BARs are the sizes in bytes of its memory BARs.
 	BARs []uint64
-	// NUMANode is -1 when the platform does not tell.
-	NUMANode int
 	// IOMMUGroup of the device: no other function of it may stay outside.
 	IOMMUGroup int
 }
-
-// Placement is where on the host a guest lives.
-type Placement struct{ Nodes, CPUs []int }
 
 // NIC is the guest's only network interface, on a tap that exists already.
 type NIC struct{ Tap, MAC string }

@@ -12,7 +12,6 @@ package gputest
 
 import (
 	"context"
-	"encoding/binary"
 	"maps"
 	"sync"
 	"time"
@@ -86,6 +85,8 @@ type Faults struct {
 	ReplyCode       uint32        // answers every request with this error
 	WriteCode       uint32        // answers knob writes with this error
 	MailboxError    bool          // MNOC only: the error bit is set
+	RequestError    bool          // MNOC only: set once a request is written
+	AnswerError     bool          // MNOC only: set once an answer is read
 	BootNever       bool
 	FirewallNever   bool
 	Boot0           uint32 // overrides PMC_BOOT_0 unless 0
@@ -130,7 +131,8 @@ type Emulator struct {
 	scratch map[uint32]uint32 // plain storage
 	access  int
 	gone    bool
-	resets  int
+	resets  int // of every kind
+	bus     int // of which by the bridge
 
 	fsp    fsp
 	stored func(knobs map[uint16]uint16)
@@ -171,21 +173,25 @@ func (e *Emulator) Break(change func(*Faults)) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	change(&e.faults)
-	for _, k := range e.faults.NoKnobs {
-		delete(e.knobs, k)
-	}
 }
 
 // SetKnob stages a value behind the host's back, as a BMC does.
 func (e *Emulator) SetKnob(k, value uint16) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.setKnob(k, value)
+}
+
+func (e *Emulator) setKnob(k, value uint16) {
 	e.knobs[k] = value
+	if e.stored != nil {
+		e.stored(maps.Clone(e.knobs))
+	}
 }
 
 // Persist makes knobs what a non-volatile memory holds, and has store called
-// with all of them whenever the FSP has changed one, before it answers. Knobs
-// that this model lacks are ignored.
+// with all of them whenever one has changed, before the FSP answers. Knobs that
+// this model lacks are ignored.
 func (e *Emulator) Persist(knobs map[uint16]uint16, store func(knobs map[uint16]uint16)) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -205,7 +211,8 @@ type State struct {
 	CC       bool              `json:"cc"` // this and the next two: active
 	Devtools bool              `json:"devtools"`
 	PPCIe    bool              `json:"ppcie"`
-	Resets   int               `json:"resets"`
+	Resets   int               `json:"resets"` // of every kind
+	Bus      int               `json:"bus_resets"`
 	Accesses int               `json:"accesses"`
 	Gone     bool              `json:"gone"`
 }
@@ -217,7 +224,7 @@ func (e *Emulator) State() State {
 	return State{
 		Model: e.model.Name, PDI: e.model.PDI, Knobs: maps.Clone(e.knobs),
 		CC: e.applied.cc, Devtools: e.applied.devtools, PPCIe: e.applied.ppcie,
-		Resets: e.resets, Accesses: e.access, Gone: e.gone,
+		Resets: e.resets, Bus: e.bus, Accesses: e.access, Gone: e.gone,
 	}
 }
 
@@ -273,7 +280,7 @@ func (e *Emulator) Stale() {
 func (e *Emulator) Reset(ctx context.Context) error {
 	e.mu.Lock()
 	blocks, fails := e.faults.ResetBlocks, e.faults.ResetFails
-	command := e.config[4]
+	before := e.config
 	e.mu.Unlock()
 	if fails != nil {
 		return fails
@@ -288,14 +295,15 @@ func (e *Emulator) Reset(ctx context.Context) error {
 	e.FLR()
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	copy(e.config[firstBAR:endOfBARs], before[firstBAR:])
 	if !e.faults.LosesMemory {
-		e.config[4] = command
+		e.config[4] = before[4]
 	}
 	return nil
 }
 
 // FLR resets the function: knobs become the active mode, the boot processor
-// starts anew, the command register is cleared.
+// starts anew, configuration space is as after power on.
 func (e *Emulator) FLR() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -310,13 +318,14 @@ func (e *Emulator) SBR() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	delete(e.scratch, 0x91288)
+	e.bus++
 }
 
 func (e *Emulator) functionReset() {
 	e.resets++
 	e.reset = time.Now()
 	e.fsp.clear()
-	binary.LittleEndian.PutUint16(e.config[4:], 0)
+	e.forgetConfig()
 	if e.faults.ModeStuck {
 		return
 	}

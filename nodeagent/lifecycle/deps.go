@@ -58,8 +58,8 @@ type GPUs interface {
 	// Reserve promises all of them to a guest, or none.
 	Reserve(ctx context.Context, guestID, model string, count int) error
 	// Attach reads the modes of what is reserved back, before a domain is
-	// started with it.
-	Attach(ctx context.Context, guestID string) (Passthrough, error)
+	// started with it, and says how a guest of so many vCPUs gets it.
+	Attach(ctx context.Context, guestID string, vcpus int) (Passthrough, error)
 	// Held are the devices a guest has or is promised.
 	Held(guestID string) ([]vm.PCIDevice, error)
 	// Return takes back what a guest has; it ends when each device is clean
@@ -77,6 +77,8 @@ type GPUs interface {
 type Passthrough struct {
 	Devices []vm.PCIDevice
 	IOMMUFD bool
+	// CPUs are those near the devices, none where that would not help.
+	CPUs []int
 }
 
 // Network gives guests their taps and rules; *network.Host is one.

@@ -57,7 +57,7 @@ func (g *guest) gpusLeft(context.Context) (bool, error) {
 // checkGPUs has the modes read back. From here on the devices count as the
 // guest's, whatever becomes of its domain.
 func (g *guest) checkGPUs(ctx context.Context) error {
-	passthrough, err := g.m.d.GPUs.Attach(ctx, g.id)
+	passthrough, err := g.m.d.GPUs.Attach(ctx, g.id, g.record().VCPUs)
 	if err != nil {
 		return err
 	}

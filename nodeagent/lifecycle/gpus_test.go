@@ -152,6 +152,9 @@ func withGPU(t *testing.T, model string, count int) func(*api.LaunchGuest) {
 func TestAGuestGetsItsGPUAndGivesItBack(t *testing.T) {
 	t.Parallel()
 	h := newGPUHost(t)
+	if err := errors.Join(h.kernel.AddNode(0, "0-7,16-23"), h.kernel.AddNode(1, "8-15,24-31")); err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	m := h.life(ctx, nil)
@@ -160,6 +163,9 @@ func TestAGuestGetsItsGPUAndGivesItBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.until("the domain runs", func() bool { return h.world.Running(guestID) })
+	if cpus := h.world.Spec(guestID).CPUs; len(cpus) != 16 || cpus[7] != 7 || cpus[8] != 16 {
+		t.Errorf("vCPUs may run on CPUs %v, want those of node 0", cpus)
+	}
 	want := vm.PCIDevice{Address: string(gpuAddress), Kind: vm.KindGPU, BARs: []uint64{16 << 20, 256 << 20, 32 << 20}, IOMMUGroup: 41}
 	if s := h.world.Spec(guestID); len(s.Devices) != 1 || !s.IOMMUFD || s.Devices[0].Address != want.Address || !slices.Equal(s.Devices[0].BARs, want.BARs) ||
 		s.Devices[0].Kind != want.Kind || s.Devices[0].IOMMUGroup != want.IOMMUGroup {

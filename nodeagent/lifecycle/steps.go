@@ -286,7 +286,7 @@ func (g *guest) spec() (vm.Spec, error) {
 		GuestID: g.id, Generation: rec.Generation, VCPUs: rec.VCPUs, MemoryMiB: rec.MemoryMiB, CPUModel: machine.GetCpuModel(),
 		Firmware: filepath.Join(dir, fileFirmware), Kernel: filepath.Join(dir, fileKernel), Initrd: filepath.Join(dir, fileInitrd),
 		Cmdline: cmd.GetImage().GetCmdline(), NIC: vm.NIC{Tap: link.Tap, MAC: nic.MAC.String()}, TEE: tee,
-		Devices: g.passthrough.Devices, IOMMUFD: g.passthrough.IOMMUFD,
+		Devices: g.passthrough.Devices, IOMMUFD: g.passthrough.IOMMUFD, CPUs: g.passthrough.CPUs,
 	}
 	for i, in := range cmd.GetInputs() {
 		// virtio-blk cuts serials at 20 characters.

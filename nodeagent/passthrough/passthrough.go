@@ -6,6 +6,7 @@ package passthrough
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 
@@ -46,7 +47,7 @@ func (h Host) iommufd(ctx context.Context) (bool, error) {
 }
 
 // Attach implements lifecycle.GPUs.
-func (h Host) Attach(ctx context.Context, guestID string) (lifecycle.Passthrough, error) {
+func (h Host) Attach(ctx context.Context, guestID string, vcpus int) (lifecycle.Passthrough, error) {
 	iommufd, err := h.iommufd(ctx)
 	if err != nil {
 		return lifecycle.Passthrough{}, err
@@ -54,23 +55,69 @@ func (h Host) Attach(ctx context.Context, guestID string) (lifecycle.Passthrough
 	if err := h.Pool.Attach(ctx, guestID); err != nil {
 		return lifecycle.Passthrough{}, err
 	}
-	devices, err := h.Held(guestID)
-	return lifecycle.Passthrough{Devices: devices, IOMMUFD: iommufd}, err
+	functions, err := h.functions(guestID)
+	if err != nil {
+		return lifecycle.Passthrough{}, err
+	}
+	nodes, err := h.PCI.NodeCPUs()
+	if err != nil {
+		return lifecycle.Passthrough{}, fmt.Errorf("looking for the CPUs near the GPUs of guest %s: %w", guestID, err)
+	}
+	devices, err := describe(functions)
+	return lifecycle.Passthrough{Devices: devices, IOMMUFD: iommufd, CPUs: near(functions, nodes, vcpus)}, err
+}
+
+// near are the CPUs of the nodes that the functions are on. None when that
+// would be every CPU or one node is not known, and when they are fewer than
+// the guest's own: it would be slower there than far away. Pure.
+func near(functions []vfio.Function, nodes map[int][]int, vcpus int) []int {
+	if len(nodes) < 2 {
+		return nil
+	}
+	on := map[int][]int{}
+	for _, f := range functions {
+		if len(nodes[f.NUMANode]) == 0 {
+			return nil
+		}
+		on[f.NUMANode] = nodes[f.NUMANode]
+	}
+	cpus := slices.Sorted(slices.Values(slices.Concat(slices.Collect(maps.Values(on))...)))
+	if len(on) == len(nodes) || len(cpus) < vcpus {
+		return nil
+	}
+	return cpus
 }
 
 // Held implements lifecycle.GPUs.
 func (h Host) Held(guestID string) ([]vm.PCIDevice, error) {
-	var devices []vm.PCIDevice
+	functions, err := h.functions(guestID)
+	if err != nil {
+		return nil, err
+	}
+	return describe(functions)
+}
+
+func (h Host) functions(guestID string) ([]vfio.Function, error) {
+	var functions []vfio.Function
 	for _, r := range h.Pool.Held(guestID) {
 		f, err := h.PCI.Function(r.Address)
 		if err != nil {
 			return nil, fmt.Errorf("looking at the GPUs of guest %s: %w", guestID, err)
 		}
+		functions = append(functions, f)
+	}
+	return functions, nil
+}
+
+// describe words functions as vm does.
+func describe(functions []vfio.Function) ([]vm.PCIDevice, error) {
+	devices := make([]vm.PCIDevice, 0, len(functions))
+	for _, f := range functions {
 		group, err := strconv.Atoi(f.Group)
 		if err != nil {
 			return nil, fmt.Errorf("IOMMU group %q of %s: %w", f.Group, f.Address, err)
 		}
-		d := vm.PCIDevice{Address: string(f.Address), Kind: vm.KindGPU, NUMANode: f.NUMANode, IOMMUGroup: group}
+		d := vm.PCIDevice{Address: string(f.Address), Kind: vm.KindGPU, IOMMUGroup: group}
 		if f.Kind() == vfio.ClassOtherBridge {
 			d.Kind = vm.KindNVSwitch
 		}
@@ -81,5 +128,5 @@ func (h Host) Held(guestID string) ([]vm.PCIDevice, error) {
 		}
 		devices = append(devices, d)
 	}
-	return slices.Clip(devices), nil
+	return devices, nil
 }

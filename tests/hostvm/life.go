@@ -297,7 +297,8 @@ func held(ctx context.Context, w *world) error {
 	if err := w.refused(ctx, "vfio.busy", "/opt/rig/hostvm mode vfio "+w.address[id]+" query"); err != nil {
 		return err
 	}
-	if err := w.refused(ctx, "vfio.in-use", "nodeagent gpu reset "+w.address[id]); err != nil {
+	// The agent gives the holder two minutes, then names it.
+	if err := w.refused(ctx, "holder: hostvm", "nodeagent gpu reset "+w.address[id]); err != nil {
 		return err
 	}
 	after, err := w.inside(ctx, id)
@@ -339,6 +340,11 @@ done
 chmod -R a+rX /run/guest
 virsh -q create ../guest.xml`
 
+// guestEnds waits until the guest has ended, and demands what it saw.
+const guestEnds = `for i in $(seq 800); do virsh -q domstate guest >/dev/null 2>&1 || break; sleep 1; done
+grep -q 'guest sees 0x10de 0x2330 class 0x030200' /run/guest/guest.log && exit 0
+virsh list --all >&2; tail -n 20 /run/guest/guest.log >&2; exit 1`
+
 func nestedGuest(ctx context.Context, w *world) error {
 	const id = "h100a"
 	if err := w.onDuty(ctx, id); err != nil {
@@ -354,10 +360,7 @@ func nestedGuest(ctx context.Context, w *world) error {
 	if err := w.refused(ctx, "vfio.busy", "/opt/rig/hostvm mode vfio "+w.address[id]+" query"); err != nil {
 		return err
 	}
-	if err := w.refused(ctx, "vfio.in-use", "nodeagent gpu reset "+w.address[id]); err != nil {
-		return err
-	}
-	if _, err := w.sh(ctx, 2*slow, "while virsh -q domstate guest >/dev/null 2>&1; do sleep 1; done; grep -q 'guest sees 0x10de 0x2330 class 0x030200' /run/guest/guest.log || { tail -n 20 /run/guest/guest.log >&2; exit 1; }"); err != nil {
+	if _, err := w.sh(ctx, nested, guestEnds); err != nil {
 		return err
 	}
 	if _, err := w.sh(ctx, slow, "nodeagent gpu reset "+w.address[id]); err != nil {

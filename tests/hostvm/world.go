@@ -20,6 +20,8 @@ import (
 const (
 	quick = time.Minute     // a command
 	slow  = 3 * time.Minute // a device's way through its states
+	// nested is a guest in the host: emulation within emulation.
+	nested = 15 * time.Minute
 )
 
 // world is the host that the steps act on.

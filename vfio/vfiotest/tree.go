@@ -200,6 +200,12 @@ func (k *Kernel) Remove(a vfio.Address) error {
 	return errFirst(err, os.RemoveAll(place), os.Remove(link))
 }
 
+// AddNode has a NUMA node with the CPUs of a list, "0-3,8".
+func (k *Kernel) AddNode(node int, cpus string) error {
+	dir := fmt.Sprintf("sys/devices/system/node/node%d", node)
+	return errFirst(os.MkdirAll(filepath.Join(k.dir, dir), 0o755), k.put(dir+"/cpulist", cpus))
+}
+
 func (k *Kernel) put(path, text string) error {
 	return os.WriteFile(filepath.Join(k.dir, path), []byte(text), 0o644)
 }

@@ -18,7 +18,6 @@ import (
 const (
 	maxGPUs       = 8
 	boardSwitches = 4
-	maxNode       = 1023
 	maxCPU        = 8191
 	// firstSlot of pcie.0 for root ports, eight functions each: above the
 	// slots libvirt gives to what has no address.
@@ -67,8 +66,6 @@ func checkPassthrough(s vm.Spec) error {
 			return refuse("device %s is in no IOMMU group", dev.Address)
 		case dev.Kind == vm.KindGPU && gpus < i:
 			return refuse("GPU %s comes after an NVSwitch", dev.Address)
-		case len(s.Placement.Nodes) > 0 && dev.NUMANode >= 0 && !slices.Contains(s.Placement.Nodes, dev.NUMANode):
-			return refuse("device %s is on NUMA node %d, the guest on %d", dev.Address, dev.NUMANode, s.Placement.Nodes)
 		}
 		if dev.Kind == vm.KindGPU {
 			gpus++
@@ -80,7 +77,7 @@ func checkPassthrough(s vm.Spec) error {
 	if _, err := GPUWindowMiB(gpuBARs(s.Devices)); err != nil {
 		return err
 	}
-	return checkPlacement(s.Placement)
+	return checkCPUs(s.CPUs)
 }
 
 func checkCount(s vm.Spec, gpus int) error {
@@ -103,16 +100,10 @@ func checkCount(s vm.Spec, gpus int) error {
 	return nil
 }
 
-func checkPlacement(p vm.Placement) error {
-	for _, list := range []struct {
-		name string
-		most int
-		ids  []int
-	}{{"NUMA nodes", maxNode, p.Nodes}, {"CPUs", maxCPU, p.CPUs}} {
-		for i, id := range list.ids {
-			if id < 0 || id > list.most || slices.Contains(list.ids[:i], id) {
-				return refuse("%s %d are not different numbers within 0..%d", list.name, list.ids, list.most)
-			}
+func checkCPUs(cpus []int) error {
+	for i, cpu := range cpus {
+		if cpu < 0 || cpu > maxCPU || slices.Contains(cpus[:i], cpu) {
+			return refuse("CPUs %d are not different numbers within 0..%d", cpus, maxCPU)
 		}
 	}
 	return nil
@@ -179,13 +170,11 @@ func devices(s vm.Spec, d *libvirtxml.Domain) error {
 	return nil
 }
 
-// placement keeps memory and vCPUs near the devices. "strict" also sets the
-// cgroup's nodes, which private memory obeys and mbind does not reach.
+// placement keeps vCPUs near the devices. Memory follows them: each page is
+// taken from the node of the CPU that needs it first, and from another when
+// that node is full. A strict binding would end the guest there instead.
 func placement(s vm.Spec, d *libvirtxml.Domain) error {
-	if len(s.Placement.Nodes) > 0 {
-		d.NUMATune = &libvirtxml.DomainNUMATune{Memory: &libvirtxml.DomainNUMATuneMemory{Mode: "strict", Nodeset: list(s.Placement.Nodes)}}
-	}
-	d.VCPU.CPUSet = list(s.Placement.CPUs)
+	d.VCPU.CPUSet = list(s.CPUs)
 	return nil
 }
 

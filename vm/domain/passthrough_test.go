@@ -20,7 +20,7 @@ func gpus(count int, bar0, bar1 uint64) (out []vm.PCIDevice) {
 	for i := range count {
 		out = append(out, vm.PCIDevice{
 			Address: fmt.Sprintf("0000:%02x:00.0", 0x18+i*0x10), Kind: vm.KindGPU,
-			BARs: []uint64{bar0, bar1, 32 << 20}, NUMANode: i / 4, IOMMUGroup: 40 + i,
+			BARs: []uint64{bar0, bar1, 32 << 20}, IOMMUGroup: 40 + i,
 		})
 	}
 	return out
@@ -55,7 +55,7 @@ func profiles() map[string]vm.Spec {
 	s.IOMMUFD = true
 	p["gpu-1-iommufd.xml"] = s
 	s = p["gpu-4-numa-placed.xml"]
-	s.Placement = vm.Placement{Nodes: []int{0}, CPUs: []int{3, 2, 1, 0}}
+	s.CPUs = []int{3, 2, 1, 0}
 	p["gpu-4-numa-placed.xml"] = s
 	return p
 }
@@ -120,9 +120,8 @@ func TestDevicesThatCannotBeAttachedAreRefused(t *testing.T) {
 		"a switch alone":       func(s *vm.Spec) { s.Devices = board()[8:] },
 		"switch before GPUs":   func(s *vm.Spec) { s.Devices = board(); s.Devices[0], s.Devices[8] = s.Devices[8], s.Devices[0] },
 		"switch of a huge BAR": func(s *vm.Spec) { s.Devices = board(); s.Devices[8].BARs = []uint64{64 * gib} },
-		"GPU on another node":  func(s *vm.Spec) { s.Placement.Nodes = []int{7} },
-		"one node twice":       func(s *vm.Spec) { s.Placement.Nodes = []int{0, 0} },
-		"negative CPU":         func(s *vm.Spec) { s.Placement.CPUs = []int{-1} },
+		"one CPU twice":        func(s *vm.Spec) { s.CPUs = []int{0, 0} },
+		"negative CPU":         func(s *vm.Spec) { s.CPUs = []int{-1} },
 		"iommufd for nothing":  func(s *vm.Spec) { s.Devices, s.IOMMUFD = nil, true },
 		"an emulated guest":    func(s *vm.Spec) { s.TEE = vm.TEE{Emulated: &vm.Emulated{}} },
 	} {

@@ -83,6 +83,9 @@ func Obey(line []byte, e *gputest.Emulator) error {
 	case "vanish":
 		e.Vanish()
 	case "knob":
+		if _, ok := e.State().Knobs[order.Knob]; !ok {
+			return fmt.Errorf("%s has no knob %d", e.Model().Name, order.Knob)
+		}
 		e.SetKnob(order.Knob, order.Value)
 	default:
 		return fmt.Errorf("unknown order %q", order.Do)

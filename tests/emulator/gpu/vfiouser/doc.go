@@ -6,10 +6,12 @@
 // with an error, and what is malformed ends the connection.
 package vfiouser
 
-// Regions of a PCI function, linux/vfio.h VFIO_PCI_*_REGION_INDEX.
+// Regions and interrupts of a PCI function, linux/vfio.h
+// VFIO_PCI_*_REGION_INDEX and VFIO_PCI_*_IRQ_INDEX.
 const (
 	RegionConfig = 7
 	Regions      = 9
+	irqs         = 5
 )
 
 // Device is the function behind the socket. Its methods are called one at a

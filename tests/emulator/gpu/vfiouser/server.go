@@ -130,16 +130,22 @@ func (s *session) execute(command uint16, body []byte) ([]byte, error) {
 		return s.version(body)
 	case commandInfo:
 		const reset, pci = 1 << 0, 1 << 1
-		return words(16, reset|pci, Regions, 5), sized(body, 16)
+		return words(16, reset|pci, Regions, irqs), sized(body, 16)
 	case commandRegionInfo:
 		return s.regionInfo(body)
 	case commandIRQInfo:
 		if err := sized(body, 16); err != nil {
 			return nil, err
 		}
-		return words(16, 0, binary.LittleEndian.Uint32(body[8:]), 0), nil
-	case commandDMAMap, commandSetIRQs:
-		return nil, nil
+		index := binary.LittleEndian.Uint32(body[8:])
+		if index >= irqs {
+			return nil, syscall.EINVAL
+		}
+		return words(16, 0, index, 0), nil
+	case commandSetIRQs:
+		return nil, sized(body, 20)
+	case commandDMAMap:
+		return nil, sized(body, 32)
 	case commandDMAUnmap:
 		return body, sized(body, 24)
 	case commandRegionRead:

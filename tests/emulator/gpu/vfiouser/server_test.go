@@ -147,6 +147,9 @@ func TestAccessesOutsideAreRefused(t *testing.T) {
 			t.Errorf("%s: flags %#x, %v", name, flags, errno)
 		}
 	}
+	if _, errno, _ := ask(t, conn, command(4, commandIRQInfo, 0, words(16, 0, irqs, 0))); errno != syscall.EINVAL {
+		t.Errorf("interrupts of index %d: %v", irqs, errno)
+	}
 	if _, errno, _ := ask(t, conn, command(3, 99, 0, nil)); errno != syscall.EINVAL {
 		t.Errorf("an unknown command: %v", errno)
 	}
@@ -188,6 +191,9 @@ func TestWhatIsMalformedEndsTheConnection(t *testing.T) {
 		"a reply":             command(2, commandInfo, flagReply, nil),
 		"no body":             command(2, commandInfo, 0, nil),
 		"data missing":        command(2, commandRegionWrite, 0, access(0, 0, 8, 1)),
+		"half a mapping":      command(2, commandDMAMap, 0, make([]byte, 31)),
+		"half an unmapping":   command(2, commandDMAUnmap, 0, make([]byte, 23)),
+		"half an interrupt":   command(2, commandSetIRQs, 0, make([]byte, 19)),
 		"version again":       command(2, commandVersion, 0, make([]byte, 5)),
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -65,12 +65,13 @@ func run(ctx context.Context, model gputest.Model, socket, state, control string
 			return err
 		}
 	}
-	ended := make(chan error, 2)
+	ended, services := make(chan error, 2), 1
 	if control != "" {
 		listener, err := vfiouser.Listen(ctx, control)
 		if err != nil {
 			return err
 		}
+		services++
 		go func() { ended <- gpu.Control(ctx, listener, e) }()
 	}
 	listener, err := vfiouser.Listen(ctx, socket)
@@ -80,6 +81,10 @@ func run(ctx context.Context, model gputest.Model, socket, state, control string
 	fmt.Fprintf(os.Stdout, "%s, PDI %#x, on %s\n", model.Name, model.PDI, socket)
 	go func() { ended <- vfiouser.Serve(ctx, listener, gpu.Function{Emulator: e}) }()
 	err = <-ended
+	cancel(err)
+	for range services - 1 { // each takes its socket away as it ends
+		err = errors.Join(err, <-ended)
+	}
 	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
 		return cause
 	}
