@@ -33,6 +33,8 @@ type Machine struct {
 	// Helper is the helper's command, and Env its environment.
 	Helper []string
 	Env    []string
+	// Driver is why NVIDIA's driver did not load; nil when it did.
+	Driver error
 }
 
 // Set is the guest's GPUs. It is safe for concurrent use; orders to the helper
