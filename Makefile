@@ -43,6 +43,7 @@ test-rig: setup ## a provider's host in a virtual machine: real kernel, IOMMU, s
 	@go build -tags $(EMULATED_TAGS) -o .cache/rig/ ./nodeagent ./tests/controlplane/cmd/controlplane ./tests/emulator/gpu/cmd/fakegpu
 	@CGO_ENABLED=0 go build -o .cache/rig/ ./tests/hostvm
 	@cp packaging/nodeagent.service packaging/modules-load.conf .cache/rig/
+	@dpkg-deb --fsys-tarfile .cache/debs/kernel.deb | tar -xO --wildcards './boot/vmlinuz-*' >.cache/rig/vmlinuz
 	@.cache/rig/hostvm run --image $(RIG_IMAGE) --programs .cache/rig --match '$(MATCH)'
 
 DURATION ?= 2h

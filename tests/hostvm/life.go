@@ -318,7 +318,7 @@ const guestScript = `set -e
 mkdir -p /run/guest/root && cd /run/guest/root
 cp /opt/rig/hostvm init
 echo init | cpio --quiet -o -H newc >../initrd
-cp /boot/vmlinuz-* ../vmlinuz
+cp /opt/rig/vmlinuz ..
 for name in guest second; do
 	cat >../$name.xml <<XML
 <domain type='qemu'>
@@ -326,6 +326,7 @@ for name in guest second; do
   <memory unit='MiB'>512</memory>
   <vcpu>1</vcpu>
   <os><type arch='x86_64' machine='q35'>hvm</type><kernel>/run/guest/vmlinuz</kernel><initrd>/run/guest/initrd</initrd><cmdline>console=ttyS0 quiet</cmdline></os>
+  <features><acpi/></features>
   <cpu mode='custom'><model>qemu64</model></cpu>
   <on_reboot>destroy</on_reboot>
   <devices>
