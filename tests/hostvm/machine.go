@@ -58,7 +58,10 @@ type machine struct {
 	in   *json.Decoder
 }
 
-const startLimit = 3 * time.Minute
+// startLimit is for a machine that other work keeps busy, where a host that
+// boots in half a minute was seen to need more than three. A QEMU that ends
+// is not waited for.
+const startLimit = 10 * time.Minute
 
 // boot starts the GPUs and the host of an image, and returns when the host
 // takes orders.
