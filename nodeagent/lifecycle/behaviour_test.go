@@ -219,7 +219,7 @@ func TestAMachineThatHangsIsEndedWhenItsGraceIsOver(t *testing.T) {
 	m := h.life(t.Context(), nil)
 	h.started(t.Context(), m)
 	h.world.Block("shutdown", true)
-	h.stop(t.Context(), m, 100*time.Millisecond)
+	h.stop(t.Context(), m, 3*time.Second) // long enough to be asked on a busy machine
 	h.ends(t.Context(), stopped, "")
 	if asked := h.world.Calls("shutdown"); asked == 0 {
 		t.Error("it was not asked first")
