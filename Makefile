@@ -7,7 +7,7 @@ SHELL         := bash
 .SHELLFLAGS   := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo build test test-full soak lint fmt generate check-dirty bench fuzz clean
+.PHONY: help setup demo build test test-full test-rig soak lint fmt generate check-dirty bench fuzz clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,18 @@ test: setup ## run all tests; ends with the skipped ones and what each misses
 test-full: setup ## kill the agent at every point and every sync of a guest's life, change every byte of the state file (root)
 	FAULT_ALL=1 go test -tags $(EMULATED_TAGS) -count=1 -timeout 4h -v -run TestWhateverByteChanges ./nodeagent/store
 	FAULT_ALL=1 go test -tags $(EMULATED_TAGS) -count=1 -timeout 4h -v ./tests/fault
+
+RIG_IMAGE ?= $(or $(XDG_CACHE_HOME),/var/cache)/nodeagent/rig
+MATCH     ?=
+test-rig: setup ## a provider's host in a virtual machine: real kernel, IOMMU, systemd, emulated GPUs; MATCH=regexp for some steps (root)
+	@.ci/setup.sh debootstrap e2fsprogs >/dev/null
+	@tests/hostvm/image.sh $(RIG_IMAGE)
+	@mkdir -p .cache/rig
+	@go build -tags $(EMULATED_TAGS) -o .cache/rig/ ./nodeagent ./tests/controlplane/cmd/controlplane ./tests/emulator/gpu/cmd/fakegpu
+	@CGO_ENABLED=0 go build -o .cache/rig/ ./tests/hostvm
+	@cp packaging/nodeagent.service packaging/modules-load.conf .cache/rig/
+	@dpkg-deb --fsys-tarfile .cache/debs/kernel.deb | tar -xO --wildcards './boot/vmlinuz-*' >.cache/rig/vmlinuz
+	@.cache/rig/hostvm run --image $(RIG_IMAGE) --programs .cache/rig --match '$(MATCH)'
 
 DURATION ?= 2h
 SEED     ?= 0

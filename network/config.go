@@ -26,6 +26,11 @@ type Config struct {
 	// MaxPortConnections bounds the connections to one published port and
 	// MaxSourceConnections those of one address to all of them. 0 is no bound.
 	MaxPortConnections, MaxSourceConnections int
+	// MaxGuestPackets bounds the packets that one guest sends in a second. 0 is
+	// no bound.
+	MaxGuestPackets int
+	// RunDir is a folder that is there and ends with the boot.
+	RunDir string
 	// Table is the name of the nft table, family inet. Default "nodeagent".
 	Table string
 	// Root is where /proc is found. Default "/".

@@ -188,6 +188,14 @@ func (k *kernel) flush() {
 }
 
 // take returns the effects since the last call.
+// appears puts a table into the kernel as somebody else does.
+func (k *kernel) appears(text string) {
+	k.mu.Lock()
+	k.text = text
+	k.mu.Unlock()
+	k.heard <- struct{}{}
+}
+
 func (k *kernel) take() []string {
 	k.mu.Lock()
 	defer k.mu.Unlock()

@@ -4,9 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -338,25 +341,38 @@ func (h *Host) eraseUnusedLocked(ctx context.Context) error {
 	return h.filter.erase(ctx)
 }
 
-// Forwarding reports whether the host forwards IPv4 (net.ipv4.ip_forward).
-func (h *Host) Forwarding() (bool, error) { return h.links.forwarding() }
-
-// EnableForwarding makes the host forward IPv4 and returns what it did before.
-// The caller keeps the value of Forwarding on disk first, and gives it to
-// RestoreForwarding when the last guest's network is gone for good.
-func (h *Host) EnableForwarding() (previous bool, err error) {
-	previous, err = h.links.forwarding()
-	if err != nil || previous {
-		return previous, err
+// HoldForwarding makes the host forward IPv4 (net.ipv4.ip_forward). Where it
+// did not, a note in RunDir says so, before anything is changed: like the
+// setting itself, it ends with the boot, and it outlives the agent and its
+// state.
+func (h *Host) HoldForwarding() error {
+	on, err := h.links.forwarding()
+	if err != nil || on {
+		return err
+	}
+	if err := os.WriteFile(h.forwardingNote(), nil, 0o600); err != nil {
+		return fmt.Errorf("noting that the host did not forward IPv4: %w", err)
 	}
 	h.log.Info("enabling IPv4 forwarding")
-	return false, h.links.setForwarding(true)
+	return h.links.setForwarding(true)
 }
 
-// RestoreForwarding undoes EnableForwarding.
-func (h *Host) RestoreForwarding(previous bool) error {
-	if previous {
+// ReturnForwarding undoes HoldForwarding, of whichever run of the agent, when
+// the last guest's network is gone for good.
+func (h *Host) ReturnForwarding() error {
+	if _, err := os.Stat(h.forwardingNote()); errors.Is(err, fs.ErrNotExist) {
 		return nil
+	} else if err != nil {
+		return fmt.Errorf("reading whether the host forwarded IPv4: %w", err)
 	}
-	return h.links.setForwarding(false)
+	if err := h.links.setForwarding(false); err != nil {
+		return err
+	}
+	h.log.Info("IPv4 forwarding is off again")
+	if err := os.Remove(h.forwardingNote()); err != nil {
+		return fmt.Errorf("forgetting that the host did not forward IPv4: %w", err)
+	}
+	return nil
 }
+
+func (h *Host) forwardingNote() string { return filepath.Join(h.cfg.RunDir, "forwarding-was-off") }

@@ -22,12 +22,19 @@ import (
 )
 
 // drops sums the counters of the rules that drop.
-func drops(t *testing.T) (n int) {
+func drops(t *testing.T) int {
+	t.Helper()
+	return dropsBy(t, "", "")
+}
+
+// dropsBy sums those of one chain and reason, "" for any.
+func dropsBy(t *testing.T, chain, why string) (n int) {
 	t.Helper()
 	var doc struct {
 		Nftables []struct {
 			Rule *struct {
-				Expr []map[string]json.RawMessage
+				Chain, Comment string
+				Expr           []map[string]json.RawMessage
 			}
 		}
 	}
@@ -35,7 +42,7 @@ func drops(t *testing.T) (n int) {
 		t.Fatal(err)
 	}
 	for _, o := range doc.Nftables {
-		if o.Rule == nil {
+		if o.Rule == nil || chain != "" && o.Rule.Chain != chain || why != "" && o.Rule.Comment != why {
 			continue
 		}
 		for _, e := range o.Rule.Expr {

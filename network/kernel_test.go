@@ -255,7 +255,7 @@ func TestKernelConnectionsOfOneGuestAreLimited(t *testing.T) {
 	}
 	w := newWorld(t, nil)
 	m, other := w.boot(t, testGuest(1)), w.boot(t, testGuest(2))
-	m.do(t, func() error {
+	flood := func() error {
 		eth, err := netlink.LinkByName("eth0")
 		if err = errors.Join(err, netlink.LinkSetTxQLen(eth, 2*maxConnections)); err != nil {
 			return err
@@ -272,7 +272,7 @@ func TestKernelConnectionsOfOneGuestAreLimited(t *testing.T) {
 			}
 		}
 		return c.Close()
-	})
+	}
 	held := func() (n int) {
 		flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, unix.AF_INET)
 		if err != nil {
@@ -285,10 +285,62 @@ func TestKernelConnectionsOfOneGuestAreLimited(t *testing.T) {
 		}
 		return n
 	}
-	eventually(t, "the guest holds all it may", func() bool { return held() >= maxConnections })
+	eventually(t, "the guest holds all it may", func() bool {
+		m.do(t, flood) // again and again: queues on a busy host lose some
+		return held() >= maxConnections
+	})
 	m.do(t, func() error { return blockedDial(outsideAddr + service) })
 	if n := held(); n != maxConnections {
 		t.Errorf("the guest holds %d connections, limit is %d", n, maxConnections)
 	}
 	other.do(t, func() error { _, _, err := reach(outsideAddr+service, ""); return err })
+}
+
+func TestKernelPacketsOfOneGuestAreLimited(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	const flood = 3000
+	w := newWorld(t, func(c *Config) { c.MaxGuestPackets = 200 })
+	m, other := w.boot(t, testGuest(1)), w.boot(t, testGuest(2))
+	m.do(t, func() error {
+		eth, err := netlink.LinkByName("eth0")
+		if err = errors.Join(err, netlink.LinkSetTxQLen(eth, 2*flood)); err != nil {
+			return err
+		}
+		c, err := (&net.Dialer{}).DialContext(t.Context(), "udp", outsideAddr+":9")
+		if err != nil {
+			return err
+		}
+		for range flood {
+			if _, err := c.Write([]byte("x")); err != nil && !errors.Is(err, unix.ECONNREFUSED) {
+				return err
+			}
+		}
+		return c.Close()
+	})
+	other.do(t, func() error { _, _, err := reach(outsideAddr+service, ""); return err })
+	const why = "packets of one guest"
+	eventually(t, "the flood is over", func() bool { return dropsBy(t, "in_"+m.link.Tap, why) > flood/3 })
+	if n := dropsBy(t, "in_"+other.link.Tap, why); n > 0 {
+		t.Errorf("%d packets of the other guest were dropped", n)
+	}
+	eventually(t, "the guest may send again", func() bool {
+		return m.try(func() error { _, _, err := reach(outsideAddr+service, ""); return err }) == nil
+	})
+}
+
+func TestKernelARPOfOneGuestIsLimited(t *testing.T) {
+	if !inside(t) {
+		return
+	}
+	w := newWorld(t, nil)
+	m := w.boot(t, testGuest(1))
+	for range 4 * neighbourBurst {
+		if _, err := m.tap.Write(arp(m.guest.MAC, m.link.GuestAddr.Addr(), m.link.HostAddr.Addr())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "most of it is dropped", func() bool { return dropsBy(t, "in_"+m.link.Tap, "ARP is broadcast") > 2*neighbourBurst })
+	m.do(t, func() error { _, _, err := reach(outsideAddr+service, ""); return err })
 }

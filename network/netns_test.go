@@ -153,6 +153,7 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 	t.Helper()
 	w := &world{outside: newSpace(t)}
 	cfg := testConfig()
+	cfg.RunDir = t.TempDir()
 	if change != nil {
 		change(&cfg)
 	}
@@ -178,7 +179,7 @@ func newWorld(t *testing.T, change func(*Config)) *world {
 	if err := errors.Join(up("lo"), up("uplink", hostAddr+"/24", "2001:db8::2/64"), route("uplink", "0.0.0.0/0", outsideAddr)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := host.EnableForwarding(); err != nil {
+	if err := host.HoldForwarding(); err != nil {
 		t.Fatal(err)
 	}
 	return w

@@ -21,8 +21,10 @@ const (
 	// fills it would cut everybody off.
 	maxConnections = 8192
 	// neighbourRate and neighbourBurst bound what one guest can make the
-	// host's neighbour discovery do.
+	// host's neighbour discovery do, and its ARP.
 	neighbourRate, neighbourBurst = 50, 50
+	// burstShare of a second's packets may come at once: a tenth.
+	burstShare = 10
 	// maxCounted bounds the clients whose connections are counted.
 	maxCounted = 16384
 	// spoofPriority runs before connection tracking (-200) and after
@@ -87,7 +89,7 @@ func plan(cfg Config, guests map[string]member, strays []string) table {
 	slices.SortFunc(members, func(a, b member) int { return cmp.Compare(a.guest.Index, b.guest.Index) })
 	t := table{name: cfg.table(), sets: planSets(cfg, members, strays)}
 	for _, m := range members {
-		t.chains = append(t.chains, frameChains(m)...)
+		t.chains = append(t.chains, frameChains(cfg, m)...)
 	}
 	t.chains = append(t.chains, spoofChains()...)
 	t.chains = append(t.chains, toHostChain(), transitChain(), toGuestChain(cfg), fromGuestChain(cfg, members),
@@ -148,31 +150,42 @@ func (s *set) add(key ...string) { s.elements = append(s.elements, [2][]string{k
 // not IP unseen (linux net/netfilter/nft_chain_filter.c,
 // nft_do_chain_inet_ingress). A tag is taken off a frame before the hook, and
 // only "ether type" still shows it (net/core/dev.c, skb_vlan_untag).
-func frameChains(m member) []chain {
+func frameChains(cfg Config, m member) []chain {
 	mac, carry := m.guest.MAC.String(), fmt.Sprintf(" fwd to %q", m.link.wire())
 	frames := func(name, device string, rules ...rule) chain {
 		return chain{name: name + device, typ: "filter", hook: "ingress", device: device, priority: ingressPriority, drop: true, rules: rules}
 	}
 	return []chain{
-		frames("in_", m.link.Tap,
-			rule{"ether saddr != " + mac + " drop", "only the guest's NIC"},
-			rule{"ether type != { ip, ip6, arp } drop", "nothing but IP, no tags"},
-			rule{"arp saddr ether " + mac + " arp saddr ip " + m.link.GuestAddr.Addr().String() + carry, "only the guest's own ARP"},
-			rule{"ether type arp drop", "others' ARP"},
-			rule{"ip saddr != " + m.link.GuestAddr.Addr().String() + " drop", "only the guest's IPv4 address"},
-			rule{"meta protocol ip meta pkttype { broadcast, multicast } drop", "IPv4 is for one"},
-			rule{"ip hdrlength > 5 drop", "IP options"},
-			rule{"ip frag-off & 0x3fff != 0 drop", "fragments: all share the host's memory for them"},
-			rule{"ip daddr { " + joined(unallowable()) + " } drop", "never forwarded"},
-			rule{fmt.Sprintf("ip6 saddr != { %s, :: } drop", m.link.GuestLinkLocal), "only the guest's IPv6 address"},
-			rule{"ip6 daddr != { " + metadataAddr + ", ff02::1, ff02::1:ff00:0/104 } drop", "metadata and neighbour discovery"},
-			rule{"ip6 nexthdr != { tcp, ipv6-icmp } drop", "extension headers, what metadata does not speak"},
-			rule{fmt.Sprintf("icmpv6 type nd-neighbor-advert @th,64,128 != 0x%x drop", m.link.GuestLinkLocal.AsSlice()), "advertises itself only"},
-			rule{fmt.Sprintf("icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } limit rate over %d/second burst %d packets drop",
+		frames("in_", m.link.Tap, slices.Concat(packetRules(cfg), []rule{
+			{"ether saddr != " + mac + " drop", "only the guest's NIC"},
+			{"ether type != { ip, ip6, arp } drop", "nothing but IP, no tags"},
+			{fmt.Sprintf("ether type arp limit rate over %d/second burst %d packets drop", neighbourRate, neighbourBurst), "ARP is broadcast"},
+			{"arp saddr ether " + mac + " arp saddr ip " + m.link.GuestAddr.Addr().String() + carry, "only the guest's own ARP"},
+			{"ether type arp drop", "others' ARP"},
+			{"ip saddr != " + m.link.GuestAddr.Addr().String() + " drop", "only the guest's IPv4 address"},
+			{"meta protocol ip meta pkttype { broadcast, multicast } drop", "IPv4 is for one"},
+			{"ip hdrlength > 5 drop", "IP options"},
+			{"ip frag-off & 0x3fff != 0 drop", "fragments: all share the host's memory for them"},
+			{"ip daddr { " + joined(unallowable()) + " } drop", "never forwarded"},
+			{fmt.Sprintf("ip6 saddr != { %s, :: } drop", m.link.GuestLinkLocal), "only the guest's IPv6 address"},
+			{"ip6 daddr != { " + metadataAddr + ", ff02::1, ff02::1:ff00:0/104 } drop", "metadata and neighbour discovery"},
+			{"ip6 nexthdr != { tcp, ipv6-icmp } drop", "extension headers, what metadata does not speak"},
+			{fmt.Sprintf("icmpv6 type nd-neighbor-advert @th,64,128 != 0x%x drop", m.link.GuestLinkLocal.AsSlice()), "advertises itself only"},
+			{fmt.Sprintf("icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } limit rate over %d/second burst %d packets drop",
 				neighbourRate, neighbourBurst), "neighbour discovery is for all"},
-			rule{carry[1:], "to the host"}),
+			{carry[1:], "to the host"},
+		})...),
 		frames("out_", m.link.wire(), rule{fmt.Sprintf("fwd to %q", m.link.Tap), "to the guest"}),
 	}
+}
+
+// packetRules bound what a guest may send at all, before anything else looks at
+// it. A packet counts once, however large the guest's offload made it.
+func packetRules(cfg Config) []rule {
+	if cfg.MaxGuestPackets <= 0 {
+		return nil
+	}
+	return []rule{{fmt.Sprintf("limit rate over %d/second burst %d packets drop", cfg.MaxGuestPackets, max(cfg.MaxGuestPackets/burstShare, 1)), "packets of one guest"}}
 }
 
 func joined(list []netip.Prefix) string {

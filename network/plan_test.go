@@ -17,7 +17,7 @@ import (
 var update = flag.Bool("update", false, "rewrite golden files")
 
 func testConfig() Config {
-	return Config{GuestCIDR: netip.MustParsePrefix("10.213.0.0/16"), PublishedPorts: Range{20000, 29999}, MaxPortConnections: 1024, MaxSourceConnections: 128}
+	return Config{GuestCIDR: netip.MustParsePrefix("10.213.0.0/16"), PublishedPorts: Range{20000, 29999}, MaxPortConnections: 1024, MaxSourceConnections: 128, MaxGuestPackets: 250000}
 }
 
 func testGuest(index uint32) Guest {

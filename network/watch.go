@@ -67,7 +67,9 @@ func (h *Host) check(ctx context.Context) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.written == "" {
-		return nil
+		// The tool that an agent was killed under may write its table when the
+		// next one has already found none.
+		return h.eraseUnusedLocked(ctx)
 	}
 	text, err := h.filter.read(ctx)
 	switch {

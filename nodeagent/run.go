@@ -249,7 +249,7 @@ func guestNetwork(cfg config.Config) network.Config {
 	return network.Config{
 		GuestCIDR: cfg.Network.GuestCIDR, AllowPrivateEgress: cfg.Network.AllowPrivateEgress,
 		PublishedPorts: network.Range(cfg.Network.PublishedPorts), MaxPortConnections: cfg.Network.MaxPortConnections,
-		MaxSourceConnections: cfg.Network.MaxSourceConnections,
+		MaxSourceConnections: cfg.Network.MaxSourceConnections, MaxGuestPackets: cfg.Network.MaxGuestPackets, RunDir: cfg.RunDir,
 	}
 }
 

@@ -91,6 +91,12 @@ func (d *Device) failed(what string, err error) error {
 	if errors.Is(err, unix.EBUSY) {
 		return contract.Refuse("vfio.busy", "stop the guest or the process that has it", "%s: somebody else has it open", d.address).Because(err)
 	}
+	if errors.Is(err, unix.EPERM) {
+		// vfio_iommu_type1_attach_group and iommufd_device_bind say so of a
+		// device whose interrupts nobody checks: its guest could forge the host's.
+		return contract.Refuse("vfio.interrupts-not-isolated", "switch interrupt remapping on, in the firmware's IOMMU settings and on the kernel's command line; the kernel's log says more",
+			"%s: the kernel gives it to no guest, because nothing keeps its interrupts apart", d.address).Because(err)
+	}
 	if _, typed := errors.AsType[*contract.Refusal](err); typed {
 		return err
 	}

@@ -130,6 +130,18 @@ func TestADeviceWithStrangersInItsGroupDoesNotOpen(t *testing.T) {
 	}
 }
 
+// Seen on a real kernel whose IOMMU remaps no interrupts.
+func TestADeviceWhoseInterruptsNobodyChecksIsRefusedInWords(t *testing.T) {
+	k, _ := bound(t)
+	k.WithoutInterruptRemapping()
+	for _, way := range []string{"iommufd", "group"} {
+		if _, err := k.Host().Open(k, h100); code(err) != "vfio.interrupts-not-isolated" || k.Held() != 0 {
+			t.Errorf("%s: %v, %d files left open", way, err, k.Held())
+		}
+		k.WithoutIOMMUFD()
+	}
+}
+
 // Registers through a real mapping of a file in place of the BAR.
 func TestRegistersThroughSysfs(t *testing.T) {
 	k, _ := bound(t)

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -28,10 +29,15 @@ const (
 // paramFirmware tells the kernel where drivers' firmware is.
 const paramFirmware = "firmware_class.path=/" + GPUFolder + "/" + gpuFirmware
 
+// kernelCrypto is what NVIDIA's driver asks the kernel for by name when it
+// opens its session with a GPU. Nothing is loaded by then any more.
+var kernelCrypto = []string{"ecdh_generic", "ecdsa_generic", "gcm", "ghash_generic"}
+
 // gpuPart is the image's part that knows GPUs.
 type gpuPart struct {
 	entries []entry
 	modules []module
+	needs   []string // of the kernel's own modules
 }
 
 // loadGPUPart reads a folder for GPUs, in the order of its names. Links are
@@ -83,16 +89,41 @@ func loadGPUPart(dir string) (*gpuPart, error) {
 	if info, err := os.Stat(filepath.Join(dir, gpuHelper)); err != nil || info.Mode()&0o111 == 0 {
 		return nil, errors.Join(fmt.Errorf("folder for GPUs: no program %s", gpuHelper), err)
 	}
-	for name := range strings.FieldsSeq(list) {
-		data, ok := ko[name]
+	return p, p.order(list, ko)
+}
+
+// order puts the modules in the list's order and finds out which of the
+// kernel's own they need.
+func (p *gpuPart) order(list string, ko map[string][]byte) error {
+	own, loaded := map[string]bool{}, map[string]bool{}
+	for file := range ko {
+		own[canonicalName(file)] = true
+	}
+	p.needs = slices.Clone(kernelCrypto)
+	for file := range strings.FieldsSeq(list) {
+		data, ok := ko[file]
 		if !ok {
-			return nil, fmt.Errorf("folder for GPUs: %s names %s, which is not there", gpuModulesList, name)
+			return fmt.Errorf("folder for GPUs: %s names %s, which is not there", gpuModulesList, file)
 		}
-		delete(ko, name)
-		p.modules = append(p.modules, module{name: canonicalName(name), data: data})
+		delete(ko, file)
+		needs, err := dependencies(data)
+		if err != nil {
+			return fmt.Errorf("folder for GPUs: module %s: %w", file, err)
+		}
+		for _, need := range needs {
+			switch {
+			case !own[need]:
+				p.needs = append(p.needs, need)
+			case !loaded[need]:
+				return fmt.Errorf("folder for GPUs: %s has %s before %s, which it needs", gpuModulesList, file, need)
+			}
+		}
+		m := module{name: canonicalName(file), data: data}
+		loaded[m.name] = true
+		p.modules = append(p.modules, m)
 	}
-	for name := range ko {
-		return nil, fmt.Errorf("folder for GPUs: %s does not name %s", gpuModulesList, name)
+	for file := range ko {
+		return fmt.Errorf("folder for GPUs: %s does not name %s", gpuModulesList, file)
 	}
-	return p, nil
+	return nil
 }

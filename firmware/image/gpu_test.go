@@ -10,13 +10,19 @@ import (
 	"github.com/confidential-node/agent/firmware/image/imagetest"
 )
 
+// The driver's modules: one needs a module of the kernel's, the other the first.
+var (
+	nvidia = string(imagetest.Object("nvidia", "drm"))
+	uvm    = string(imagetest.Object("nvidia_uvm", "nvidia"))
+)
+
 // gpuFolder is what an image for GPUs is built with.
 func gpuFolder(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
 	for name, text := range map[string]string{
 		"helper": "the helper", "lib/ld-linux-x86-64.so.2": "the loader", "lib/libnvidia-ml.so.1": "NVML",
-		"modules/list": "nvidia.ko\nnvidia-uvm.ko\n", "modules/nvidia.ko": "driver", "modules/nvidia-uvm.ko": "memory",
+		"modules/list": "nvidia.ko\nnvidia-uvm.ko\n", "modules/nvidia.ko": nvidia, "modules/nvidia-uvm.ko": uvm,
 		"firmware/nvidia/gsp.bin": "firmware",
 	} {
 		path := filepath.Join(dir, name)
@@ -47,13 +53,13 @@ func TestAnImageForGPUsHoldsTheirPartAndSaysSo(t *testing.T) {
 	files := imagetest.Unpack(t, initrd)
 	for name, want := range map[string]string{
 		"gpu/helper": "the helper", "gpu/lib/libnvidia-ml.so.1": "NVML", "gpu/firmware/nvidia/gsp.bin": "firmware",
-		"modules/nvidia.ko": "driver", "modules/nvidia_uvm.ko": "memory",
+		"modules/nvidia.ko": nvidia, "modules/nvidia_uvm.ko": uvm, image.GPUModulesList: "nvidia.ko\nnvidia_uvm.ko\n",
 	} {
 		if string(files[name]) != want {
 			t.Errorf("%s is %q", name, files[name])
 		}
 	}
-	if list := string(files[image.ModulesList]); !strings.HasSuffix(list, "sev_guest.ko\nnvidia.ko\nnvidia_uvm.ko\n") {
+	if list := string(files[image.ModulesList]); !strings.HasSuffix(list, "sev_guest.ko\necdh_generic.ko\ngcm.ko\nghash_generic.ko\ndrm.ko\n") {
 		t.Errorf("modules %q", list)
 	}
 	if n := len(d.Modules); d.Modules[n-1].File != "nvidia_uvm.ko" {
@@ -76,6 +82,15 @@ func TestAFolderForGPUsThatCannotBeRightIsRefused(t *testing.T) {
 		"a module is missing": func(dir string) error { return os.Remove(filepath.Join(dir, "modules/nvidia.ko")) },
 		"a module nobody loads": func(dir string) error {
 			return os.WriteFile(filepath.Join(dir, "modules/list"), []byte("nvidia.ko"), 0o600)
+		},
+		"a module before what it needs": func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, "modules/list"), []byte("nvidia-uvm.ko\nnvidia.ko"), 0o600)
+		},
+		"a module needs what is nowhere": func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, "modules/nvidia.ko"), imagetest.Object("nvidia", "ipmi"), 0o600)
+		},
+		"what is no module": func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, "modules/nvidia.ko"), []byte("driver"), 0o600)
 		},
 		"no folder": os.RemoveAll,
 	} {

@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/google/renameio/v2"
@@ -96,10 +97,6 @@ func Build(ctx context.Context, o Options) (*contract.ImageDescription, error) {
 	if err != nil {
 		return nil, err
 	}
-	modules, err := loadModules(ctx, o.ModulesDir, moduleNames(o.Emulated))
-	if err != nil {
-		return nil, err
-	}
 	gpus, err := loadGPUPart(o.GPUDir)
 	if err != nil {
 		return nil, err
@@ -107,7 +104,10 @@ func Build(ctx context.Context, o Options) (*contract.ImageDescription, error) {
 	if o.GPUDir != "" {
 		cmdline += " " + paramFirmware
 	}
-	modules = append(modules, gpus.modules...)
+	modules, err := loadModules(ctx, o.ModulesDir, append(moduleNames(o.Emulated), gpus.needs...))
+	if err != nil {
+		return nil, err
+	}
 	init, err := os.ReadFile(o.Init)
 	if err != nil {
 		return nil, fmt.Errorf("reading init: %w", err)
@@ -119,10 +119,10 @@ func Build(ctx context.Context, o Options) (*contract.ImageDescription, error) {
 		GPUEvidence: o.GPUDir != "",
 		Cmdline:     cmdline,
 	}
-	for _, m := range modules {
+	for _, m := range slices.Concat(modules, gpus.modules) {
 		d.Modules = append(d.Modules, describe(m.file(), m.data, o.KernelSource))
 	}
-	initrd, err := packInitrd(init, modules, gpus.entries)
+	initrd, err := packInitrd(init, modules, gpus)
 	if err != nil {
 		return nil, err
 	}

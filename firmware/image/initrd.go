@@ -10,9 +10,11 @@ import (
 const (
 	initPath = "init"
 	// ModulesFolder holds the kernel modules; ModulesList names them in load
-	// order, one per line.
-	ModulesFolder = "modules"
-	ModulesList   = ModulesFolder + "/list"
+	// order, one per line, and GPUModulesList those of the GPUs' driver, which
+	// come after them and need not load: without a GPU they do not.
+	ModulesFolder  = "modules"
+	ModulesList    = ModulesFolder + "/list"
+	GPUModulesList = ModulesFolder + "/gpu"
 )
 
 // File types and device numbers of what the initrd contains (cpio(5), newc
@@ -28,7 +30,7 @@ const (
 // 10 MB under software emulation: the firmware hashes them in 0.2 s and the
 // kernel unpacks them in 0.16 s; with zstd (3.4 MB) unpacking takes 0.3 s, so
 // nothing would be gained, and no compressor's version has to be reproduced.
-func packInitrd(init []byte, modules []module, further []entry) ([]byte, error) {
+func packInitrd(init []byte, modules []module, gpus *gpuPart) ([]byte, error) {
 	var a archive
 	for _, dir := range []string{"dev", ModulesFolder} {
 		a.add(entry{name: dir, mode: typeDir | 0o755})
@@ -38,13 +40,11 @@ func packInitrd(init []byte, modules []module, further []entry) ([]byte, error) 
 	a.add(entry{name: "dev/console", mode: typeChar | 0o600, major: majorTTY, minor: minorTTYConsole})
 	a.add(entry{name: "dev/null", mode: typeChar | 0o666, major: majorMemory, minor: minorNull})
 	a.add(entry{name: initPath, mode: typeFile | 0o755, data: init})
-	var list strings.Builder
-	for _, m := range modules {
-		a.add(entry{name: ModulesFolder + "/" + m.file(), mode: typeFile | 0o644, data: m.data})
-		list.WriteString(m.file() + "\n")
+	a.addModules(ModulesList, modules)
+	if len(gpus.modules) > 0 {
+		a.addModules(GPUModulesList, gpus.modules)
 	}
-	a.add(entry{name: ModulesList, mode: typeFile | 0o644, data: []byte(list.String())})
-	for _, e := range further {
+	for _, e := range gpus.entries {
 		a.add(e)
 	}
 	return a.close()
@@ -83,6 +83,15 @@ func (a *archive) add(e entry) {
 	a.pad()
 	a.out.Write(e.data)
 	a.pad()
+}
+
+func (a *archive) addModules(listName string, modules []module) {
+	var list strings.Builder
+	for _, m := range modules {
+		a.add(entry{name: ModulesFolder + "/" + m.file(), mode: typeFile | 0o644, data: m.data})
+		list.WriteString(m.file() + "\n")
+	}
+	a.add(entry{name: listName, mode: typeFile | 0o644, data: []byte(list.String())})
 }
 
 func (a *archive) pad() {

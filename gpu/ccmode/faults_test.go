@@ -32,6 +32,8 @@ func TestEveryFaultHasItsName(t *testing.T) {
 		{"short reply", gputest.B200(), func(f *gputest.Faults) { f.ShortReply = true }, "gpu.fsp-garbled", "2 dwords"},
 		{"long reply", gputest.H100(), func(f *gputest.Faults) { f.LongReply = true }, "gpu.fsp-garbled", "2 dwords"},
 		{"mailbox error", gputest.B200(), func(f *gputest.Faults) { f.MailboxError = true }, "gpu.fsp-garbled", "mailbox error"},
+		{"request spoilt on its way", gputest.B200(), func(f *gputest.Faults) { f.RequestError = true }, "gpu.fsp-garbled", "after the message"},
+		{"answer spoilt on its way", gputest.B200(), func(f *gputest.Faults) { f.AnswerError = true }, "gpu.fsp-garbled", "after the message"},
 		{"invalid state", gputest.H100(), func(f *gputest.Faults) { f.WriteCode = 0x9e }, "gpu.fsp-refused", "0x9e, invalid state"},
 		{"not supported", gputest.B200(), func(f *gputest.Faults) { f.ReplyCode = 0xa0 }, "gpu.fsp-refused", "not supported"},
 		{"unpublished code", gputest.B200(), func(f *gputest.Faults) { f.ReplyCode = 0x77 }, "gpu.fsp-refused", "0x77, meaning not published"},

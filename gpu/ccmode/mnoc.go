@@ -49,7 +49,20 @@ func (m mnoc) exchange(ctx context.Context, packet []uint32) ([]uint32, error) {
 	if err != nil {
 		return nil, err
 	}
-	return m.fetch(info)
+	answer, err := m.fetch(info)
+	if err != nil {
+		return nil, err
+	}
+	return answer, m.sound(toHostInfo)
+}
+
+// sound looks whether the message that has just passed a mailbox passed whole.
+func (m mnoc) sound(register uint32) error {
+	info, err := m.read(register)
+	if err == nil && info&mnocError != 0 {
+		return m.garbled(fmt.Errorf("a mailbox error after the message (%#08x)", info))
+	}
+	return err
 }
 
 func (m mnoc) send(ctx context.Context, packet []uint32) error {
@@ -69,7 +82,7 @@ func (m mnoc) send(ctx context.Context, packet []uint32) error {
 			return err
 		}
 	}
-	return nil
+	return m.sound(toFSPInfo)
 }
 
 // await polls an info register for a bit and returns the register.

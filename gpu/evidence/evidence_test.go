@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/fstest"
 	"time"
@@ -18,6 +19,38 @@ import (
 	"github.com/confidential-node/agent/gpu/spdm"
 	"github.com/confidential-node/agent/gpu/spdm/spdmtest"
 )
+
+// authority and wholeBoard are made once: keys of P-384 are slow under the race
+// detector.
+var authority = sync.OnceValues(func() (*spdmtest.Authority, error) { return spdmtest.NewAuthority(time.Now()) })
+
+// wholeBoard are eight H100 in Protected PCIe, which no test changes.
+var wholeBoard = sync.OnceValues(func() (gpus []*spdmtest.GPU, err error) {
+	a, err := authority()
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range several(8, spdmtest.Config{Mode: spdmtest.ProtectedPCIe, Switches: board()}) {
+		g, err := a.NewGPU(c)
+		if err != nil {
+			return nil, err
+		}
+		gpus = append(gpus, g)
+	}
+	return gpus, nil
+})
+
+// newBoard is the world of a guest that has them.
+func newBoard(tb testing.TB) *world {
+	tb.Helper()
+	w := newWorld(tb, "H100", spdmtest.Config{PDI: 1})
+	gpus, err := wholeBoard()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	w.gpus, w.policy.Count = slices.Clone(gpus), len(gpus)
+	return w
+}
 
 // world is an authority, the GPUs of a guest, and the policy they fit.
 type world struct {
@@ -33,7 +66,7 @@ func newWorld(tb testing.TB, model string, configs ...spdmtest.Config) *world {
 	tb.Helper()
 	w := &world{tb: tb, nonce: [contract.GPUNonceBytes]byte{1, 2, 3}}
 	var err error
-	if w.authority, err = spdmtest.NewAuthority(time.Now()); err != nil {
+	if w.authority, err = authority(); err != nil {
 		tb.Fatal(err)
 	}
 	for _, c := range configs {
@@ -184,8 +217,7 @@ func TestWhatIsNotProvenIsSaid(t *testing.T) {
 	if got := names(w.judge()); !slices.Equal(got, []string{"gpu-binding", "gpu-revocation"}) {
 		t.Errorf("%q", got)
 	}
-	eight := newWorld(t, "H100", several(8, spdmtest.Config{Mode: spdmtest.ProtectedPCIe, Switches: board()})...)
-	if got := names(eight.judge()); !slices.Contains(got, "gpu-switches") {
+	if got := names(newBoard(t).judge()); !slices.Contains(got, "gpu-switches") {
 		t.Errorf("%q", got)
 	}
 }
@@ -253,7 +285,6 @@ func fails(t *testing.T, a contract.GPUAppraisal, check string) {
 
 func TestEveryGPUOfABoardHasToFit(t *testing.T) {
 	t.Parallel()
-	whole := spdmtest.Config{Mode: spdmtest.ProtectedPCIe, Switches: board()}
 	for name, c := range map[string]struct {
 		check string
 		last  spdmtest.Config
@@ -267,7 +298,8 @@ func TestEveryGPUOfABoardHasToFit(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			w := newWorld(t, "H100", append(several(7, whole), c.last)...)
+			w := newBoard(t)
+			w.gpus[7] = w.gpu(w.authority, c.last)
 			a := w.judge()
 			fails(t, a, c.check)
 			i := slices.IndexFunc(a.Checks, func(c contract.Check) bool { return c.Status == contract.Fail })
@@ -324,7 +356,7 @@ func TestEvidenceInNoKnownFormIsRefused(t *testing.T) {
 
 func TestNamesOfGPUChecksAreStable(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, "H100", several(8, spdmtest.Config{Mode: spdmtest.ProtectedPCIe, Switches: board()})...)
+	w := newBoard(t)
 	for i := range w.gpus {
 		w.policy.PDIs = append(w.policy.PDIs, spdm.PDI(i+1))
 	}
@@ -356,7 +388,7 @@ func FuzzJudge(f *testing.F) {
 }
 
 func BenchmarkJudge(b *testing.B) {
-	w := newWorld(b, "H100", several(8, spdmtest.Config{Mode: spdmtest.ProtectedPCIe, Switches: board()})...)
+	w := newBoard(b)
 	data := w.evidence()
 	for b.Loop() {
 		if a := w.policy.Judge(data, w.nonce); !a.OK() {

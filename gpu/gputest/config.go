@@ -10,6 +10,9 @@ const (
 	powerCap  = 0x60
 	expressOf = 0x78
 	dvsecAt   = 0xaf0
+	serialAt  = 0x148
+
+	firstBAR, endOfBARs = 0x10, 0x28 // three of 64 bits
 )
 
 // buildConfig lays out configuration space: ids, power management, PCI
@@ -23,11 +26,7 @@ func (e *Emulator) buildConfig() {
 	put16(4, 1<<1)
 	put16(6, 1<<4)
 	put32(8, e.model.Class<<8|0xa1)
-	for i, size := range e.model.BAR {
-		if size > 0 {
-			put32(0x10+8*i, 0xc) // 64-bit, prefetchable
-		}
-	}
+	e.forgetBARs()
 	put16(0x2c, 0x10de)
 	put16(0x2e, e.model.Subsystem)
 	e.config[0x34] = powerCap
@@ -42,12 +41,14 @@ func (e *Emulator) buildConfig() {
 	put32(expressOf+44, 0x3e)
 	put16(expressOf+48, 5)
 	put16(0xf0, 0x1000)
-	put32(0x100, 0x148<<20|2<<16|1)
+	put32(0x100, serialAt<<20|2<<16|1)
 	next := uint32(0)
 	if e.model.chip.blackwell {
 		next = 0xa00
 	}
-	put32(0x148, next<<20|1<<16|3)
+	put32(serialAt, next<<20|1<<16|3)
+	put32(serialAt+4, uint32(e.model.PDI))
+	put32(serialAt+8, uint32(e.model.PDI>>32))
 	if e.model.chip.blackwell {
 		put32(0xa00, dvsecAt<<20|1<<16|0x23)
 		put32(0xa04, 0x0c<<20|0x1e98)
@@ -87,8 +88,8 @@ func (e *Emulator) ReadConfig(offset uint16, size int) (uint32, error) {
 	return value, nil
 }
 
-// WriteConfig writes what is writable: command, power state, device control.
-// Bit 15 of device control is a reset.
+// WriteConfig writes what is writable: command, BARs, power state, device
+// control. Bit 15 of device control is a reset.
 func (e *Emulator) WriteConfig(offset uint16, size int, value uint32) error {
 	e.mu.Lock()
 	if !validConfig(offset, size) {
@@ -103,12 +104,9 @@ func (e *Emulator) WriteConfig(offset uint16, size int, value uint32) error {
 	for i := range size {
 		at := int(offset) + i
 		b := byte(value >> (8 * i))
-		mask := map[int]byte{4: 0x46, 5: 0x05, powerCap + 4: 0x03, powerCap + 5: 0x01, expressOf + 8: 0xff, expressOf + 9: 0x7f}[at]
+		mask := e.writable(at)
 		if at == expressOf+9 && b&0x80 != 0 {
 			flr = true
-		}
-		if at >= 0x104 && at < 0x148 { // AER masks and severities
-			mask = 0xff
 		}
 		e.config[at] = e.config[at]&^mask | b&mask
 	}
@@ -117,6 +115,53 @@ func (e *Emulator) WriteConfig(offset uint16, size int, value uint32) error {
 		e.FLR()
 	}
 	return nil
+}
+
+// writable tells which bits of a byte keep what is written.
+func (e *Emulator) writable(at int) byte {
+	switch {
+	case at == 4:
+		return 0x46
+	case at == 5:
+		return 0x05
+	case at >= firstBAR && at < endOfBARs: // address bits, so that all ones read back as the size
+		size := e.model.BAR[(at-firstBAR)/8]
+		if size == 0 {
+			return 0
+		}
+		return byte(-size >> (8 * ((at - firstBAR) % 8)))
+	case at == powerCap+4:
+		return 0x03
+	case at == powerCap+5:
+		return 0x01
+	case at == expressOf+8:
+		return 0xff
+	case at == expressOf+9:
+		return 0x7f
+	case at >= 0x104 && at < serialAt: // AER masks and severities
+		return 0xff
+	}
+	return 0
+}
+
+// forgetConfig is what a reset does to configuration space: no decoding, no
+// addresses, power on, device control and error masks by default.
+func (e *Emulator) forgetConfig() {
+	e.config[4], e.config[5] = 0, 0
+	e.forgetBARs()
+	e.config[powerCap+4] &^= 0x03
+	e.config[powerCap+5] &^= 0x01
+	clear(e.config[expressOf+8 : expressOf+10])
+	clear(e.config[0x104:serialAt])
+}
+
+func (e *Emulator) forgetBARs() {
+	clear(e.config[firstBAR:endOfBARs])
+	for i, size := range e.model.BAR {
+		if size > 0 {
+			e.config[firstBAR+8*i] = 0xc // 64-bit, prefetchable
+		}
+	}
 }
 
 func validConfig(offset uint16, size int) bool {

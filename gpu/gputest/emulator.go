@@ -12,7 +12,7 @@ package gputest
 
 import (
 	"context"
-	"encoding/binary"
+	"maps"
 	"sync"
 	"time"
 )
@@ -85,6 +85,8 @@ type Faults struct {
 	ReplyCode       uint32        // answers every request with this error
 	WriteCode       uint32        // answers knob writes with this error
 	MailboxError    bool          // MNOC only: the error bit is set
+	RequestError    bool          // MNOC only: set once a request is written
+	AnswerError     bool          // MNOC only: set once an answer is read
 	BootNever       bool
 	FirewallNever   bool
 	Boot0           uint32 // overrides PMC_BOOT_0 unless 0
@@ -94,11 +96,11 @@ type Faults struct {
 	ScrubNever      bool          // memory is never reported clear
 	LosesMemory     bool          // memory decode is off after a reset
 	VanishAfter     int           // falls off the bus after so many accesses; 0: never
-	ResetBlocks     time.Duration // the reset takes so long
-	ResetFails      error
-	NoKnobs         []uint16 // firmware without these
-	BlocksPDI       bool     // PDI unreadable under CC
-	LosesKnobWrites bool     // says yes and stores nothing
+	ResetBlocks     time.Duration `json:"-"` // the reset takes so long; in process only
+	ResetFails      error         `json:"-"` // likewise
+	NoKnobs         []uint16      // firmware without these
+	BlocksPDI       bool          // PDI unreadable under CC
+	LosesKnobWrites bool          // says yes and stores nothing
 }
 
 // Timing is how long a device needs, from its reset on unless said otherwise.
@@ -129,9 +131,11 @@ type Emulator struct {
 	scratch map[uint32]uint32 // plain storage
 	access  int
 	gone    bool
-	resets  int
+	resets  int // of every kind
+	bus     int // of which by the bridge
 
-	fsp fsp
+	fsp    fsp
+	stored func(knobs map[uint16]uint16)
 	// requests are the packets the FSP took, for comparison with vectors.
 	requests [][]uint32
 	// traffic is every BAR0 access since Record, nil when not recording.
@@ -169,16 +173,59 @@ func (e *Emulator) Break(change func(*Faults)) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	change(&e.faults)
-	for _, k := range e.faults.NoKnobs {
-		delete(e.knobs, k)
-	}
 }
 
 // SetKnob stages a value behind the host's back, as a BMC does.
 func (e *Emulator) SetKnob(k, value uint16) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.setKnob(k, value)
+}
+
+func (e *Emulator) setKnob(k, value uint16) {
 	e.knobs[k] = value
+	if e.stored != nil {
+		e.stored(maps.Clone(e.knobs))
+	}
+}
+
+// Persist makes knobs what a non-volatile memory holds, and has store called
+// with all of them whenever one has changed, before the FSP answers. Knobs that
+// this model lacks are ignored.
+func (e *Emulator) Persist(knobs map[uint16]uint16, store func(knobs map[uint16]uint16)) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for k := range e.knobs {
+		if value, ok := knobs[k]; ok {
+			e.knobs[k] = value
+		}
+	}
+	e.stored = store
+}
+
+// State is what a device would tell somebody who sees into it.
+type State struct {
+	Model    string            `json:"model"`
+	PDI      uint64            `json:"pdi"`
+	Knobs    map[uint16]uint16 `json:"knobs"`
+	CC       bool              `json:"cc"` // this and the next two: active
+	Devtools bool              `json:"devtools"`
+	PPCIe    bool              `json:"ppcie"`
+	Resets   int               `json:"resets"` // of every kind
+	Bus      int               `json:"bus_resets"`
+	Accesses int               `json:"accesses"`
+	Gone     bool              `json:"gone"`
+}
+
+// State looks into the device.
+func (e *Emulator) State() State {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return State{
+		Model: e.model.Name, PDI: e.model.PDI, Knobs: maps.Clone(e.knobs),
+		CC: e.applied.cc, Devtools: e.applied.devtools, PPCIe: e.applied.ppcie,
+		Resets: e.resets, Bus: e.bus, Accesses: e.access, Gone: e.gone,
+	}
 }
 
 // Knob returns a staged value.
@@ -233,7 +280,7 @@ func (e *Emulator) Stale() {
 func (e *Emulator) Reset(ctx context.Context) error {
 	e.mu.Lock()
 	blocks, fails := e.faults.ResetBlocks, e.faults.ResetFails
-	command := e.config[4]
+	before := e.config
 	e.mu.Unlock()
 	if fails != nil {
 		return fails
@@ -248,14 +295,15 @@ func (e *Emulator) Reset(ctx context.Context) error {
 	e.FLR()
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	copy(e.config[firstBAR:endOfBARs], before[firstBAR:])
 	if !e.faults.LosesMemory {
-		e.config[4] = command
+		e.config[4] = before[4]
 	}
 	return nil
 }
 
 // FLR resets the function: knobs become the active mode, the boot processor
-// starts anew, the command register is cleared.
+// starts anew, configuration space is as after power on.
 func (e *Emulator) FLR() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -270,13 +318,14 @@ func (e *Emulator) SBR() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	delete(e.scratch, 0x91288)
+	e.bus++
 }
 
 func (e *Emulator) functionReset() {
 	e.resets++
 	e.reset = time.Now()
 	e.fsp.clear()
-	binary.LittleEndian.PutUint16(e.config[4:], 0)
+	e.forgetConfig()
 	if e.faults.ModeStuck {
 		return
 	}

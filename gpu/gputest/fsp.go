@@ -1,6 +1,9 @@
 package gputest
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // fsp is the boot processor's mailbox: the same messages through shared
 // memory (Hopper, NVSwitch) or through a FIFO (Blackwell).
@@ -20,7 +23,10 @@ type fsp struct {
 	visible []uint32 // FIFO: to be read
 }
 
-const channel = 0x800
+const (
+	channel     = 0x800
+	maxRequests = 1000 // kept for comparison
+)
 
 func (f *fsp) clear() {
 	*f = fsp{head: channel, tail: channel, mHead: channel, mTail: channel}
@@ -84,9 +90,15 @@ func (e *Emulator) fifoRead(offset uint32) (uint32, bool) {
 		if e.faults.FSPStuck {
 			return 0, true
 		}
+		if e.faults.RequestError && f.expect == 0 && len(f.inbound) > 0 {
+			return 1<<25 | 1<<24 | 1<<26, true
+		}
 		return 1<<24 | 1<<26, true
 	case 0x8f1f04:
 		if len(f.visible) == 0 {
+			if e.faults.AnswerError && len(f.inbound) > 0 && f.reply == nil {
+				return 1 << 25, true
+			}
 			return 0, true
 		}
 		return 1<<24 | uint32(4*len(f.visible)), true
@@ -107,8 +119,14 @@ func (e *Emulator) fspWrite(offset, value uint32) bool {
 	if e.model.chip.blackwell {
 		switch offset {
 		case 0x8f1f84:
-			f.expect, f.inbound = int(value&0xfffff)/4, nil
+			f.expect, f.inbound = 0, nil
+			if size := value & 0xfffff; value&(1<<20) != 0 && size <= 4160 {
+				f.expect = int(size) / 4
+			}
 		case 0x8f1f88:
+			if f.expect == 0 { // nothing is due
+				break
+			}
 			f.inbound = append(f.inbound, value)
 			if f.expect--; f.expect == 0 {
 				e.take(f.inbound)
@@ -131,8 +149,10 @@ func (e *Emulator) fspWrite(offset, value uint32) bool {
 	case 0x8f2c10:
 		f.head = value
 		if f.head != f.tail && !e.faults.FSPStuck {
-			request := make([]uint32, (f.tail-f.head)/4+1)
-			copy(request, f.memory[:])
+			var request []uint32 // none where the pointers leave the channel
+			if f.head >= channel && f.tail > f.head && f.tail < channel+4*uint32(len(f.memory)) {
+				request = slices.Clone(f.memory[:(f.tail-f.head)/4+1])
+			}
 			f.head, f.tail = channel, channel
 			e.take(request)
 		}
@@ -148,7 +168,9 @@ func (e *Emulator) fspWrite(offset, value uint32) bool {
 
 // take executes a request and prepares the answer.
 func (e *Emulator) take(request []uint32) {
-	e.requests = append(e.requests, request)
+	if len(e.requests) < maxRequests {
+		e.requests = append(e.requests, request)
+	}
 	if e.faults.FSPSilent {
 		return
 	}
@@ -182,7 +204,7 @@ func (e *Emulator) execute(request []uint32) []uint32 {
 	verb, knob := request[2]&0xffff, uint16(request[2]>>16)
 	value, known := e.knobs[knob]
 	switch {
-	case !known:
+	case !known, slices.Contains(e.faults.NoKnobs, knob):
 		return reply(0x1e3)
 	case verb == 0x020c && len(request) == 3:
 		return reply(0, 0xdead0000|uint32(value)) // the upper half is dirt
@@ -194,7 +216,7 @@ func (e *Emulator) execute(request []uint32) []uint32 {
 			return reply(0xa2) // which code silicon gives is not published
 		}
 		if !e.faults.LosesKnobWrites {
-			e.knobs[knob] = uint16(request[3])
+			e.setKnob(knob, uint16(request[3]))
 		}
 		return reply(0)
 	}

@@ -364,6 +364,20 @@ func FuzzChain(f *testing.F) {
 	})
 }
 
+func FuzzParsePDI(f *testing.F) {
+	f.Add("0x431d480fe5e87274")
+	f.Add("431D480FE5E87274")
+	f.Fuzz(func(t *testing.T, text string) {
+		p, err := ParsePDI(text)
+		if err != nil {
+			return
+		}
+		if again, err := ParsePDI(p.String()); err != nil || again != p || !strings.HasSuffix(p.String(), strings.TrimPrefix(strings.ToLower(text), "0x")) {
+			t.Errorf("%q is read as %s, that as %s (%v)", text, p, again, err)
+		}
+	})
+}
+
 func BenchmarkVerify(b *testing.B) {
 	chain, report := sample(b, "hopper-chain.pem"), sample(b, "hopper-report.bin")
 	for b.Loop() {

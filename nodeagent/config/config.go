@@ -125,6 +125,9 @@ type Network struct {
 	// MaxSourceConnections bounds those of one client, an IPv4 address or an
 	// IPv6 /64, to all published ports, 1 to 65536. Default 128.
 	MaxSourceConnections int `toml:"max_source_connections"`
+	// MaxGuestPackets bounds the packets that one guest sends in a second, 1000
+	// to 10000000. Default 250000.
+	MaxGuestPackets int `toml:"max_guest_packets"`
 	// MaxRelayedConnections bounds those that pass through the agent: by
 	// server name, and by IPv6. Each takes up to six descriptors, of which the
 	// unit allows 65536. 1 to 8192. Default 2048.
@@ -253,7 +256,7 @@ func Default() Config {
 		Libvirt:         Libvirt{URI: "qemu:///system", QEMUUser: "libvirt-qemu"},
 		Network: Network{
 			GuestCIDR:      netip.MustParsePrefix("10.213.0.0/16"),
-			PublishedPorts: PortRange{20000, 29999}, MaxPortConnections: 1024, MaxSourceConnections: 128,
+			PublishedPorts: PortRange{20000, 29999}, MaxPortConnections: 1024, MaxSourceConnections: 128, MaxGuestPackets: 250_000,
 			MaxRelayedConnections: 2048, RelayIdle: Duration(10 * time.Minute),
 		},
 		Policy: Policy{
@@ -392,6 +395,7 @@ func (c *Config) validate(path string, at map[string]string) error {
 	check(c.Libvirt.URI != "", "libvirt.uri", "is empty")
 	check(c.Libvirt.QEMUUser != "", "libvirt.qemu_user", "is empty")
 	check(c.Network.GuestCIDR.Addr().Is4() && c.Network.GuestCIDR.Bits() <= 28, "network.guest_cidr", "%s is not IPv4 of /28 or wider", c.Network.GuestCIDR)
+	check(c.Network.MaxGuestPackets >= 1000 && c.Network.MaxGuestPackets <= 10_000_000, "network.max_guest_packets", "%d is not within 1000..10000000", c.Network.MaxGuestPackets)
 	check(c.Network.MaxPortConnections >= 1 && c.Network.MaxPortConnections <= 1<<16, "network.max_port_connections", "%d is not within 1..65536", c.Network.MaxPortConnections)
 	check(c.Network.MaxRelayedConnections >= 1 && c.Network.MaxRelayedConnections <= 8192, "network.max_relayed_connections", "%d is not within 1..8192", c.Network.MaxRelayedConnections)
 	within("network.relay_idle", c.Network.RelayIdle, 10*time.Second, 24*time.Hour)

@@ -81,6 +81,7 @@ func TestBadConfigurationNamesFileLineAndKey(t *testing.T) {
 		"no relayed connection":        {minimal + "[network]\nmax_relayed_connections = 0\n", `agent.toml:9: key "network.max_relayed_connections"`},
 		"more than the descriptors":    {minimal + "[network]\nmax_relayed_connections = 8193\n", `agent.toml:9: key "network.max_relayed_connections"`},
 		"idle for no time":             {minimal + "[network]\nrelay_idle = \"1s\"\n", `agent.toml:9: key "network.relay_idle"`},
+		"no packet of a guest":         {minimal + "[network]\nmax_guest_packets = 0\n", `agent.toml:9: key "network.max_guest_packets"`},
 		"no connection per port":       {minimal + "[network]\nmax_port_connections = 0\n", `agent.toml:9: key "network.max_port_connections"`},
 		"no connection per client":     {minimal + "[network]\nmax_source_connections = -1\n", `agent.toml:9: key "network.max_source_connections"`},
 		"plain key service":            {"key_service = \"http://kdsintf.amd.com\"\n" + minimal, `agent.toml:1: key "key_service"`},

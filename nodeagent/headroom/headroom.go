@@ -160,9 +160,8 @@ type Gauge struct {
 // folder is looked at by one goroutine at a time.
 type folder struct {
 	Folder
-	look  func(Folder) Disk
-	slot  chan *look // holds the look under way, or nil
-	limit time.Duration
+	look func(Folder) Disk
+	slot chan *look // holds the look under way, or nil
 }
 
 type look struct {
@@ -174,13 +173,13 @@ type look struct {
 func New(root string, folders []Folder, logger hclog.Logger) *Gauge {
 	g := &Gauge{root: root, log: logger.Named("headroom")}
 	for _, f := range folders {
-		g.folders = append(g.folders, newFolder(f, lookAt, patience))
+		g.folders = append(g.folders, newFolder(f, lookAt))
 	}
 	return g
 }
 
-func newFolder(f Folder, lookAt func(Folder) Disk, limit time.Duration) *folder {
-	out := &folder{Folder: f, look: lookAt, slot: make(chan *look, 1), limit: limit}
+func newFolder(f Folder, lookAt func(Folder) Disk) *folder {
+	out := &folder{Folder: f, look: lookAt, slot: make(chan *look, 1)}
 	out.slot <- nil
 	return out
 }
@@ -241,7 +240,7 @@ func (f *folder) begin() *look {
 }
 
 func (f *folder) end(ctx context.Context, l *look) Disk {
-	ctx, cancel := context.WithTimeout(ctx, f.limit)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	select {
 	case <-l.done:

@@ -94,8 +94,8 @@ func TestADiskThatHangsHoldsNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		hang, looks := make(chan struct{}), atomic.Int32{}
 		g := &Gauge{root: t.TempDir(), log: hclog.NewNullLogger(), folders: []*folder{
-			newFolder(Folder{Name: "cache_dir"}, func(f Folder) Disk { looks.Add(1); <-hang; return Disk{Folder: f} }, patience),
-			newFolder(Folder{Name: "state_dir"}, func(f Folder) Disk { return Disk{Folder: f} }, patience),
+			newFolder(Folder{Name: "cache_dir"}, func(f Folder) Disk { looks.Add(1); <-hang; return Disk{Folder: f} }),
+			newFolder(Folder{Name: "state_dir"}, func(f Folder) Disk { return Disk{Folder: f} }),
 		}}
 		for range 3 {
 			begun := time.Now()
@@ -134,7 +134,7 @@ func TestTheLastLookIsKept(t *testing.T) {
 	t.Parallel()
 	short := true
 	g := New("/", nil, hclog.NewNullLogger())
-	g.folders = []*folder{newFolder(Folder{Name: "state_dir"}, func(f Folder) Disk { return Disk{Folder: f, ReadOnly: short} }, patience)}
+	g.folders = []*folder{newFolder(Folder{Name: "state_dir"}, func(f Folder) Disk { return Disk{Folder: f, ReadOnly: short} })}
 	if l := g.Last(); len(l.Shortages) != 0 {
 		t.Errorf("before any look: %+v", l)
 	}

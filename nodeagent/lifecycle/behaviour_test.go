@@ -51,7 +51,7 @@ func (h *host) started(ctx context.Context, m *lifecycle.Manager) {
 // until waits for a condition.
 func (h *host) until(what string, is func() bool) {
 	h.t.Helper()
-	ctx, cancel := context.WithTimeout(h.t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(h.t.Context(), patience)
 	defer cancel()
 	for !is() {
 		if ctx.Err() != nil {

@@ -31,10 +31,6 @@ type Records interface {
 
 	SetCordon(reason string, on bool, events ...*api.Event) error
 	Cordon() (reason string, on bool, err error)
-
-	Forwarding() (previous, changed bool, err error)
-	SetForwarding(previous bool) error
-	ClearForwarding() error
 }
 
 // Hypervisor starts and finds domains; *libvirt.Driver is one. An error from
@@ -90,9 +86,8 @@ type Network interface {
 	// Listening returns the TCP ports that processes of the host listen on.
 	Listening() (map[uint16]bool, error)
 
-	Forwarding() (bool, error)
-	EnableForwarding() (previous bool, err error)
-	RestoreForwarding(previous bool) error
+	HoldForwarding() error
+	ReturnForwarding() error
 }
 
 // Relay takes connections to guests that the kernel cannot; *relay.Router is

@@ -91,7 +91,7 @@ func TestADiskThatHangsHidesNoGuest(t *testing.T) {
 		t.Fatal(err)
 	}
 	disk.set(hang)
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	for range 100 {
 		seen := make(chan int, 1)

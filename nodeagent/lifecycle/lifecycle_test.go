@@ -62,6 +62,9 @@ type host struct {
 	gpus func(context.Context) lifecycle.GPUs
 }
 
+// patience is for a machine that does much else; only a failure takes it all.
+const patience = 3 * time.Minute
+
 func newHost(t *testing.T) *host {
 	t.Helper()
 	dir := t.TempDir()
@@ -198,7 +201,7 @@ func pause(ctx context.Context) {
 // ended waits for the guest's last state.
 func (h *host) ended(ctx context.Context) *api.GuestState {
 	h.t.Helper()
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for ctx.Err() == nil {
 		events, err := h.store.NextEvents(1000)
@@ -224,7 +227,7 @@ func (h *host) ended(ctx context.Context) *api.GuestState {
 // right after the guest's last state was told.
 func (h *host) clean() {
 	h.t.Helper()
-	ctx, cancel := context.WithTimeout(h.t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(h.t.Context(), patience)
 	defer cancel()
 	for len(h.world.Leftovers()) > 0 && ctx.Err() == nil {
 		pause(ctx)
@@ -389,7 +392,7 @@ func (h *host) diesAt(point string, change func(*api.LaunchGuest)) {
 	}()
 	select {
 	case <-dead:
-	case <-time.After(30 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("the boundary was not reached")
 	}
 	h.world.ProcessDied()
@@ -441,7 +444,7 @@ func TestADomainNobodyRecordedIsLeftAlone(t *testing.T) {
 	m := h.life(ctx, nil)
 	select {
 	case <-m.Ready():
-	case <-time.After(30 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("manager does not get ready")
 	}
 	if !h.world.Running(stranger) {

@@ -379,25 +379,11 @@ func (m *Manager) forget(ctx context.Context) error {
 	}
 }
 
-// holdForwarding makes the host forward IPv4, remembering first what it did.
+// holdForwarding makes the host forward IPv4.
 func (m *Manager) holdForwarding() error {
 	m.forwarding.Lock()
 	defer m.forwarding.Unlock()
-	_, changed, err := m.d.Records.Forwarding()
-	if err != nil {
-		return fmt.Errorf("reading forwarding: %w", err)
-	}
-	if !changed {
-		previous, err := m.d.Network.Forwarding()
-		if err != nil {
-			return err
-		}
-		if err := m.d.Records.SetForwarding(previous); err != nil {
-			return fmt.Errorf("recording forwarding: %w", err)
-		}
-	}
-	_, err = m.d.Network.EnableForwarding()
-	return err
+	return m.d.Network.HoldForwarding()
 }
 
 // returnForwarding tries giveBackForwarding; the survey tries again.
@@ -414,14 +400,10 @@ func (m *Manager) giveBackForwarding() error {
 	m.mu.Lock()
 	needed := len(m.guests) + len(m.unaccounted)
 	m.mu.Unlock()
-	previous, changed, err := m.d.Records.Forwarding()
-	if err != nil || !changed || needed > 0 {
-		return err
+	if needed > 0 {
+		return nil
 	}
-	if err := m.d.Network.RestoreForwarding(previous); err != nil {
-		return err
-	}
-	return m.d.Records.ClearForwarding()
+	return m.d.Network.ReturnForwarding()
 }
 
 // GuestView is one guest as status shows it.

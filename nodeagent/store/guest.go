@@ -181,7 +181,7 @@ func (s *Store) SetCordon(reason string, on bool, events ...*api.Event) error {
 // Cordon reports whether admission is closed, and why.
 func (s *Store) Cordon() (reason string, on bool, err error) {
 	var c cordon
-	_, err = s.metaJSON("cordon", &c)
+	err = s.metaJSON("cordon", &c)
 	return c.Reason, c.On, err
 }
 
@@ -191,23 +191,4 @@ func (g Guest) Clone() Guest {
 	g.Ports, g.Steps, g.Results = slices.Clone(g.Ports), slices.Clone(g.Steps), slices.Clone(g.Results)
 	g.Phases = maps.Clone(g.Phases)
 	return g
-}
-
-// Forwarding returns what the host did about forwarding IPv4 before the agent
-// changed it, and whether the agent did.
-func (s *Store) Forwarding() (previous, changed bool, err error) {
-	changed, err = s.metaJSON("forwarding", &previous)
-	return previous, changed, err
-}
-
-// SetForwarding remembers what the host did, before the agent changes it.
-func (s *Store) SetForwarding(previous bool) error {
-	return s.update(func(tx *bbolt.Tx) error {
-		return putJSON(tx.Bucket([]byte("meta")), []byte("forwarding"), recordForwarding, previous)
-	})
-}
-
-// ClearForwarding forgets it, after it was given back.
-func (s *Store) ClearForwarding() error {
-	return s.update(func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Delete([]byte("forwarding")) })
 }

@@ -78,7 +78,7 @@ const (
 	recordEvent
 	recordGuest
 	recordCordon
-	recordForwarding
+	recordForwarding // of earlier agents; nobody reads it
 	recordReport
 	recordSequence
 	recordSeen
@@ -385,16 +385,15 @@ func getJSON(key, raw []byte, kind byte, v any) error {
 	return nil
 }
 
-// metaJSON reads a record of meta; found is false when there is none.
-func (s *Store) metaJSON(key string, v any) (found bool, err error) {
-	err = s.view(func(tx *bbolt.Tx) error {
+// metaJSON reads a record of meta; v stays as it is when there is none.
+func (s *Store) metaJSON(key string, v any) error {
+	return s.view(func(tx *bbolt.Tx) error {
 		raw := tx.Bucket([]byte("meta")).Get([]byte(key))
-		if found = raw != nil; !found {
+		if raw == nil {
 			return nil
 		}
 		return getJSON([]byte(key), raw, metaKinds()[key], v)
 	})
-	return found, err
 }
 
 func epochOf(tx *bbolt.Tx) (e inbox.Epoch, err error) {
@@ -430,7 +429,7 @@ func (s *Store) BeginEpoch(number uint64, since time.Time) error {
 
 // LastSeen is when the host's clocks last agreed, to the agent's knowledge.
 func (s *Store) LastSeen() (seen clock.Instant, err error) {
-	_, err = s.metaJSON("seen", &seen)
+	err = s.metaJSON("seen", &seen)
 	return seen, err
 }
 

@@ -32,7 +32,6 @@ func lived(t *testing.T) []byte {
 	at := clock.Instant{Wall: noon(), BootID: "boot", Up: time.Hour}
 	done(t, s.BeginEpoch(3, noon()))
 	done(t, s.SaveLastSeen(at))
-	done(t, s.SetForwarding(false))
 	done(t, s.SaveReport(&api.Capability{Protocol: 3, Kernel: "6.12"}))
 	for i := range 24 {
 		c := inbox.Command{

@@ -92,7 +92,7 @@ func (g *Guest) report(data [contract.ReportDataSize]byte) ([]byte, error) {
 
 // GPUEvidence asks its GPUs for what REPORT_DATA were without them; nil where
 // there are none.
-func (g *Guest) GPUEvidence(withoutGPUs [contract.ReportDataSize]byte) ([]byte, error) {
+func (g *Guest) GPUEvidence(_ context.Context, withoutGPUs [contract.ReportDataSize]byte) ([]byte, error) {
 	if len(g.GPUs) == 0 {
 		return nil, nil
 	}
@@ -106,7 +106,7 @@ func (g *Guest) Evidence(nonce []byte) (*contract.Evidence, error) {
 		return nil, fmt.Errorf("encoding TLS key: %w", err)
 	}
 	resultKey := []byte(g.ResultKey[ed25519.SeedSize:])
-	gpus, err := g.GPUEvidence(contract.EvidenceReportData(nonce, spki, resultKey, nil))
+	gpus, err := g.GPUEvidence(context.Background(), contract.EvidenceReportData(nonce, spki, resultKey, nil))
 	if err != nil {
 		return nil, err
 	}

@@ -222,7 +222,6 @@ func (taps) Adopt(context.Context, []network.Guest) error   { return nil }
 func (taps) Remove(context.Context, string) error           { return nil }
 func (taps) Observe(context.Context) ([]network.Tap, error) { return nil, nil }
 func (taps) Sweep(context.Context, map[string]bool) error   { return nil }
-func (taps) Forwarding() (bool, error)                      { return true, nil }
-func (taps) EnableForwarding() (previous bool, err error)   { return true, nil }
-func (taps) RestoreForwarding(previous bool) error          { _ = previous; return nil }
+func (taps) HoldForwarding() error                          { return nil }
+func (taps) ReturnForwarding() error                        { return nil }
 func (taps) Listening() (map[uint16]bool, error)            { return map[uint16]bool{}, nil }

@@ -72,6 +72,8 @@ func TestTheLinkNamesWhyItIsDown(t *testing.T) {
 		"nobody listens":         {unreachable(t, w), control.StateUnreachable, "refused"},
 		"server without TLS":     {plain(t, w), control.StateUnreachable, ""},
 		"server that is silent":  {silent(t, w), control.StateUnreachable, ""},
+		"captive portal":         {portal(t, w), control.StateUnreachable, "does not look like a TLS handshake"},
+		"intercepting proxy":     {interceptor(t, w, stranger), control.StateUntrusted, "somebody may be in between"},
 		"server of old TLS":      {outdated(t, w), control.StateUnreachable, "protocol version not supported"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -167,6 +169,29 @@ func plain(t *testing.T, w *world) control.Transport {
 func silent(t *testing.T, w *world) control.Transport {
 	t.Helper()
 	return at(t, w, mustCreds(t, w, host, permissions(host), time.Time{}), func(c net.Conn) { _ = c.Close() })
+}
+
+// portal answers whatever comes by sending the client to its own page.
+func portal(t *testing.T, w *world) control.Transport {
+	t.Helper()
+	return at(t, w, mustCreds(t, w, host, permissions(host), time.Time{}), func(c net.Conn) {
+		_, _ = c.Read(make([]byte, 1024))
+		_, _ = c.Write([]byte("HTTP/1.1 302 Found\r\nLocation: http://portal.example/login\r\nContent-Length: 0\r\n\r\n"))
+		_ = c.Close()
+	})
+}
+
+// interceptor ends TLS with a certificate of its own for the server's name.
+func interceptor(t *testing.T, w, stranger *world) control.Transport {
+	t.Helper()
+	options, err := serverOptions(t.TempDir(), w.cfg.ListenNATS, stranger.Server.cfg.Cert)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return at(t, w, mustCreds(t, w, host, permissions(host), time.Time{}), func(c net.Conn) {
+		_ = tls.Server(c, options.TLSConfig).HandshakeContext(t.Context())
+		_ = c.Close()
+	})
 }
 
 // outdated has the right certificate, but speaks TLS 1.2 at most.

@@ -45,11 +45,11 @@ func newGPU(t *testing.T, c spdmtest.Config) *spdmtest.GPU {
 	return g
 }
 
-// newGPUWorld is a broker that has manifests for the GPUs of its launch.
-func newGPUWorld(t *testing.T, demand contract.GPU, change func(*Config)) *world {
+// newGPUWorld is a broker that has manifests for GPUs of one kind.
+func newGPUWorld(t *testing.T, demand contract.GPU, kind spdmtest.Config, change func(*Config)) *world {
 	t.Helper()
 	authority := gpuAuthority(t)
-	driver, vbios, err := rimtest.For(authority, newGPU(t, spdmtest.Config{}))
+	driver, vbios, err := rimtest.For(authority, newGPU(t, kind))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +100,7 @@ func (g *gpuGuest) body(nonce string) map[string]any {
 
 func TestALaunchWithGPUsGetsItsKeysForTheirEvidence(t *testing.T) {
 	t.Parallel()
-	w := newGPUWorld(t, contract.GPU{Model: "H100", Count: 1}, nil)
+	w := newGPUWorld(t, contract.GPU{Model: "H100", Count: 1}, spdmtest.Config{}, nil)
 	w.launch.GPUPDIs = []string{"2921ce551e4eeda3", "0x431d480fe5e87274"}
 	w.register()
 	g := &gpuGuest{guest: w.guest(), gpus: []*spdmtest.GPU{newGPU(t, spdmtest.Config{PDI: 0x431d480fe5e87274})}}
@@ -150,7 +150,7 @@ func TestEveryWrongGPUIsRefusedWithItsReason(t *testing.T) {
 			if c.demand.Count > 0 {
 				demand = c.demand
 			}
-			w := newGPUWorld(t, demand, c.cfg)
+			w := newGPUWorld(t, demand, spdmtest.Config{}, c.cfg)
 			g := &gpuGuest{guest: w.guest(), gpus: []*spdmtest.GPU{newGPU(t, spdmtest.Config{PDI: 1})}}
 			if c.lie != nil {
 				c.lie(g)
@@ -169,7 +169,7 @@ func TestEveryWrongGPUIsRefusedWithItsReason(t *testing.T) {
 
 func TestUnmeasuredGPUsOnlyWhenTold(t *testing.T) {
 	t.Parallel()
-	w := newGPUWorld(t, contract.GPU{Model: "H100", Count: 1}, func(c *Config) { c.GPUManifests, c.AllowUnmeasuredGPUs = nil, true })
+	w := newGPUWorld(t, contract.GPU{Model: "H100", Count: 1}, spdmtest.Config{}, func(c *Config) { c.GPUManifests, c.AllowUnmeasuredGPUs = nil, true })
 	g := &gpuGuest{guest: w.guest(), gpus: []*spdmtest.GPU{newGPU(t, spdmtest.Config{PDI: 1})}}
 	if _, status, refused := g.attest(g.body(g.auth())); status != http.StatusOK {
 		t.Fatalf("%+v", refused)
@@ -191,7 +191,7 @@ func TestGPUEvidenceHasToBeCoveredByTheReport(t *testing.T) {
 		"exchanged":          {"broker.report-data", func(e map[string]any, other string) { e["additional_evidence"] = other }},
 		"no evidence at all": {"broker.report-data", func(e map[string]any, _ string) { e["additional_evidence"] = "x" }},
 	} {
-		w := newGPUWorld(t, contract.GPU{Model: "H100", Count: 1}, nil)
+		w := newGPUWorld(t, contract.GPU{Model: "H100", Count: 1}, spdmtest.Config{}, nil)
 		g := &gpuGuest{guest: w.guest(), gpus: []*spdmtest.GPU{newGPU(t, spdmtest.Config{PDI: 1})}}
 		nonce := g.auth()
 		honest := g.body(nonce)
@@ -206,7 +206,7 @@ func TestGPUEvidenceHasToBeCoveredByTheReport(t *testing.T) {
 
 func TestDemandsOnGPUsThatNobodyCanMeetAreNotRegistered(t *testing.T) {
 	t.Parallel()
-	w := newGPUWorld(t, contract.GPU{Model: "H100", Count: 1}, nil)
+	w := newGPUWorld(t, contract.GPU{Model: "H100", Count: 1}, spdmtest.Config{}, nil)
 	for name, c := range map[string]struct {
 		gpu  contract.GPU
 		pdis []string

@@ -72,6 +72,14 @@ func (k *Kernel) WithoutIOMMUFD() {
 	k.failing["iommufd"] = unix.ENOENT
 }
 
+// WithoutInterruptRemapping has the kernel give out no device: it could not
+// keep the interrupts of a guest's devices apart from the host's.
+func (k *Kernel) WithoutInterruptRemapping() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.unsafeInterrupts = true
+}
+
 func (k *Kernel) byVFIOName(name string) *Device {
 	for _, d := range k.devices {
 		if d.vfioName == name {
@@ -176,6 +184,9 @@ func (k *Kernel) IoctlValue(fd int, request uint, argument uintptr) (int, error)
 		if f.groups == 0 || f.iommu {
 			return 0, unix.EINVAL
 		}
+		if k.unsafeInterrupts {
+			return 0, unix.EPERM
+		}
 		f.iommu = true
 		return 0, nil
 	case f.kind == "device" && f.bound && request == 0x3b6f:
@@ -246,6 +257,8 @@ func (k *Kernel) Ioctl(fd int, request uint, p []byte) (int, error) {
 			return 0, unix.EINVAL // one opener through the character device
 		case k.groups[f.group] > 0 || !k.viable(f.group):
 			return 0, unix.EBUSY
+		case k.unsafeInterrupts:
+			return 0, unix.EPERM
 		}
 		k.take(f)
 		return 0, nil

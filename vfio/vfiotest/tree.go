@@ -68,6 +68,8 @@ type Kernel struct {
 	nextDev int
 	groups  map[string]int // open group or device files by group
 	failing map[string]error
+	// unsafeInterrupts: the IOMMU remaps no interrupts.
+	unsafeInterrupts bool
 }
 
 // New builds a machine without devices below dir. It knows the drivers

@@ -19,7 +19,8 @@ import (
 )
 
 // helperEnv makes this test's binary the GPUs' helper: how many GPUs the driver
-// has, how many give evidence, and the file that says it was made ready.
+// has, how many give evidence, the file that says it was made ready, and what
+// is wrong with it, if anything.
 const helperEnv = "GUEST_TEST_HELPER"
 
 func TestMain(m *testing.M) {
@@ -36,7 +37,7 @@ func TestMain(m *testing.M) {
 func helper(how string) error {
 	d := &emulatedDriver{}
 	var made int
-	if _, err := fmt.Sscanf(how, "%d %d %s", &d.count, &made, &d.ready); err != nil {
+	if _, err := fmt.Sscanf(how, "%d %d %s %s", &d.count, &made, &d.ready, &d.wrong); err != nil {
 		return err
 	}
 	authority, err := spdmtest.NewAuthority(time.Now())
@@ -58,7 +59,20 @@ type emulatedDriver struct {
 	count int
 	gpus  []*spdmtest.GPU
 	ready string
+	wrong string
 }
+
+// Faults of the driver and the helper, once the state was told.
+const (
+	nothing     = "nothing"
+	otherNonce  = "other-nonce"
+	duplicate   = "duplicate"
+	dies        = "dies"
+	floods      = "floods"
+	garbage     = "garbage"
+	notReady    = "not-ready"
+	onlyPretend = "only-pretends"
+)
 
 func (d *emulatedDriver) State() (gpu.State, error) {
 	_, err := os.Stat(d.ready)
@@ -66,7 +80,25 @@ func (d *emulatedDriver) State() (gpu.State, error) {
 }
 
 func (d *emulatedDriver) Evidence(nonce [contract.GPUNonceBytes]byte) (out []contract.GPUEvidence, _ error) {
+	switch d.wrong {
+	case dies:
+		os.Exit(0)
+	case garbage:
+		fmt.Println("NVRM: Xid 79")
+	case floods:
+		for {
+			if _, err := os.Stdout.WriteString(strings.Repeat("x", 1<<16)); err != nil {
+				os.Exit(1)
+			}
+		}
+	case otherNonce:
+		nonce[0]++
+	}
 	for _, g := range d.gpus {
+		if d.wrong == duplicate && len(out) > 0 {
+			out = append(out, out[0])
+			continue
+		}
 		e, err := g.Evidence(nonce)
 		if err != nil {
 			return nil, err
@@ -76,11 +108,19 @@ func (d *emulatedDriver) Evidence(nonce [contract.GPUNonceBytes]byte) (out []con
 	return out, nil
 }
 
-func (d *emulatedDriver) Ready() error { return os.WriteFile(d.ready, nil, 0o600) }
+func (d *emulatedDriver) Ready() error {
+	switch d.wrong {
+	case notReady:
+		return errors.New("NVML error 3")
+	case onlyPretend:
+		return nil
+	}
+	return os.WriteFile(d.ready, nil, 0o600)
+}
 
 // withGPUs gives the guest a bus with so many GPUs, and a driver that has and
 // vouches for so many.
-func (s *stage) withGPUs(wanted, bus, driver, evidence int) (ready string) {
+func (s *stage) withGPUs(wanted, bus, driver, evidence int, wrong string) (ready string) {
 	s.t.Helper()
 	s.manifest.GPU = &contract.GPU{Model: "H100", Count: wanted}
 	dir := s.t.TempDir()
@@ -109,7 +149,7 @@ func (s *stage) withGPUs(wanted, bus, driver, evidence int) (ready string) {
 	s.g.driverFolder = "/gpu"
 	s.g.openGPUs = gpu.Machine{
 		Sysfs: filepath.Join(dir, "sys"), Proc: filepath.Join(dir, "proc"), Dev: filepath.Join(dir, "dev"),
-		Helper: []string{os.Args[0]}, Env: []string{fmt.Sprintf("%s=%d %d %s", helperEnv, driver, evidence, ready)},
+		Helper: []string{os.Args[0]}, Env: []string{fmt.Sprintf("%s=%d %d %s %s", helperEnv, driver, evidence, ready, wrong)},
 	}.Open
 	return ready
 }
@@ -118,7 +158,7 @@ func TestAGuestWithGPUsProvesThemBeforeItsSecretsCome(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
 	ctx := deadline(t)
-	ready := s.withGPUs(2, 2, 2, 2)
+	ready := s.withGPUs(2, 2, 2, 2, nothing)
 	s.g.linger = 30 * time.Second
 	s.run(ctx)
 	s.await(ctx, "the workload", func() bool { return s.status(contract.PhaseRunning) != nil })
@@ -155,20 +195,30 @@ func TestAGuestWhoseGPUsAreNotItsManifestsEndsWithoutSecrets(t *testing.T) {
 	for _, c := range []struct {
 		name                          string
 		wanted, bus, driver, evidence int
+		wrong                         string
 		refuse                        bool
 		code                          string
 	}{
-		{"none on the bus", 1, 0, 1, 1, false, "guest.gpu-count"},
-		{"one more on the bus", 1, 2, 2, 2, false, "guest.gpu-count"},
-		{"one less in the driver", 2, 2, 1, 1, false, "guest.gpu-count"},
-		{"one less gives evidence", 2, 2, 2, 1, false, "guest.gpu-count"},
-		{"nothing gives evidence", 1, 1, 1, 0, false, "guest.gpu-helper"},
-		{"the broker does not believe them", 1, 1, 1, 1, true, "guest.broker-refused"},
+		{"none on the bus", 1, 0, 1, 1, nothing, false, "guest.gpu-count"},
+		{"one more on the bus", 1, 2, 2, 2, nothing, false, "guest.gpu-count"},
+		{"one less in the driver", 2, 2, 1, 1, nothing, false, "guest.gpu-count"},
+		{"one more in the driver", 1, 1, 2, 2, nothing, false, "guest.gpu-count"},
+		{"one less gives evidence", 2, 2, 2, 1, nothing, false, "guest.gpu-count"},
+		{"one more gives evidence", 1, 1, 1, 2, nothing, false, "guest.gpu-count"},
+		{"nothing gives evidence", 1, 1, 1, 0, nothing, false, "guest.gpu-helper"},
+		{"they answer another nonce", 1, 1, 1, 1, otherNonce, false, "guest.gpu-evidence"},
+		{"one answers for two", 2, 2, 2, 2, duplicate, false, "guest.gpu-evidence"},
+		{"the helper dies", 1, 1, 1, 1, dies, false, "guest.gpu-helper"},
+		{"the helper floods", 1, 1, 1, 1, floods, false, "guest.gpu-helper"},
+		{"the helper prints what is no answer", 1, 1, 1, 1, garbage, false, "guest.gpu-helper"},
+		{"the broker does not believe them", 1, 1, 1, 1, nothing, true, "guest.broker-refused"},
+		{"they refuse to take work", 1, 1, 1, 1, notReady, false, "guest.gpu-helper"},
+		{"they only pretend to take work", 1, 1, 1, 1, onlyPretend, false, "guest.gpu-not-ready"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			s := newStage(t)
-			ready := s.withGPUs(c.wanted, c.bus, c.driver, c.evidence)
+			ready := s.withGPUs(c.wanted, c.bus, c.driver, c.evidence, c.wrong)
 			if c.refuse {
 				s.refuse = contract.Refuse("broker.gpus", "r", "not believed")
 			}
@@ -191,7 +241,7 @@ func TestAGuestWhoseGPUsAreNotItsManifestsEndsWithoutSecrets(t *testing.T) {
 func TestAGuestThatIsStoppedLetsItsHelperGo(t *testing.T) {
 	t.Parallel()
 	s := newStage(t)
-	s.withGPUs(1, 1, 1, 1)
+	s.withGPUs(1, 1, 1, 1, nothing)
 	s.g.stop()
 	s.run(deadline(t))
 	if err := <-s.err; err == nil || contract.AsRefusal(err).Code != "guest.stopped" {

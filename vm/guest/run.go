@@ -35,7 +35,8 @@ func run(ctx context.Context, log hclog.Logger, debug bool) (err error) {
 	started := time.Now()
 	bootCtx, cancel := context.WithTimeout(ctx, bootTimeout)
 	defer cancel()
-	if err := errors.Join(boot.Limits(), boot.Modules()); err != nil {
+	driver, err := boot.Modules()
+	if err := errors.Join(boot.Limits(), err); err != nil {
 		return err
 	}
 	device, err := boot.LinkUp(bootCtx)
@@ -54,15 +55,16 @@ func run(ctx context.Context, log hclog.Logger, debug bool) (err error) {
 		}
 	}()
 	return g.end(ctx, func() error {
-		if err := g.equip(device, debug); err != nil {
+		if err := g.equip(device, driver, debug); err != nil {
 			return err
 		}
 		return g.flow(ctx)
 	}())
 }
 
-// equip gives the guest the machine's own parts.
-func (g *guest) equip(device string, debug bool) (err error) {
+// equip gives the guest the machine's own parts. driver is why that of the
+// GPUs did not load.
+func (g *guest) equip(device string, driver error, debug bool) (err error) {
 	if !tee.Emulated {
 		if err := boot.ReportFS(); err != nil {
 			return err
@@ -86,6 +88,7 @@ func (g *guest) equip(device string, debug bool) (err error) {
 		g.driverFolder = boot.GPUFolder
 		g.openGPUs = gpu.Machine{
 			Sysfs: "/sys", Proc: "/proc", Dev: "/dev", Helper: []string{boot.GPUHelper}, Env: []string{"LD_LIBRARY_PATH=" + boot.GPULibrary},
+			Driver: driver,
 		}.Open
 	}
 	g.listen = func(ctx context.Context, port int) (net.Listener, error) {

@@ -38,10 +38,11 @@ func Inputs(t *testing.T) image.Options {
 		Firmware: put("fd", "the firmware"), FirmwareSource: "firmware 1", Variant: contract.VariantProduction, Name: "test",
 		ModulesDir: filepath.Join(dir, "modules"),
 	}
-	put("modules/modules.builtin", "kernel/lib/crc.ko\n")
+	put("modules/modules.builtin", "kernel/lib/crc.ko\nkernel/crypto/ecdsa_generic.ko\n")
 	for name, needs := range map[string]string{
 		"net/virtio_net": "net_failover", "net/net_failover": "failover,crc", "net/failover": "", "block/virtio_blk": "",
 		"acpi/button": "", "fs/configfs": "", "virt/tsm": "configfs", "virt/sev-guest": "tsm",
+		"crypto/ecdh_generic": "", "crypto/gcm": "", "crypto/ghash-generic": "", "gpu/drm": "",
 	} {
 		Module(t, o.ModulesDir, name, needs)
 	}
@@ -57,7 +58,7 @@ func Module(t *testing.T, modulesDir, name, needs string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.Write(object("license=GPL\x00depends=" + needs + "\x00name=" + filepath.Base(name) + "\x00")); err != nil {
+	if _, err := w.Write(Object(filepath.Base(name), needs)); err != nil {
 		t.Fatal(err)
 	}
 	if err := w.Close(); err != nil {
@@ -70,6 +71,12 @@ func Module(t *testing.T, modulesDir, name, needs string) {
 	if err := os.WriteFile(path, out.Bytes(), 0o644); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// Object is an unpacked module with the dependencies of a comma-separated list.
+// No kernel loads it.
+func Object(name, needs string) []byte {
+	return object("license=GPL\x00depends=" + needs + "\x00name=" + name + "\x00")
 }
 
 // object is a relocatable ELF file with one .modinfo section (ELF-64, chapters

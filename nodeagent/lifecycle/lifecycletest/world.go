@@ -532,30 +532,22 @@ func (w Net) Sweep(ctx context.Context, keep map[string]bool) error {
 	return nil
 }
 
-// Forwarding implements lifecycle.Network.
-func (w Net) Forwarding() (bool, error) {
+// HoldForwarding implements lifecycle.Network.
+func (w Net) HoldForwarding() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.forwarding, nil
-}
-
-// EnableForwarding implements lifecycle.Network.
-func (w Net) EnableForwarding() (bool, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	before := w.forwarding
 	w.forwarding = true
-	return before, nil
+	return nil
 }
 
-// RestoreForwarding implements lifecycle.Network.
-func (w Net) RestoreForwarding(previous bool) error {
+// ReturnForwarding implements lifecycle.Network.
+func (w Net) ReturnForwarding() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if len(w.taps) > 0 {
 		w.brokenLocked("forwarding given back under taps")
 	}
-	w.forwarding = previous
+	w.forwarding = false
 	return nil
 }
 

@@ -29,6 +29,7 @@ const (
 const (
 	modulesFolder = "/modules"
 	modulesList   = modulesFolder + "/list"
+	gpuModules    = modulesFolder + "/gpu" // only in an image for GPUs
 )
 
 // GPUs' part of the image, where it has one: the helper and NVIDIA's user
@@ -118,10 +119,33 @@ func root() error {
 	return os.Chdir("/")
 }
 
-// Modules loads the image's kernel modules in its order, then forbids loading
-// any more, until the guest ends.
-func Modules() error {
-	list, err := os.ReadFile(modulesList)
+// Modules loads the image's kernel modules in its order, then the GPUs'
+// driver, then forbids loading any more, until the guest ends. driver is why
+// that one did not load: it does not without a GPU, so only a guest that has
+// GPUs to use need mind.
+func Modules() (driver, err error) {
+	if err := loadList(modulesList); err != nil {
+		return nil, err
+	}
+	if driver = loadList(gpuModules); errors.Is(driver, errNoList) {
+		driver = nil
+	}
+	if err := os.RemoveAll(modulesFolder); err != nil {
+		return driver, fmt.Errorf("removing modules: %w", err)
+	}
+	if err := os.WriteFile("/proc/sys/kernel/modules_disabled", []byte("1"), 0); err != nil {
+		return driver, fmt.Errorf("forbidding more modules: %w", err)
+	}
+	return driver, nil
+}
+
+var errNoList = errors.New("the image has no such list")
+
+func loadList(path string) error {
+	list, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("reading %s: %w", path, errNoList)
+	}
 	if err != nil {
 		return fmt.Errorf("reading module list: %w", err)
 	}
@@ -129,12 +153,6 @@ func Modules() error {
 		if err := load(filepath.Join(modulesFolder, filepath.Base(name))); err != nil {
 			return fmt.Errorf("loading module %s: %w", name, err)
 		}
-	}
-	if err := os.RemoveAll(modulesFolder); err != nil {
-		return fmt.Errorf("removing modules: %w", err)
-	}
-	if err := os.WriteFile("/proc/sys/kernel/modules_disabled", []byte("1"), 0); err != nil {
-		return fmt.Errorf("forbidding more modules: %w", err)
 	}
 	return nil
 }

@@ -21,7 +21,7 @@ func TestTheInitReadsWhatTheImageBuilderWrites(t *testing.T) {
 	if got := variant("quiet xnodeagent.variant=debug"); got != "" {
 		t.Errorf("a foreign parameter is read as %q", got)
 	}
-	if paramVariant != image.ParamVariant || modulesFolder != "/"+image.ModulesFolder || modulesList != "/"+image.ModulesList {
+	if paramVariant != image.ParamVariant || modulesFolder != "/"+image.ModulesFolder || modulesList != "/"+image.ModulesList || gpuModules != "/"+image.GPUModulesList || GPUFolder != "/"+image.GPUFolder {
 		t.Error("init and builder disagree on the initrd's layout")
 	}
 }

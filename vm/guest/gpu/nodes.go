@@ -28,8 +28,9 @@ type node struct {
 }
 
 // planNodes reads the driver's major numbers from the text of /proc/devices
-// and returns the files that so many GPUs need, and no other.
-func planNodes(devices string, gpus int) ([]node, error) {
+// and returns the files that so many GPUs need, and no other; nothing when the
+// driver, or its part for memory, is not there.
+func planNodes(devices string, gpus int) []node {
 	majors := map[string]uint32{}
 	lines := bufio.NewScanner(strings.NewReader(devices))
 	for lines.Scan() && lines.Text() != "Block devices:" {
@@ -44,14 +45,13 @@ func planNodes(devices string, gpus int) ([]node, error) {
 	}
 	uvm, hasUVM := majors["nvidia-uvm"]
 	if !ok || !hasUVM {
-		return nil, contract.Refuse("guest.gpu-driver", "use a guest image with NVIDIA's driver that fits its kernel, nvidia-uvm too",
-			"NVIDIA's driver did not come up in the guest")
+		return nil
 	}
 	nodes := []node{{"nvidiactl", major, minorControl}, {"nvidia-uvm", uvm, minorUVM}}
 	for i := range gpus {
 		nodes = append(nodes, node{"nvidia" + strconv.Itoa(i), major, uint32(i)})
 	}
-	return nodes, nil
+	return nodes
 }
 
 // makeNodes makes the device files of so many GPUs. Whoever is let see them
@@ -61,9 +61,10 @@ func (m Machine) makeNodes(gpus int) (names []string, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("looking for NVIDIA's driver: %w", err)
 	}
-	nodes, err := planNodes(string(devices), gpus)
-	if err != nil {
-		return nil, err
+	nodes := planNodes(string(devices), gpus)
+	if nodes == nil {
+		return nil, contract.Refuse("guest.gpu-driver", "use a guest image with NVIDIA's driver that fits its kernel, nvidia-uvm too",
+			"NVIDIA's driver did not come up in the guest").Because(m.Driver)
 	}
 	for _, n := range nodes {
 		path := filepath.Join(m.Dev, n.name)

@@ -33,6 +33,8 @@ type Machine struct {
 	// Helper is the helper's command, and Env its environment.
 	Helper []string
 	Env    []string
+	// Driver is why NVIDIA's driver did not load; nil when it did.
+	Driver error
 }
 
 // Set is the guest's GPUs. It is safe for concurrent use; orders to the helper
@@ -42,7 +44,7 @@ type Set struct {
 	count int
 	nodes []string
 
-	mu     sync.Mutex
+	turn   chan struct{} // full while an order is carried out; guards the rest
 	in     io.WriteCloser
 	lines  *bufio.Scanner
 	broken error // the helper must not be asked any more
@@ -116,9 +118,11 @@ func (m Machine) start(ctx context.Context, count int) (*Set, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, helperRefused(err)
 	}
-	return &Set{sysfs: m.Sysfs, count: count, in: in, lines: newLines(out), end: sync.OnceValue(func() error {
-		err := errors.Join(in.Close(), kill(cmd.Process))
-		_ = cmd.Wait() // it was killed
+	return &Set{sysfs: m.Sysfs, count: count, turn: make(chan struct{}, 1), in: in, lines: newLines(out), end: sync.OnceValue(func() error {
+		err := errors.Join(in.Close(), kill(cmd.Process), out.Close())
+		// A process that hangs in the driver does not even end when killed;
+		// nobody waits for it.
+		go cmd.Wait() //nolint:errcheck // it was killed
 		return err
 	})}, nil
 }
@@ -136,26 +140,48 @@ func helperRefused(cause error) error {
 		"the program that asks NVIDIA's driver does not do its work").Because(cause)
 }
 
-// ask gives an order and waits for the answer. A helper that did not answer as
-// it should is never asked again.
+// ask gives an order and waits for the answer. A caller that gives up, a
+// verifier that hangs up for instance, does not end the helper: the order is
+// carried out all the same, and the next waits until it is.
 func (s *Set) ask(ctx context.Context, limit time.Duration, q request) (response, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	select {
+	case s.turn <- struct{}{}:
+	case <-ctx.Done():
+		return response{}, helperRefused(context.Cause(ctx))
+	}
+	type answer struct {
+		r   response
+		err error
+	}
+	answered := make(chan answer, 1)
+	go func() {
+		defer func() { <-s.turn }()
+		r, err := s.order(limit, q)
+		answered <- answer{r, err}
+	}()
+	select {
+	case a := <-answered:
+		return a.r, a.err
+	case <-ctx.Done():
+		return response{}, helperRefused(context.Cause(ctx))
+	}
+}
+
+// order has the helper carry out an order, for at most limit. One that did not
+// answer as it should is ended and never asked again.
+func (s *Set) order(limit time.Duration, q request) (response, error) {
 	if s.broken != nil {
 		return response{}, helperRefused(s.broken)
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the order %q is not carried out after %s", q.Order, limit))
-	defer cancel()
 	// The helper's end ends writing and reading.
-	stop := context.AfterFunc(ctx, func() { s.end() }) //nolint:errcheck // Close tells
-	defer stop()
+	timer := time.AfterFunc(limit, func() { s.end() }) //nolint:errcheck // Close tells
 	r, err := s.exchange(q)
+	if !timer.Stop() {
+		err = errors.Join(fmt.Errorf("the order %q is not carried out after %s", q.Order, limit), err)
+	}
 	if err != nil {
-		if cause := context.Cause(ctx); cause != nil {
-			err = errors.Join(cause, err)
-		}
-		s.broken = err
-		return response{}, helperRefused(err)
+		s.broken = errors.Join(err, s.end())
+		return response{}, helperRefused(s.broken)
 	}
 	if r.Error != "" {
 		return response{}, helperRefused(fmt.Errorf("%s: %.400q", q.Order, r.Error))

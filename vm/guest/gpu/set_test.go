@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/confidential-node/agent/firmware/contract"
 )
 
@@ -22,6 +24,8 @@ type fakeDriver struct {
 	count, evidence int
 	state           State
 	nonce, report   string // override what evidence says
+	gate            string // the first evidence waits until this FIFO was opened and closed
+	neverReady      string // "refuses" or "pretends"
 }
 
 func (d *fakeDriver) State() (State, error) {
@@ -33,6 +37,12 @@ func (d *fakeDriver) State() (State, error) {
 func (d *fakeDriver) Evidence(nonce [contract.GPUNonceBytes]byte) (out []contract.GPUEvidence, err error) {
 	if !d.state.ConfidentialComputing {
 		return nil, errors.New("Not Supported")
+	}
+	if d.gate != "" {
+		if _, err := os.ReadFile(d.gate); err != nil {
+			return nil, err
+		}
+		d.gate = ""
 	}
 	for i := range d.evidence {
 		g := contract.GPUEvidence{Arch: contract.ArchHopper, Nonce: hex.EncodeToString(nonce[:]), Report: fmt.Appendf(nil, "report %d", i), Certificates: []byte("chain")}
@@ -48,10 +58,10 @@ func (d *fakeDriver) Evidence(nonce [contract.GPUNonceBytes]byte) (out []contrac
 }
 
 func (d *fakeDriver) Ready() error {
-	if d.state.Ready {
+	if d.state.Ready || d.neverReady == "refuses" {
 		return errors.New("Invalid State")
 	}
-	d.state.Ready = true
+	d.state.Ready = d.neverReady == ""
 	return nil
 }
 
@@ -74,6 +84,12 @@ func TestMain(m *testing.M) {
 			}
 			if v, ok := strings.CutPrefix(r, "report="); ok {
 				d.report = v
+			}
+			if v, ok := strings.CutPrefix(r, "gate="); ok {
+				d.gate = v
+			}
+			if v, ok := strings.CutPrefix(r, "ready-"); ok {
+				d.neverReady = v
 			}
 		}
 		if err := Serve(os.Stdin, os.Stdout, &d); err != nil {
@@ -242,10 +258,21 @@ func TestDeviceFilesHaveTheDriversNumbers(t *testing.T) {
 		{"Character devices:\n99999 nvidia\n1 nvidia-uvm\n", nil},
 		{"Block devices:\n195 nvidia\n511 nvidia-uvm\n", nil},
 	} {
-		got, err := planNodes(c.devices, 1)
-		if !slices.Equal(got, c.want) || (c.want == nil) != (code(err) == "guest.gpu-driver") {
-			t.Errorf("%q: %v, %v", c.devices, got, err)
+		if got := planNodes(c.devices, 1); !slices.Equal(got, c.want) {
+			t.Errorf("%q: %v", c.devices, got)
 		}
+	}
+}
+
+func TestADriverThatDidNotComeUpIsToldWithItsReason(t *testing.T) {
+	t.Parallel()
+	m := machine(t, "1/1", hopper)
+	m.Driver = errors.New("required key not available")
+	if err := os.WriteFile(filepath.Join(m.Proc, "devices"), []byte("Character devices:\n  1 mem\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.Open(t.Context(), 1); code(err) != "guest.gpu-driver" || !errors.Is(err, m.Driver) {
+		t.Error(err)
 	}
 }
 
@@ -256,6 +283,82 @@ func TestAHelperThatHangsIsEndedAndNotAskedAgain(t *testing.T) {
 	defer cancel()
 	if _, err := m.Open(ctx, 1); code(err) != "guest.gpu-helper" || !strings.Contains(fmt.Sprint(errors.Unwrap(contract.AsRefusal(err)), err), "too slow") {
 		t.Error(err)
+	}
+}
+
+func TestAnOrderThatTakesTooLongEndsTheHelper(t *testing.T) {
+	t.Parallel()
+	m := machine(t, "hangs", hopper)
+	s, err := m.start(t.Context(), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.order(50*time.Millisecond, request{Order: orderState}); code(err) != "guest.gpu-helper" || !strings.Contains(fmt.Sprint(s.broken), "after 50ms") {
+		t.Error(err, s.broken)
+	}
+	if _, err := s.ask(t.Context(), time.Minute, request{Order: orderState}); code(err) != "guest.gpu-helper" {
+		t.Errorf("asked again: %v", err)
+	}
+}
+
+// Whoever asks for evidence from afar must not be able to end the session with
+// the GPUs by hanging up.
+func TestAVerifierThatHangsUpDoesNotEndTheHelper(t *testing.T) {
+	t.Parallel()
+	gate := filepath.Join(t.TempDir(), "gate")
+	if err := unix.Mkfifo(gate, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, err := machine(t, "1/1 gate="+gate, hopper).Open(t.Context(), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close() //nolint:errcheck // asserted elsewhere
+	ctx, hangUp := context.WithCancelCause(t.Context())
+	gone := make(chan error, 1)
+	go func() {
+		_, err := s.Evidence(ctx, [contract.ReportDataSize]byte{1})
+		gone <- err
+	}()
+	// Opens once the helper is at it.
+	open, err := os.OpenFile(gate, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hangUp(errors.New("hung up"))
+	if err := <-gone; code(err) != "guest.gpu-helper" {
+		t.Errorf("the caller that gave up got %v", err)
+	}
+	// While that order lasts, others wait, and may give up as well.
+	if _, err := s.Evidence(ctx, [contract.ReportDataSize]byte{2}); err == nil {
+		t.Error("an answer before the order was carried out")
+	}
+	if err := open.Close(); err != nil {
+		t.Fatal(err)
+	}
+	data, err := s.Evidence(t.Context(), [contract.ReportDataSize]byte{3})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := contract.GPUNonce([contract.ReportDataSize]byte{3})
+	if gpus, err := contract.ParseGPUEvidence(data); err != nil || gpus[0].Nonce != hex.EncodeToString(want[:]) {
+		t.Errorf("the next caller got %s, %v", data, err)
+	}
+}
+
+func TestGPUsThatDoNotBecomeReadyAreRefused(t *testing.T) {
+	t.Parallel()
+	for helper, want := range map[string]string{"1/1 ready-refuses": "guest.gpu-helper", "1/1 ready-pretends": "guest.gpu-not-ready"} {
+		s, err := machine(t, helper, hopper).Open(t.Context(), 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Ready(t.Context()); code(err) != want {
+			t.Errorf("%s: %v, want %s", helper, err, want)
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

@@ -44,7 +44,10 @@ func main() {
 }
 
 func attack(ctx context.Context) error {
-	if err := errors.Join(boot.Mounts(), boot.Modules()); err != nil {
+	if err := boot.Mounts(); err != nil {
+		return err
+	}
+	if _, err := boot.Modules(); err != nil {
 		return err
 	}
 	device, err := boot.LinkUp(ctx)

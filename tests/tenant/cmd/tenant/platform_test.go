@@ -28,6 +28,9 @@ import (
 	"github.com/confidential-node/agent/firmware/contract"
 	"github.com/confidential-node/agent/firmware/image/imagetest"
 	"github.com/confidential-node/agent/firmware/snp/snptest"
+	"github.com/confidential-node/agent/gpu/evidence"
+	"github.com/confidential-node/agent/gpu/rim/rimtest"
+	"github.com/confidential-node/agent/gpu/spdm/spdmtest"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/nodeagent/clock/clocktest"
 	"github.com/confidential-node/agent/nodeagent/control"
@@ -61,6 +64,8 @@ type platform struct {
 	objects  *outside.Store
 	storeWeb *httptest.Server
 	chip     *snptest.Chain
+	// gpuMaker certifies GPUs, whose manifests broker and tenant have.
+	gpuMaker *spdmtest.Authority
 	// controlCA issued none of the other services' certificates.
 	controlCA []byte
 
@@ -69,6 +74,8 @@ type platform struct {
 	// firmware is the launch digest of what the node really starts; nil is
 	// what it was told.
 	firmware []byte
+	// gpus are given to every guest.
+	gpus []*spdmtest.GPU
 }
 
 type guest struct {
@@ -83,8 +90,9 @@ func newPlatform(t *testing.T) *platform {
 	if p.chip, err = attester.NewChip(time.Now()); err != nil {
 		t.Fatal(err)
 	}
+	manifests := p.gpuManifests()
 	keys, err := keybroker.New(keybroker.Config{
-		StateDir: filepath.Join(p.dir, "broker"), AdminToken: brokerToken, EmulatedRoots: []*x509.Certificate{p.chip.Root},
+		StateDir: filepath.Join(p.dir, "broker"), AdminToken: brokerToken, EmulatedRoots: manifests.EmulatedRoots, GPUManifests: manifests.Manifests,
 		AllowDevelopmentImage: true, Rate: 1000, Burst: 1000, Logger: hclog.NewNullLogger(),
 	})
 	if err != nil {
@@ -109,13 +117,13 @@ func newPlatform(t *testing.T) *platform {
 	t.Cleanup(plane.Close)
 	p.controlCA = plane.CAPEM()
 	profile, err := toml.Marshal(tenant.Profile{
-		StateDir: filepath.Join(p.dir, "state"), ImageDir: imagetest.Folder(t), GuestHost: "127.0.0.1",
+		StateDir: filepath.Join(p.dir, "state"), ImageDir: imagetest.Folder(t), RIMDir: filepath.Join(p.dir, "rims"), GuestHost: "127.0.0.1",
 		ControlPlane: tenant.ControlPlaneProfile{URL: plane.URL(), CAFile: p.file("control-ca.pem", plane.CAPEM()), TokenFile: p.file("control-token", []byte(plane.Token()))},
 		Broker:       tenant.BrokerProfile{URL: brokerWeb.URL, CAFile: p.ca(brokerWeb), AdminTokenFile: p.file("broker-token", []byte(brokerToken))},
 		Registry:     tenant.EndpointProfile{URL: registryWeb.URL, CAFile: p.ca(registryWeb)},
 		Store:        tenant.StoreProfile{Endpoint: p.storeWeb.URL, CAFile: p.ca(p.storeWeb), Bucket: "sealed", AccessKey: "tenant", SecretKeyFile: p.file("store-secret", []byte(storeSecret))},
 		Verify: tenant.VerifyProfile{
-			AllowEmulatedRoots:    []string{p.file("root.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: p.chip.ARK}))},
+			AllowEmulatedRoots:    []string{p.file("root.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: p.chip.ARK})), p.file("gpu-root.pem", p.gpuMaker.RootPEM())},
 			AllowDevelopmentImage: true,
 		},
 	})
@@ -125,6 +133,39 @@ func newPlatform(t *testing.T) *platform {
 	p.profile = p.file("tenant.toml", profile)
 	p.node(plane)
 	return p
+}
+
+// gpuManifests starts the maker of GPUs and writes the manifests of theirs into
+// the folder that the profile names.
+func (p *platform) gpuManifests() evidence.Policy {
+	p.t.Helper()
+	var err error
+	if p.gpuMaker, err = spdmtest.NewAuthority(time.Now()); err != nil {
+		p.t.Fatal(err)
+	}
+	driver, vbios, err := rimtest.For(p.gpuMaker, p.gpu(spdmtest.Config{}))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(p.dir, "rims"), 0o700); err != nil {
+		p.t.Fatal(err)
+	}
+	p.file("rims/driver", driver)
+	p.file("rims/vbios", vbios)
+	policy := evidence.Policy{EmulatedRoots: []*x509.Certificate{p.chip.Root, p.gpuMaker.Root}, Now: time.Now()}
+	if err := policy.ReadManifests(os.DirFS(filepath.Join(p.dir, "rims"))); err != nil {
+		p.t.Fatal(err)
+	}
+	return policy
+}
+
+func (p *platform) gpu(c spdmtest.Config) *spdmtest.GPU {
+	p.t.Helper()
+	g, err := p.gpuMaker.NewGPU(c)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return g
 }
 
 func (p *platform) serve(h http.Handler) *httptest.Server {
@@ -231,6 +272,7 @@ func (p *platform) Execute(ctx context.Context, cmd *api.Command) ([]*api.Event,
 		if p.firmware != nil {
 			g.Measurement = p.firmware
 		}
+		g.GPUs = p.gpus
 		p.guests[l.GetGuestId()] = &guest{g, l}
 		if err := boot(ctx, g); err != nil {
 			failed := state(l.GetGuestId(), api.GuestStatus_GUEST_STATUS_FAILED)
@@ -272,7 +314,7 @@ func boot(ctx context.Context, g *attester.Guest) error {
 	if err != nil {
 		return err
 	}
-	if err := c.Attest(ctx, broker.NoGPUs, g.BrokerEvidence); err != nil {
+	if err := c.Attest(ctx, g.GPUEvidence, g.BrokerEvidence); err != nil {
 		return err
 	}
 	for _, in := range m.Inputs {

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/confidential-node/agent/gpu/spdm/spdmtest"
 	"github.com/confidential-node/agent/nodeagent/api"
 	"github.com/confidential-node/agent/tests/tenant"
 )
@@ -111,6 +112,30 @@ func TestAGPUThatNobodyAttestsDoesNotHold(t *testing.T) {
 	code, _, errs = p.tenant("confidential", "verify", "llm", "--expected-image", p.image, "--expected-gpu", "H100")
 	if code != tenant.ExitPrecondition || !strings.Contains(errs, "tenant.evidence-missing") {
 		t.Errorf("verify: exit %d, %s", code, errs)
+	}
+}
+
+// From the command line to the keys: the guest's own client sends what its GPU
+// says, the broker and the tenant judge it, and the tenant reads which it was.
+func TestARentedGPUIsAttestedOnTheWay(t *testing.T) {
+	t.Parallel()
+	p := newPlatform(t)
+	p.gpus = []*spdmtest.GPU{p.gpu(spdmtest.Config{PDI: 0x431d480fe5e87274})}
+	key := p.sealedModel()
+	p.must(p.deployLine("llm", key, "--node", nodeName, "--gpu", "H100", "--gpu-pdi", "431d480fe5e87274")...)
+	out := p.must("confidential", "attest", "llm")
+	for _, want := range []string{"GPU EMULATED GH100, PDI 0x431d480fe5e87274", "✓ gpu-measurements", "✓ gpu-allowed", "✓ gpu-demand", "! gpu-binding"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("attest prints no %q:\n%s", want, out)
+		}
+	}
+	if out := p.must("status", "llm"); !strings.Contains(out, "with GPU GH100, PDI 0x431d480fe5e87274, mode on") {
+		t.Errorf("status prints\n%s", out)
+	}
+	p.gpus = []*spdmtest.GPU{p.gpu(spdmtest.Config{PDI: 0x431d480fe5e87274, Mode: spdmtest.DevTools})}
+	code, _, errs := p.tenant(p.deployLine("debugged", key, "--node", nodeName, "--gpu", "H100")...)
+	if code != tenant.ExitPrecondition || !strings.Contains(errs, "broker.gpu-measurements") {
+		t.Errorf("devtools: exit %d, %s", code, errs)
 	}
 }
 
