@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/confidential-node/agent/firmware/contract"
+	"github.com/confidential-node/agent/gpu/nvidia"
 	"github.com/confidential-node/agent/gpu/pool"
 	"github.com/confidential-node/agent/nodeagent/admin"
 	"github.com/confidential-node/agent/nodeagent/config"
@@ -27,6 +28,8 @@ type gpuShown struct {
 	output.Header
 	AgentRunning bool `json:"agent_running"`
 	admin.GPU
+	// Driver is what the nvidia driver tells of it, if it has it now.
+	Driver *nvidia.GPU `json:"driver,omitempty"`
 }
 
 // gpuFlags are common to the verbs.
@@ -151,10 +154,10 @@ func find(list admin.GPUList, address string) (admin.GPU, error) {
 }
 
 func (f *gpuFlags) show(cmd *cobra.Command, g admin.GPU, running bool) error {
-	doc := gpuShown{output.NewHeader("GPU"), running, g}
+	doc := gpuShown{output.NewHeader("GPU"), running, g, f.driver(g.Address)}
 	return f.format.Print(cmd.OutOrStdout(), doc, func(w io.Writer) error {
 		printNotRunning(w, running)
-		return printGPU(w, g)
+		return printGPU(w, doc)
 	})
 }
 
@@ -265,7 +268,7 @@ func printGPUs(out io.Writer, list admin.GPUList, now time.Time) error {
 	return nil
 }
 
-func printGPU(out io.Writer, g admin.GPU) error {
+func printGPU(out io.Writer, g gpuShown) error {
 	w := tabwriter.NewWriter(out, 0, 4, 2, ' ', 0)
 	unknown := func(s string) string { return cmp.Or(s, "unknown") }
 	fmt.Fprintf(w, "address\t%s\nmodel\t%s\nstate\t%s since %s\n", g.Address, strings.TrimSpace(g.Model+" "+g.Board), g.State, g.Since.Format(time.DateTime))
@@ -285,6 +288,9 @@ func printGPU(out io.Writer, g admin.GPU) error {
 	}
 	if f := g.Finding; f != nil {
 		fmt.Fprintf(w, "waits\t%s: %s\nwhat to do\t%s\n", f.Code, f.Message, f.Remedy)
+	}
+	if d := g.Driver; d != nil {
+		fmt.Fprintf(w, "nvidia driver\t%s\n", cmp.Or(driverText(d), "tells nothing"))
 	}
 	return w.Flush()
 }
