@@ -231,7 +231,8 @@ func (s *soak) ends(ctx context.Context, k kind, orders []*fault.Order) error {
 		if err != nil {
 			return fmt.Errorf("guest %s has not ended: %w", o.GetGuestId(), err)
 		}
-		if g.Refusal != nil && k.refusal != "" && g.Refusal.Code == k.refusal {
+		// Each guest is stopped, and a stop may overtake its launch.
+		if g.Refusal != nil && (g.Refusal.Code == k.refusal || g.Refusal.Code == "launch.stopped") {
 			s.note("the launch of guest %s was refused: %s", o.GetGuestId(), g.Refusal.Code)
 			continue
 		}
