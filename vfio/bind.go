@@ -31,6 +31,8 @@ type Binding struct {
 	Override string `json:"driver_override,omitempty"`
 	// PowerControl is the runtime power policy, "on" or "auto".
 	PowerControl string `json:"power_control,omitempty"`
+	// D3ColdAllowed is "1" or "0"; empty where it is not known.
+	D3ColdAllowed string `json:"d3cold_allowed,omitempty"`
 }
 
 // Plan returns what Bind will have to undo, and changes nothing. Store it
@@ -52,8 +54,12 @@ func (h Host) Plan(a Address) (Binding, error) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return Binding{}, err
 	}
+	d3cold, err := readAttribute(h.path(a, "d3cold_allowed"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return Binding{}, err
+	}
 	return Binding{
-		Address: a, Vendor: f.Vendor, Device: f.Device, Driver: f.Driver, Override: f.Override, PowerControl: power,
+		Address: a, Vendor: f.Vendor, Device: f.Device, Driver: f.Driver, Override: f.Override, PowerControl: power, D3ColdAllowed: d3cold,
 	}, nil
 }
 
@@ -129,7 +135,9 @@ func (h Host) release(ctx context.Context, f Function) error {
 }
 
 // keepAwake keeps the function and its port in D0. An idle one goes to D3hot,
-// later D3cold, from where some GPUs do not come back.
+// later D3cold, from where some GPUs do not come back. With "on" vfio-pci's own
+// idle D3 is off too, for these devices alone; its parameter disable_idle_d3
+// would be for all of the host's.
 func (h Host) keepAwake(ctx context.Context, f Function) error {
 	for _, set := range []struct {
 		address     Address
@@ -181,11 +189,17 @@ func (h Host) GiveBack(ctx context.Context, b Binding) error {
 	return h.restorePower(ctx, b)
 }
 
+// restorePower leaves the port awake: other functions may be below it.
 func (h Host) restorePower(ctx context.Context, b Binding) error {
-	if b.PowerControl == "" {
-		return nil
+	for _, was := range []struct{ name, value string }{{"d3cold_allowed", b.D3ColdAllowed}, {"power/control", b.PowerControl}} {
+		if was.value == "" {
+			continue
+		}
+		if err := h.Writer.Write(ctx, h.path(b.Address, was.name), was.value+"\n"); err != nil {
+			return err
+		}
 	}
-	return h.Writer.Write(ctx, h.path(b.Address, "power/control"), b.PowerControl+"\n")
+	return nil
 }
 
 // ResetFunction resets the function by the kernel's method, "" for its own

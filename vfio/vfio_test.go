@@ -127,7 +127,8 @@ func snapshot(t *testing.T, k *vfiotest.Kernel, a vfio.Address) string {
 	t.Helper()
 	f := must[vfio.Function](t)(k.Host().Function(a))
 	power, _ := os.ReadFile(filepath.Join(k.Host().Sysfs, "bus/pci/devices", string(a), "power/control"))
-	return f.Driver + "/" + f.Override + "/" + strings.TrimSpace(string(power))
+	d3cold, _ := os.ReadFile(filepath.Join(k.Host().Sysfs, "bus/pci/devices", string(a), "d3cold_allowed"))
+	return f.Driver + "/" + f.Override + "/" + strings.TrimSpace(string(power)) + "/" + strings.TrimSpace(string(d3cold))
 }
 
 func TestBindingAndGivingBackMayBeRepeated(t *testing.T) {
@@ -143,7 +144,7 @@ func TestBindingAndGivingBackMayBeRepeated(t *testing.T) {
 			if err := host.Bind(t.Context(), b); err != nil {
 				t.Fatal(err)
 			}
-			if now := snapshot(t, k, a); now != "vfio-pci/vfio-pci/on" {
+			if now := snapshot(t, k, a); now != "vfio-pci/vfio-pci/on/0" {
 				t.Errorf("%s bound: %s", a, now)
 			}
 		}
@@ -182,7 +183,7 @@ func TestADeathBetweenTwoWritesIsRepaired(t *testing.T) {
 		if now := snapshot(t, k, h100); now != before {
 			t.Errorf("after %d writes and giving back: %s, was %s", n, now, before)
 		}
-		if err := errors.Join(host.Bind(t.Context(), b)); err != nil || snapshot(t, k, h100) != "vfio-pci/vfio-pci/on" {
+		if err := errors.Join(host.Bind(t.Context(), b)); err != nil || snapshot(t, k, h100) != "vfio-pci/vfio-pci/on/0" {
 			t.Errorf("binding anew after %d writes: %v", n, err)
 		}
 	}
