@@ -104,10 +104,16 @@ func Build(ctx context.Context, o Options) (*contract.ImageDescription, error) {
 	if o.GPUDir != "" {
 		cmdline += " " + paramFirmware
 	}
-	modules, err := loadModules(ctx, o.ModulesDir, append(moduleNames(o.Emulated), gpus.needs...))
+	modules, err := loadModules(ctx, o.ModulesDir, moduleNames(o.Emulated))
 	if err != nil {
 		return nil, err
 	}
+	// The same and, after them, what only the GPUs' driver needs.
+	all, err := loadModules(ctx, o.ModulesDir, append(moduleNames(o.Emulated), gpus.needs...))
+	if err != nil {
+		return nil, err
+	}
+	gpus.modules = append(all[len(modules):], gpus.modules...)
 	init, err := os.ReadFile(o.Init)
 	if err != nil {
 		return nil, fmt.Errorf("reading init: %w", err)

@@ -10,8 +10,8 @@ import (
 const (
 	initPath = "init"
 	// ModulesFolder holds the kernel modules; ModulesList names them in load
-	// order, one per line, and GPUModulesList those of the GPUs' driver, which
-	// come after them and need not load: without a GPU they do not.
+	// order, one per line, and GPUModulesList those of the GPUs' driver and
+	// of what it needs, which come after them and need not load: without a GPU they do not.
 	ModulesFolder  = "modules"
 	ModulesList    = ModulesFolder + "/list"
 	GPUModulesList = ModulesFolder + "/gpu"
