@@ -193,6 +193,9 @@ func killEverywhere(ctx context.Context, w *world) error {
 		for _, at := range []string{"begun", "inside", "did", "done"} {
 			for _, way := range ways {
 				point := at + ":" + way.steps[i]
+				if err := w.settled(ctx); err != nil {
+					return fmt.Errorf("before %s: %w", point, err)
+				}
 				if err := w.killedAt(ctx, point, fmt.Sprintf("nodeagent gpu %s %s", way.order, w.address[id])); err != nil {
 					return err
 				}

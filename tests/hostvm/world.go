@@ -157,6 +157,26 @@ func (w *world) becomes(ctx context.Context, id, state string) error {
 	return nil
 }
 
+// settled waits until the agent has nothing to do on any device: an agent that
+// has just started verifies them all, and would die of a fault that is meant
+// for one order.
+func (w *world) settled(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, slow)
+	defer cancel()
+	return until(ctx, "the agent rests", func() (bool, error) {
+		list, err := w.gpus(ctx)
+		if err != nil {
+			return false, nil //nolint:nilerr // an agent that is not up yet
+		}
+		for _, g := range list.GPUs {
+			if g.Step != "" || g.State != "clean" && g.State != "unmanaged" {
+				return false, nil
+			}
+		}
+		return true, nil
+	})
+}
+
 // finds waits until the agent has a finding about a device.
 func (w *world) finds(ctx context.Context, id, code string) error {
 	ctx, cancel := context.WithTimeout(ctx, slow)
