@@ -46,12 +46,8 @@ func (g *expectedGPUs) policy(set *pflag.FlagSet, a *snp.AppraisalPolicy) (*evid
 		return nil, usageError("--expected-gpu: %w", err)
 	}
 	p := &evidence.Policy{Model: demand.Model, Count: demand.Count, AllowUnmeasured: g.unmeasured, EmulatedRoots: a.EmulatedRoots, Now: a.Now}
-	for _, text := range g.pdis {
-		pdi, err := spdm.ParsePDI(text)
-		if err != nil {
-			return nil, usageError("--expected-pdi: %w", err)
-		}
-		p.PDIs = append(p.PDIs, pdi)
+	if p.PDIs, err = spdm.ParsePDIs(g.pdis); err != nil {
+		return nil, usageError("--expected-pdi: %w", err)
 	}
 	if g.manifests == "" {
 		return p, nil

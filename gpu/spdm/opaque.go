@@ -26,6 +26,19 @@ func ParsePDI(text string) (PDI, error) {
 	return PDI(n), nil
 }
 
+// ParsePDIs reads a list of them, or says which is none.
+func ParsePDIs(list []string) ([]PDI, error) {
+	var out []PDI
+	for _, text := range list {
+		pdi, err := ParsePDI(text)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, pdi)
+	}
+	return out, nil
+}
+
 // Feature is the mode of use that a GPU states, opaque field 36.
 type Feature uint16
 

@@ -19,47 +19,55 @@ func (w *world) driver(ctx context.Context, id string) (string, error) {
 	return w.sh(ctx, quick, fmt.Sprintf("basename $(readlink /sys/bus/pci/devices/%s/driver) 2>/dev/null || true", w.address[id]))
 }
 
-// onDuty demands that a device is the agent's, clean, with CC on, as the agent
-// says and as the device itself and the kernel do.
-func (w *world) onDuty(ctx context.Context, id string) error {
-	if err := w.becomes(ctx, id, "clean"); err != nil {
-		return err
+// sight is a device as the agent, the device itself and the kernel see it.
+type sight struct {
+	mode   string
+	device gputest.State
+	driver string
+}
+
+// sighted waits until the agent has a device in a state, and looks at it.
+func (w *world) sighted(ctx context.Context, id, state string) (s sight, err error) {
+	if err := w.becomes(ctx, id, state); err != nil {
+		return s, err
 	}
 	g, err := w.gpu(ctx, id)
 	if err != nil {
-		return err
+		return s, err
 	}
-	state, err := w.inside(ctx, id)
-	if err != nil {
-		return err
+	s.mode = g.Mode
+	if s.device, err = w.inside(ctx, id); err != nil {
+		return s, err
 	}
-	driver, err := w.driver(ctx, id)
-	if err != nil {
-		return err
+	s.driver, err = w.driver(ctx, id)
+	return s, err
+}
+
+// onDuty demands that a device is the agent's, clean, with CC on, as the agent
+// says and as the device itself and the kernel do.
+func (w *world) onDuty(ctx context.Context, id string) error {
+	s, err := w.sighted(ctx, id, "clean")
+	if err == nil && (s.mode != "on" || !s.device.CC || s.device.Devtools || s.device.PPCIe || s.driver != "vfio-pci") {
+		err = fmt.Errorf("%s is not on duty: %+v", id, s)
 	}
-	if g.Mode != "on" || !state.CC || state.Devtools || state.PPCIe || driver != "vfio-pci" {
-		return fmt.Errorf("%s: the agent says mode %s, the device is %+v, its driver %q", id, g.Mode, state, driver)
-	}
-	return nil
+	return err
 }
 
 // offDuty demands that a device is its driver's again, with CC off.
 func (w *world) offDuty(ctx context.Context, id, want string) error {
-	if err := w.becomes(ctx, id, "unmanaged"); err != nil {
+	s, err := w.sighted(ctx, id, "unmanaged")
+	if err == nil && (s.device.CC || s.device.Knobs[8] != 0 || s.driver != want) {
+		err = fmt.Errorf("%s is not off duty, on driver %q: %+v", id, want, s)
+	}
+	return err
+}
+
+// reset orders a reset, which must bring a device back on duty.
+func (w *world) reset(ctx context.Context, id string) error {
+	if _, err := w.sh(ctx, slow, "nodeagent gpu reset "+w.address[id]); err != nil {
 		return err
 	}
-	state, err := w.inside(ctx, id)
-	if err != nil {
-		return err
-	}
-	driver, err := w.driver(ctx, id)
-	if err != nil {
-		return err
-	}
-	if state.CC || state.Knobs[8] != 0 || driver != want {
-		return fmt.Errorf("%s: the device is %+v, its driver %q, want %q", id, state, driver, want)
-	}
-	return nil
+	return w.onDuty(ctx, id)
 }
 
 // originalDriver is what the first Hopper is bound to before the agent comes.
@@ -101,10 +109,7 @@ func takeAll(ctx context.Context, w *world) error {
 		return err
 	}
 	for _, id := range rented() {
-		if _, err := w.sh(ctx, slow, "nodeagent gpu reset "+w.address[id]); err != nil {
-			return err
-		}
-		if err := w.onDuty(ctx, id); err != nil {
+		if err := w.reset(ctx, id); err != nil {
 			return err
 		}
 	}
@@ -167,10 +172,7 @@ func stagedDevtools(ctx context.Context, w *world) error {
 	if _, err := gpu.Command(ctx, w.control(id), gpu.Order{Do: "knob", Knob: devtools, Value: 1}); err != nil {
 		return err
 	}
-	if _, err := w.sh(ctx, slow, "nodeagent gpu reset "+w.address[id]); err != nil {
-		return err
-	}
-	return w.onDuty(ctx, id)
+	return w.reset(ctx, id)
 }
 
 // killEverywhere has the agent killed at every point of a device's release and
@@ -247,10 +249,7 @@ func hangFSP(ctx context.Context, w *world) error {
 		if err := w.broken(ctx, id, gputest.Faults{}); err != nil {
 			return err
 		}
-		if _, err := w.sh(ctx, slow, "nodeagent gpu reset "+w.address[id]); err != nil {
-			return err
-		}
-		if err := w.onDuty(ctx, id); err != nil {
+		if err := w.reset(ctx, id); err != nil {
 			return err
 		}
 	}
@@ -278,10 +277,7 @@ func unplug(ctx context.Context, w *world) error {
 	if _, err := w.sh(ctx, quick, back); err != nil {
 		return err
 	}
-	if _, err := w.sh(ctx, slow, "nodeagent gpu reset "+w.address[id]); err != nil {
-		return err
-	}
-	return w.onDuty(ctx, id)
+	return w.reset(ctx, id)
 }
 
 func held(ctx context.Context, w *world) error {
@@ -367,10 +363,7 @@ func nestedGuest(ctx context.Context, w *world) error {
 	if _, err := w.sh(ctx, nested, guestEnds); err != nil {
 		return err
 	}
-	if _, err := w.sh(ctx, slow, "nodeagent gpu reset "+w.address[id]); err != nil {
-		return err
-	}
-	return w.onDuty(ctx, id)
+	return w.reset(ctx, id)
 }
 
 func release(ctx context.Context, w *world) error {

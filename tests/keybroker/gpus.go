@@ -22,7 +22,7 @@ func validateGPUs(demand *contract.GPU, pdis []string) *contract.Refusal {
 	if len(pdis) > brokerPDIs {
 		return badRegistration("gpu_pdis: at most %d", brokerPDIs)
 	}
-	if _, err := parsePDIs(pdis); err != nil {
+	if _, err := spdm.ParsePDIs(pdis); err != nil {
 		return badRegistration("gpu_pdis: %v", err)
 	}
 	return nil
@@ -30,17 +30,6 @@ func validateGPUs(demand *contract.GPU, pdis []string) *contract.Refusal {
 
 // brokerPDIs bounds the list of a launch: that of a provider's whole hall.
 const brokerPDIs = 4096
-
-func parsePDIs(list []string) (out []spdm.PDI, err error) {
-	for _, text := range list {
-		pdi, err := spdm.ParsePDI(text)
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, pdi)
-	}
-	return out, nil
-}
 
 // shown refuses evidence of GPUs where none is wanted, and its absence where
 // it is, before anything is verified.
@@ -67,7 +56,7 @@ func (s *Server) judgeGPUs(a *attestation, r *record) ([]contract.AttestedGPU, *
 	if err != nil {
 		return nil, contract.Refuse("broker.request-malformed", protocolRemedy, "the runtime data cannot be canonicalised").Because(err)
 	}
-	pdis, err := parsePDIs(r.Launch.GPUPDIs)
+	pdis, err := spdm.ParsePDIs(r.Launch.GPUPDIs)
 	if err != nil {
 		return nil, contract.AsRefusal(err)
 	}

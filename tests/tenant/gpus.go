@@ -17,7 +17,7 @@ func (o *DeployOptions) checkGPUs() error {
 	if o.GPU == "" && (o.GPUCount > 0 || len(o.GPUPDIs) > 0) {
 		return Usage("--count and --gpu-pdi need --gpu")
 	}
-	if _, err := parsePDIs(o.GPUPDIs); err != nil {
+	if _, err := spdm.ParsePDIs(o.GPUPDIs); err != nil {
 		return Usage("--gpu-pdi: %v", err)
 	}
 	if o.GPU == "" {
@@ -57,7 +57,7 @@ func (t *Tenant) gpuJudge(demand *contract.GPU, d *Deployment, o VerifyOptions, 
 		pdis = d.GPUPDIs
 	}
 	var err error
-	if p.PDIs, err = parsePDIs(pdis); err != nil {
+	if p.PDIs, err = spdm.ParsePDIs(pdis); err != nil {
 		return nil, Usage("--expected-pdi: %v", err)
 	}
 	dir := cmp.Or(o.RIMDir, t.profile.RIMDir)
@@ -73,17 +73,6 @@ func (t *Tenant) gpuJudge(demand *contract.GPU, d *Deployment, o VerifyOptions, 
 		return nil, Usage("--rim-dir %s: %v", dir, err)
 	}
 	return p.Judge, nil
-}
-
-func parsePDIs(list []string) (out []spdm.PDI, err error) {
-	for _, text := range list {
-		pdi, err := spdm.ParsePDI(text)
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, pdi)
-	}
-	return out, nil
 }
 
 // checkDemand compares what the manifest asks for with what is expected.

@@ -10,6 +10,7 @@ import (
 	"net"
 
 	"github.com/confidential-node/agent/gpu/gputest"
+	"github.com/confidential-node/agent/tests/emulator/gpu/vfiouser"
 )
 
 // Order is one line on the control socket. Each is answered by one line: the
@@ -32,18 +33,10 @@ const maxOrder = 1 << 16 // bytes of a line
 
 // Control carries out orders from listener until ctx ends. It closes listener.
 func Control(ctx context.Context, listener *net.UnixListener, e *gputest.Emulator) error {
-	stop := context.AfterFunc(ctx, func() { listener.Close() }) //nolint:errcheck // Accept tells
-	defer stop()
-	for {
-		conn, err := listener.AcceptUnix()
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil
-			}
-			return err
-		}
+	return vfiouser.Accept(ctx, listener, func(conn *net.UnixConn) error {
 		go obey(ctx, conn, e)
-	}
+		return nil
+	})
 }
 
 func obey(ctx context.Context, conn net.Conn, e *gputest.Emulator) {

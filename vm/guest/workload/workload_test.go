@@ -157,6 +157,23 @@ func TestAWorkloadSeesItsFilesAndNothingElse(t *testing.T) {
 	checkReport(t, text)
 }
 
+// report runs a workload to its end and returns what it wrote.
+func report(t *testing.T, s workload.Spec) []byte {
+	t.Helper()
+	p := start(t, s, t.Output())
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if _, err := ask(ctx, p, "/quit", ""); err != nil {
+		t.Fatal(err)
+	}
+	<-p.Done()
+	text, err := os.ReadFile(s.Results + "/report.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
 func checkReport(t *testing.T, text []byte) {
 	t.Helper()
 	var got map[string]string
@@ -196,17 +213,7 @@ func TestAWorkloadWithGPUsGetsTheirFilesAndTheDriversOnly(t *testing.T) {
 		unix.Mknod(s.Devices[0], unix.S_IFCHR|0o666, int(unix.Mkdev(1, 3))), os.Chmod(s.Devices[0], 0o666)); err != nil {
 		t.Fatal(err)
 	}
-	p := start(t, s, t.Output())
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	if _, err := ask(ctx, p, "/quit", ""); err != nil {
-		t.Fatal(err)
-	}
-	<-p.Done()
-	text, err := os.ReadFile(s.Results + "/report.json")
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := report(t, s)
 	var got map[string]string
 	if err := json.Unmarshal(text, &got); err != nil {
 		t.Fatal(err)
@@ -223,17 +230,7 @@ func TestRootOfAWorkloadHasNoPower(t *testing.T) {
 	if err := os.Chown(s.Results, workload.IDShift, workload.IDShift); err != nil {
 		t.Fatal(err)
 	}
-	p := start(t, s, t.Output())
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	if _, err := ask(ctx, p, "/quit", ""); err != nil {
-		t.Fatal(err)
-	}
-	<-p.Done()
-	text, err := os.ReadFile(s.Results + "/report.json")
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := report(t, s)
 	checkReport(t, bytes.Replace(text, []byte(`"uid":"0 0"`), []byte(`"uid":"12 34"`), 1))
 }
 

@@ -14,6 +14,17 @@ import (
 // Serve answers clients of listener, one after the other as QEMU connects,
 // until ctx ends. It closes listener.
 func Serve(ctx context.Context, listener *net.UnixListener, device Device) error {
+	return Accept(ctx, listener, func(conn *net.UnixConn) error {
+		if err := serve(ctx, conn, device); err != nil && !errors.Is(err, errMalformed) {
+			return err
+		}
+		return nil
+	})
+}
+
+// Accept hands each client of listener to take until ctx ends or take fails.
+// It closes listener.
+func Accept(ctx context.Context, listener *net.UnixListener, take func(*net.UnixConn) error) error {
 	stop := context.AfterFunc(ctx, func() { listener.Close() }) //nolint:errcheck // Accept tells
 	defer stop()
 	for {
@@ -24,7 +35,7 @@ func Serve(ctx context.Context, listener *net.UnixListener, device Device) error
 			}
 			return err
 		}
-		if err := serve(ctx, conn, device); err != nil && !errors.Is(err, errMalformed) {
+		if err := take(conn); err != nil {
 			return err
 		}
 	}
