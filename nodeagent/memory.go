@@ -1,54 +1,129 @@
 package main
 
 import (
+	"bufio"
 	"context"
+	"fmt"
+	"io"
+	"os"
 	"runtime/debug"
-	"runtime/metrics"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
-	// memoryEvery is how often the heap is looked at, grownLimit how much it
-	// may have grown since it was last cleared.
+	// memoryEvery is how often the agent looks whether it is at rest, restCPU
+	// what it uses of a CPU in that time if it is, grownLimit how much its
+	// resident memory may have grown since it was last returned.
 	memoryEvery = 5 * time.Second
+	restCPU     = 50 * time.Millisecond
 	grownLimit  = 4 << 20
 )
 
 // returnMemory gives the operating system back what a burst of work left
 // behind: a firmware image that was measured is some megabytes, an agent at
-// rest needs two. Go would collect it after two minutes without work, and
-// return it later still; the host's memory is for guests.
+// rest needs two, and most of the program's code runs at its start or once per
+// guest. Go would collect garbage after two minutes without work, and return
+// it later still; the host's memory is for guests.
 func returnMemory(ctx context.Context) error {
 	tick := time.NewTicker(memoryEvery)
 	defer tick.Stop()
-	var h heap
+	var r rest
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
-			h.clear()
+			if u, err := ownUsage(); err == nil && r.due(u) {
+				debug.FreeOSMemory()
+				pageOutFiles()
+				r.returned()
+			}
 		}
 	}
 }
 
-// heap knows how much the process held when it was last cleared. Growth that
-// is alive is asked for once and then known.
-type heap struct{ known uint64 }
-
-// clear collects garbage and returns free memory, if the heap has grown.
-func (h *heap) clear() {
-	if held := heldMemory(); held <= h.known+grownLimit {
-		h.known = min(h.known, held)
-		return
-	}
-	debug.FreeOSMemory()
-	h.known = heldMemory()
+// usage is what the process takes of the host.
+type usage struct {
+	resident int           // bytes
+	cpu      time.Duration // since its start
 }
 
-// heldMemory is what objects, dead ones too, and free spans take, in bytes.
-func heldMemory() uint64 {
-	samples := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}, {Name: "/memory/classes/heap/free:bytes"}}
-	metrics.Read(samples)
-	return samples[0].Value.Uint64() + samples[1].Value.Uint64()
+func ownUsage() (usage, error) {
+	statm, err := os.ReadFile("/proc/self/statm")
+	if err != nil {
+		return usage{}, fmt.Errorf("reading own memory: %w", err)
+	}
+	var size, resident int // pages, proc_pid_statm(5)
+	if _, err := fmt.Sscan(string(statm), &size, &resident); err != nil {
+		return usage{}, fmt.Errorf("reading own memory in /proc/self/statm: %w", err)
+	}
+	var r unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &r); err != nil {
+		return usage{}, fmt.Errorf("reading own CPU time: %w", err)
+	}
+	return usage{resident * os.Getpagesize(), time.Duration(r.Utime.Nano() + r.Stime.Nano())}, nil
+}
+
+// rest knows what was last seen, and how much the process held when it last
+// returned memory. Growth that is alive is asked for once and then known.
+type rest struct {
+	known int
+	cpu   time.Duration
+}
+
+// due says that the agent is at rest and holds more than it was known to need.
+// Amid work it does not: what is paged out would be read again at once.
+func (r *rest) due(now usage) bool {
+	used := now.cpu - r.cpu
+	r.cpu = now.cpu
+	r.known = min(r.known, now.resident)
+	return used < restCPU && now.resident > r.known+grownLimit
+}
+
+// returned notes what is left after memory was returned, a cost that is no work.
+func (r *rest) returned() {
+	if left, err := ownUsage(); err == nil {
+		*r = rest{left.resident, left.cpu}
+	}
+}
+
+// pageOutFiles has the kernel take back the pages of files that are mapped
+// for reading, the program and its libraries; what is needed again comes back
+// from the disk. Files with large pages in the page cache (Linux 6.16 on ext4)
+// else stay in memory as a whole after a few reads. Only the kernel's own
+// judgement is lost if it can't: it is no error.
+func pageOutFiles() {
+	maps, err := os.Open("/proc/self/maps")
+	if err != nil {
+		return
+	}
+	defer maps.Close() //nolint:errcheck // opened for reading
+	for _, m := range readOnlyFiles(maps) {
+		_, _, _ = unix.Syscall(unix.SYS_MADVISE, m.start, m.end-m.start, unix.MADV_PAGEOUT)
+	}
+}
+
+// mapping is a range of addresses.
+type mapping struct{ start, end uintptr }
+
+// readOnlyFiles are the mappings of files that can't be written through
+// (proc_pid_maps(5)). What can be may hold secrets, and MADV_PAGEOUT writes
+// such pages to swap.
+func readOnlyFiles(maps io.Reader) []mapping {
+	var files []mapping
+	lines := bufio.NewScanner(maps)
+	for lines.Scan() {
+		var (
+			m             mapping
+			mode, device  string
+			offset, inode uint64
+		)
+		n, _ := fmt.Sscanf(lines.Text(), "%x-%x %s %x %s %d", &m.start, &m.end, &mode, &offset, &device, &inode)
+		if n == 6 && inode != 0 && mode[1] == '-' {
+			files = append(files, m)
+		}
+	}
+	return files
 }

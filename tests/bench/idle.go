@@ -16,6 +16,9 @@ const (
 	idleWindows = 5
 	// idleWindow holds one heartbeat of a trial's agent.
 	idleWindow = 2 * time.Second
+	// idleAfter is how long nothing was asked before an agent is idle; it
+	// takes up to ten seconds to see that it is at rest.
+	idleAfter = 12 * time.Second
 )
 
 // usage of a process in each window.
@@ -39,6 +42,11 @@ func (l *lab) idle(ctx context.Context) (watched map[string]*usage, err error) {
 	watched = map[string]*usage{}
 	for name := range pids {
 		watched[name] = &usage{}
+	}
+	select {
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-time.After(idleAfter):
 	}
 	tick := time.NewTicker(idleWindow)
 	defer tick.Stop()
@@ -118,8 +126,8 @@ func (l *lab) idleTables(ctx context.Context, before map[string]*usage) error {
 	const first, later, its = "agent, fresh", "agent, after its guests", "libvirtd"
 	l.show(table{
 		Title: "Idle memory", Unit: "MiB", Against: []string{its},
-		About: `Resident memory of the agent with its link up and no guest, against libvirtd's on the same host. Good: at most 40 MiB;
-			what is its own (private and dirty) is the part that the host cannot take back.`,
+		About: fmt.Sprintf(`Resident memory of the agent with its link up, no guest and nothing asked for %v, against libvirtd's on the same
+			host. Good: at most 40 MiB; what is its own (private and dirty) is the part that the host cannot take back.`, idleAfter),
 		Rows: []row{
 			newRow(its, after[its].rss...), newRow(first, before["agent"].rss...), newRow(later, after["agent"].rss...),
 			newRow("its own of fresh", before["agent"].dirty...), newRow("its own after its guests", after["agent"].dirty...),
