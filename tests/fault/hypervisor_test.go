@@ -65,6 +65,7 @@ func TestTheHypervisorFailsAndOperatorsInterfere(t *testing.T) {
 		w.endsAs(t, o, api.GuestStatus_GUEST_STATUS_FAILED, "guest.crashed")
 		w.cleanBut(t, foreign, o)
 	})
+	t.Run("agent out of memory", w.agentOutOfMemory)
 	t.Run("virsh destroy", func(t *testing.T) {
 		o := w.runs(t)
 		w.virsh(t, "destroy "+vm.NamePrefix+o.GetGuestId())
@@ -107,6 +108,27 @@ func memoryLimit(t *testing.T, size int) (add func(pid int)) {
 	})
 	write(file, size)
 	return func(pid int) { write("cgroup.procs", pid) }
+}
+
+// agentOutOfMemory has the kernel kill the agent for a limit of its own, while
+// a guest runs and many ask.
+func (w *world) agentOutOfMemory(t *testing.T) {
+	o := w.runs(t)
+	qemu := w.qemu(t, o)
+	memoryLimit(t, 2<<20)(w.Host.Agent().PID())
+	w.until(t, "the agent to be killed", func(ctx context.Context) (bool, error) {
+		var asking sync.WaitGroup
+		for range 40 {
+			asking.Go(func() { _, _ = w.Host.Status(ctx) }) // they may fail, their memory counts
+		}
+		asking.Wait()
+		return !w.Host.Agent().Running(), nil
+	})
+	if err := w.StartAgent(w.t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	w.same(t, w.Host.Agent().PID(), o, qemu)
+	w.stops(t, o)
 }
 
 // secondAgent starts another agent on the same configuration.
