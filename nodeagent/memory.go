@@ -89,18 +89,19 @@ func (r *rest) returned() {
 	}
 }
 
-// pageOutFiles has the kernel take back the pages of files that are mapped
-// for reading, the program and its libraries; what is needed again comes back
-// from the disk. Files with large pages in the page cache (Linux 6.16 on ext4)
-// else stay in memory as a whole after a few reads. Only the kernel's own
-// judgement is lost if it can't: it is no error.
+// pageOutFiles has the kernel take back the pages of the program and its
+// libraries; what is needed again comes back from the disk. With large pages in
+// the page cache (ext4 since Linux 6.16) they else stay in memory as a whole
+// after a few reads, and unmapping alone (MADV_DONTNEED) brings them back at the
+// next one. Only the kernel's own judgement is lost where it can't: it is no
+// error.
 func pageOutFiles() {
 	maps, err := os.Open("/proc/self/maps")
 	if err != nil {
 		return
 	}
 	defer maps.Close() //nolint:errcheck // opened for reading
-	for _, m := range readOnlyFiles(maps) {
+	for _, m := range programs(maps) {
 		_, _, _ = unix.Syscall(unix.SYS_MADVISE, m.start, m.end-m.start, unix.MADV_PAGEOUT)
 	}
 }
@@ -108,10 +109,11 @@ func pageOutFiles() {
 // mapping is a range of addresses.
 type mapping struct{ start, end uintptr }
 
-// readOnlyFiles are the mappings of files that can't be written through
-// (proc_pid_maps(5)). What can be may hold secrets, and MADV_PAGEOUT writes
-// such pages to swap.
-func readOnlyFiles(maps io.Reader) []mapping {
+// programs are the private mappings of files that can't be written through
+// (proc_pid_maps(5)). What can be may hold secrets, and MADV_PAGEOUT writes such
+// pages to swap; the shared one is the state file, and an agent whose state
+// hangs must still be able to say so.
+func programs(maps io.Reader) []mapping {
 	var files []mapping
 	lines := bufio.NewScanner(maps)
 	for lines.Scan() {
@@ -121,7 +123,7 @@ func readOnlyFiles(maps io.Reader) []mapping {
 			offset, inode uint64
 		)
 		n, _ := fmt.Sscanf(lines.Text(), "%x-%x %s %x %s %d", &m.start, &m.end, &mode, &offset, &device, &inode)
-		if n == 6 && inode != 0 && mode[1] == '-' {
+		if n == 6 && inode != 0 && len(mode) == 4 && mode[1] == '-' && mode[3] == 'p' {
 			files = append(files, m)
 		}
 	}

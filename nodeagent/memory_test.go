@@ -63,9 +63,10 @@ func TestOwnUsageIsReal(t *testing.T) {
 	}
 }
 
-// Whatever can be written, or is no file, may hold secrets and is not paged out.
-func TestOnlyFilesMappedForReadingArePagedOut(t *testing.T) {
-	got := readOnlyFiles(strings.NewReader(`00400000-00424000 r--p 00000000 fe:00 5332997                            /usr/bin/nodeagent
+// Whatever can be written, or is no file, may hold secrets and is not paged
+// out; nor is the state.
+func TestOnlyProgramsArePagedOut(t *testing.T) {
+	got := programs(strings.NewReader(`00400000-00424000 r--p 00000000 fe:00 5332997                            /usr/bin/nodeagent
 00424000-00c3b000 r-xp 00024000 fe:00 5332997                            /usr/bin/nodeagent (deleted)
 01523000-01592000 rw-p 01122000 fe:00 5332997                            /usr/bin/nodeagent
 01592000-035db000 rw-p 00000000 00:00 0
@@ -73,10 +74,11 @@ func TestOnlyFilesMappedForReadingArePagedOut(t *testing.T) {
 7f1000000000-7f1000008000 r--s 00000000 fe:00 77                         /var/lib/node agent/state.db
 7f1100000000-7f1100008000 ---p 00000000 fe:00 78                         /usr/lib/libguard.so
 7ffd10000000-7ffd10002000 r-xp 00000000 00:00 0                          [vdso]
+7ffd20000000-7ffd20002000 r- 00000000 fe:00 79                            /usr/lib/libshort.so
 ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
 nonsense
 `))
-	want := []mapping{{0x400000, 0x424000}, {0x424000, 0xc3b000}, {0x7f1000000000, 0x7f1000008000}, {0x7f1100000000, 0x7f1100008000}}
+	want := []mapping{{0x400000, 0x424000}, {0x424000, 0xc3b000}, {0x7f1100000000, 0x7f1100008000}}
 	if !slices.Equal(got, want) {
 		t.Errorf("paged out: %x, want %x", got, want)
 	}
