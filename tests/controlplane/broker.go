@@ -72,10 +72,11 @@ func startBroker(ctx context.Context, dir, listen string, cert tls.Certificate, 
 		return nil, fmt.Errorf("making message server: %w", err)
 	}
 	s.SetLogger(serverLog{logger.Named("nats")}, false, false)
-	b = &broker{server: s}
+	started := &broker{server: s}
+	b = started
 	defer func() {
 		if err != nil {
-			b.close()
+			started.close()
 		}
 	}()
 	s.Start()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/confidential-node/agent/firmware/contract"
@@ -74,23 +75,44 @@ func (f *Field) Intact(ctx context.Context) error {
 
 // Once makes sure that a guest had at most one machine and one end.
 func (f *Field) Once(ctx context.Context, id string) error {
-	out, err := f.Host.Output(ctx, "bash", "-c", "grep -c 'starting up libvirt' /var/log/libvirt/qemu/nodeagent-"+id+".log 2>/dev/null || true")
-	if err != nil {
+	machines, ends, err := f.lives(ctx, id)
+	switch {
+	case err != nil:
 		return err
+	case machines > 1:
+		return fmt.Errorf("guest %s was started %d times", id, machines)
+	case len(ends) != 1:
+		return fmt.Errorf("guest %s was reported to end as %v", id, ends)
 	}
-	if n := strings.TrimSpace(out); n != "" && n != "0" && n != "1" {
-		return fmt.Errorf("guest %s was started %s times", id, n)
+	return nil
+}
+
+// Never makes sure that a guest whose launch was refused had neither machine
+// nor end.
+func (f *Field) Never(ctx context.Context, id string) error {
+	machines, ends, err := f.lives(ctx, id)
+	if err == nil && (machines > 0 || len(ends) > 0) {
+		return fmt.Errorf("guest %s, whose launch was refused, was started %d times and reported to end as %v", id, machines, ends)
 	}
-	ends := map[string]bool{}
+	return err
+}
+
+// lives are how often a guest's machine was started, and how its end was told.
+func (f *Field) lives(ctx context.Context, id string) (machines int, ends map[string]bool, err error) {
+	out, err := f.Host.Output(ctx, "bash", "-c", "cat /var/log/libvirt/qemu/nodeagent-"+id+".log 2>/dev/null | grep -c 'starting up libvirt' || true")
+	if err != nil {
+		return 0, nil, err
+	}
+	if machines, err = strconv.Atoi(strings.TrimSpace(out)); err != nil {
+		return 0, nil, fmt.Errorf("counting the starts of guest %s: %w", id, err)
+	}
+	ends = map[string]bool{}
 	err = f.everyEvent(ctx, func(e *api.Event) {
 		if s := e.GetGuestState(); s.GetGuestId() == id && s.GetStatus() >= api.GuestStatus_GUEST_STATUS_FINISHED {
 			ends[s.GetStatus().String()+" "+s.GetRefusal().GetCode()] = true
 		}
 	})
-	if err == nil && len(ends) != 1 {
-		err = fmt.Errorf("guest %s was reported to end as %v", id, ends)
-	}
-	return err
+	return machines, ends, err
 }
 
 // Delivered makes sure that each file of a Delivery was told once to be there.

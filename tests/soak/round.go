@@ -226,6 +226,7 @@ func (s *soak) remedy(ctx context.Context) error {
 }
 
 func (s *soak) ends(ctx context.Context, k kind, orders []*fault.Order) error {
+	look := make([]func(context.Context, string) error, len(orders))
 	for i, o := range orders {
 		g, err := s.Ended(ctx, o.GetGuestId())
 		if err != nil {
@@ -234,11 +235,13 @@ func (s *soak) ends(ctx context.Context, k kind, orders []*fault.Order) error {
 		// Each guest is stopped, and a stop may overtake its launch.
 		if g.Refusal != nil && (g.Refusal.Code == k.refusal || g.Refusal.Code == "launch.stopped") {
 			s.note("the launch of guest %s was refused: %s", o.GetGuestId(), g.Refusal.Code)
+			look[i] = s.Never
 			continue
 		}
 		if g.Refusal != nil {
 			return fmt.Errorf("the launch of guest %s was refused: %w", o.GetGuestId(), g.Refusal)
 		}
+		look[i] = s.Once
 		state, err := g.GuestState()
 		if err != nil {
 			return err
@@ -253,8 +256,8 @@ func (s *soak) ends(ctx context.Context, k kind, orders []*fault.Order) error {
 	if err := s.Clean(ctx); err != nil {
 		return err
 	}
-	for _, o := range orders {
-		if err := s.Once(ctx, o.GetGuestId()); err != nil {
+	for i, o := range orders {
+		if err := look[i](ctx, o.GetGuestId()); err != nil {
 			return err
 		}
 	}
