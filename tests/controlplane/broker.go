@@ -87,14 +87,27 @@ func startBroker(ctx context.Context, dir, listen string, cert tls.Certificate, 
 	if err != nil {
 		return nil, fmt.Errorf("making own identity: %w", err)
 	}
-	b.nc, err = nats.Connect("", nats.InProcessServer(s), nats.UserCredentialBytes(creds), nats.Name("control plane"), nats.MaxReconnects(-1))
-	if err != nil {
+	if b.nc, err = connectTo(s, creds); err != nil {
 		return nil, fmt.Errorf("connecting to own message server: %w", err)
 	}
 	if b.js, err = jetstream.New(b.nc); err != nil {
 		return nil, fmt.Errorf("opening JetStream: %w", err)
 	}
 	return b, b.streams(ctx)
+}
+
+// connectTo makes our own connection. A server that is short of CPU time pings
+// a client before it has answered the client's ping, which the client takes for
+// an error; so this is tried again.
+func connectTo(s *server.Server, creds []byte) (nc *nats.Conn, err error) {
+	for range 3 {
+		nc, err = nats.Connect("", nats.InProcessServer(s), nats.UserCredentialBytes(creds), nats.Name("control plane"), nats.MaxReconnects(-1),
+			nats.Timeout(startTimeout))
+		if err == nil {
+			return nc, nil
+		}
+	}
+	return nil, err
 }
 
 // serverOptions is how the message server stores and what it speaks; whom it
