@@ -140,9 +140,9 @@ func TestALostStoreGetsANewEpochAndOldCommandsStayDead(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.start()
-	controltest.Eventually(t, "second epoch", func() bool {
+	controltest.Eventually(t, "the next epoch", func() bool {
 		e, err := n.store.Epoch()
-		return err == nil && e.Number == 2
+		return err == nil && e.Number >= 2 // a slow node is given another while it takes one
 	})
 	w.ready(host)
 	w.publish(host, raw)
