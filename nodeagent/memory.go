@@ -37,7 +37,7 @@ func returnMemory(ctx context.Context) error {
 		case <-tick.C:
 			if u, err := ownUsage(); err == nil && r.due(u) {
 				debug.FreeOSMemory()
-				pageOutFiles()
+				pageOutPrograms()
 				r.returned()
 			}
 		}
@@ -89,13 +89,13 @@ func (r *rest) returned() {
 	}
 }
 
-// pageOutFiles has the kernel take back the pages of the program and its
+// pageOutPrograms has the kernel take back the pages of the program and its
 // libraries; what is needed again comes back from the disk. With large pages in
 // the page cache (ext4 since Linux 6.16) they else stay in memory as a whole
 // after a few reads, and unmapping alone (MADV_DONTNEED) brings them back at the
-// next one. Only the kernel's own judgement is lost where it can't: it is no
+// next one. A kernel that cannot (before Linux 5.4) keeps them, which is no
 // error.
-func pageOutFiles() {
+func pageOutPrograms() {
 	maps, err := os.Open("/proc/self/maps")
 	if err != nil {
 		return

@@ -112,7 +112,7 @@ func TestPagesOfFilesAreReturned(t *testing.T) {
 		t.Fatal("the file is not what was written")
 	}
 	before := resident(t, pages)
-	pageOutFiles()
+	pageOutPrograms()
 	if after := resident(t, pages); after > before/4 {
 		t.Errorf("%d of %d pages are still in memory", after, before)
 	}
